@@ -1,0 +1,33 @@
+"""MTAdam for PyTorch Lightning: return a dict of named losses, get a balanced step.
+
+The names below are imported when they are first used, so that the optimizer works without Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_mtadam.module import MultiTermLightningModule
+    from lightning_mtadam.optim import MTAdam
+    from lightning_mtadam.terms import NonFiniteError
+
+__version__ = "0.1.0"
+__all__ = ["MTAdam", "MultiTermLightningModule", "NonFiniteError"]
+
+_HOMES = {
+    "MTAdam": "lightning_mtadam.optim",
+    "MultiTermLightningModule": "lightning_mtadam.module",
+    "NonFiniteError": "lightning_mtadam.terms",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,164 @@
+"""The balance of the terms, as pure functions: norms, their moving average, the reference, the scales, the clocks.
+
+Shapes: ``I`` terms, ``L`` layers, ``P`` parameters. Everything is fp32 or better, whatever the parameters' dtype.
+A term has reached a layer when its norm there is above zero; that is the only threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+NormInit: TypeAlias = Literal["first", "unbiased", "one"]
+Reference: TypeAlias = int | Literal["mean", "max"]
+
+
+def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tensor:
+    """Join the norms of a layer's parameters: the L2 norm over all its entries.
+
+    Args:
+        parameter_norms: [P, I], >= 0.
+        layer_of: [P], the layer of each parameter, in 0..layers-1.
+        layers: L.
+
+    Returns:
+        [L, I]. Squares are taken relative to the layer's largest norm, so that none over- or underflows.
+
+    Example:
+        >>> layer_norms(torch.tensor([[3.0], [4.0], [1.0]]), torch.tensor([0, 0, 1]), 2)
+        tensor([[5.],
+                [1.]])
+    """
+    peak = by_layer(parameter_norms, layer_of, layers)
+    divisor = torch.where(peak > 0, peak, 1)
+    shares = (parameter_norms / divisor[layer_of]).square()
+    return peak * torch.zeros_like(peak).index_add_(0, layer_of, shares).sqrt()
+
+
+def by_layer(rows: Tensor, layer_of: Tensor, layers: int) -> Tensor:
+    """Take the largest row entry of each layer: [P, I] -> [L, I], for entries >= 0."""
+    index = layer_of[:, None].expand_as(rows)
+    return rows.new_zeros(layers, rows.shape[1]).scatter_reduce_(0, index, rows, "amax")
+
+
+def update_norms(
+    norms: Tensor, counts: Tensor, observed: Tensor, present: Tensor, beta3: Tensor, norm_init: NormInit
+) -> tuple[Tensor, Tensor]:
+    """Average the observed norms into the moving average (Alg. 1, lines 6-7).
+
+    ``n_i <- beta3 n_i + (1 - beta3) ||g_i||``, from the first step at which the term reaches the layer on:
+    the observed norm itself ("first"), the average of a history that began at zero ("unbiased", corrected when it is
+    read) or at one ("one", the paper's).
+
+    Args:
+        norms: [L, I], the moving average so far.
+        counts: [L, I], how many norms it averages.
+        observed: [L, I], the norms of this step's gradients.
+        present: [L, I] or broadcastable, bool: whether the term is in this step's losses; elsewhere nothing moves.
+        beta3: [L, 1] or scalar, the decay.
+        norm_init: what the average starts from.
+
+    Returns:
+        The new norms and counts.
+    """
+    reached = counts > 0
+    moving = present & (reached | (observed > 0))
+    start = {"first": observed, "unbiased": torch.zeros_like(norms), "one": torch.ones_like(norms)}[norm_init]
+    previous = torch.where(reached, norms, start)
+    averaged = beta3 * previous + (1 - beta3) * observed
+    if norm_init == "first":  # b * x + (1 - b) * x is not x to the last digit
+        averaged = torch.where(reached, averaged, observed)
+    return torch.where(moving, averaged, norms), counts + moving
+
+
+def corrected_norms(norms: Tensor, counts: Tensor, beta3: Tensor, norm_init: NormInit) -> Tensor:
+    """The gradient norms n_i as the balance uses them: "unbiased" divides by ``1 - beta3^count``. [L, I]."""
+    if norm_init != "unbiased":
+        return norms
+    return norms / bias_correction(counts, beta3)
+
+
+def geometric_mean(norms: Tensor) -> Tensor:
+    """The geometric mean over the terms that reach the layer; zero where none does. [L, I] -> [L, 1]."""
+    reached = norms > 0
+    count = reached.sum(1, keepdim=True)
+    logs = torch.where(reached, norms.log(), 0).sum(1, keepdim=True)
+    return torch.where(count > 0, torch.exp(logs / count.clamp(min=1)), 0)
+
+
+def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
+    """The magnitude n_anchor that every term is brought to, per layer.
+
+    A layer that the anchor does not reach takes the geometric mean of the terms that do: symmetric, invariant to the
+    terms' scales, and plain Adam where a layer is private to one term. (The paper's formula would freeze it.)
+
+    Args:
+        norms: [L, I], >= 0.
+        reference: the anchor's index, "mean" (geometric) or "max".
+
+    Returns:
+        [L, 1].
+    """
+    if reference == "mean":
+        return geometric_mean(norms)
+    if reference == "max":
+        return norms.amax(1, keepdim=True)
+    anchor = norms[:, reference : reference + 1]
+    return torch.where(anchor > 0, anchor, geometric_mean(norms))
+
+
+def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, max_scale: float) -> Tensor:
+    """What multiplies each term's gradient: ``importance_i * n_anchor / n_i`` (Alg. 1, line 8).
+
+    Args:
+        norms: [L, I], >= 0.
+        reference: [L, 1], the magnitude to bring the terms to; ``None`` leaves the terms as they are.
+        importance: [I], the wanted ratios.
+        max_scale: the cap on ``n_anchor / n_i``.
+
+    Returns:
+        [L, I], finite; zero where the term has not reached the layer.
+
+    Example:
+        >>> balance_scales(torch.tensor([[1.0, 4.0, 0.0]]), torch.tensor([[1.0]]), torch.ones(3), math.inf)
+        tensor([[1.0000, 0.2500, 0.0000]])
+    """
+    if reference is None:
+        return importance.expand_as(norms)
+    finite = torch.finfo(norms.dtype).max
+    return torch.where(norms > 0, (reference / norms).clamp(max=min(max_scale, finite)), 0) * importance
+
+
+def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:
+    """The balance weights ``n_i / n_anchor``, nan where the term never reached the layer. [L, I]."""
+    return torch.where(norms > 0, norms / reference, math.nan)
+
+
+def tick(clocks: Tensor, reaching: Tensor, touched: Tensor) -> Tensor:
+    """Advance Adam's clocks by one step.
+
+    A parameter's clock counts the steps in which any term's graph reached it, as Adam's does. A term's own clock
+    corrects the bias of its second moment: it runs from the first step at which the term's gradient is not zero. The
+    terms that are there first share the parameter's clock; a term that comes later starts at one.
+
+    Args:
+        clocks: [P, 1 + I]: the parameter's clock, then each term's.
+        reaching: [P, I] bool: whether the term's gradient is not zero in this step.
+        touched: [P, 1] bool: whether the parameter got a gradient at all in this step.
+
+    Returns:
+        [P, 1 + I].
+    """
+    shared, own = clocks[:, :1] + 1, clocks[:, 1:]
+    running = own > 0
+    start = torch.where(running.any(1, keepdim=True), torch.ones_like(shared), shared)
+    own = torch.where(running, own + 1, torch.where(reaching, start, own))
+    return torch.where(touched, torch.cat([shared, own], 1), clocks)
+
+
+def bias_correction(clocks: Tensor, beta: Tensor) -> Tensor:
+    """``1 - beta^clock``, accurate also where it is small; one where the clock has not started."""
+    return torch.where(clocks > 0, -torch.expm1(clocks * torch.log(beta)), 1)

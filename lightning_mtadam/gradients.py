@@ -1,0 +1,68 @@
+"""Collects the gradient of each loss term, one backward pass per term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.terms import Losses
+
+
+def term_gradients(
+    losses: Losses, parameters: Sequence[Tensor], *, grad_output: Tensor | None = None
+) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """Differentiate each loss by itself, in order; the graph is freed with the last one.
+
+    Nothing is written to ``.grad``, so hooks that fire there (a distributed reducer's, for example) stay asleep.
+
+    Args:
+        losses: named scalar losses; they may share a graph.
+        parameters: the tensors to differentiate with respect to; those without ``requires_grad`` get ``None``.
+        grad_output: scalar by which every loss is multiplied (accumulation, loss scaling); ``None`` means 1.
+
+    Yields:
+        The term's name and its gradients, one per parameter, ``None`` where the term does not reach it. The tensors
+        may share memory with each other: do not write to them.
+
+    Raises:
+        ValueError: no parameter requires a gradient, or a term reaches none of them.
+        TypeError: a gradient is sparse.
+
+    Example:
+        >>> w, b = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+        >>> dict(term_gradients({"fit": w * b, "decay": w**2}, [w, b]))
+        {'fit': [tensor(1.), tensor(2.)], 'decay': [tensor(4.), None]}
+    """
+    trainable = [index for index, parameter in enumerate(parameters) if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("No parameter of the optimizer requires a gradient, so there is nothing to train.")
+    inputs = [parameters[index] for index in trainable]
+    last = len(losses) - 1
+    for position, (name, loss) in enumerate(losses.items()):
+        found = torch.autograd.grad(
+            loss,
+            inputs,
+            grad_outputs=None if grad_output is None else grad_output.to(loss),
+            retain_graph=position < last,
+            allow_unused=True,
+        )
+        _check_reached(name, found)
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        for index, gradient in zip(trainable, found, strict=True):
+            gradients[index] = gradient
+        yield name, gradients
+
+
+def _check_reached(name: str, gradients: Sequence[Tensor | None]) -> None:
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        raise ValueError(
+            f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
+            " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
+        )
+    if any(gradient.layout != torch.strided for gradient in present):
+        raise TypeError(
+            f"losses[{name!r}] has a sparse gradient, which is not supported. Use e.g. nn.Embedding(sparse=False)."
+        )

@@ -1,0 +1,116 @@
+"""The optimizer's options: what is allowed, and the errors when it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+from lightning_mtadam.balancing import NormInit, Reference, reference_norms
+from lightning_mtadam.terms import check_names, unknown_name_message
+
+LayerRule: TypeAlias = str | Callable[[str], str]
+Denominator: TypeAlias = Literal["max", "mean", "own"]
+Update: TypeAlias = Literal["sum", "mean"]
+
+ANCHOR_POLICIES = ("first", "mean", "max", "unit")
+LAYER_RULES = ("parameter", "module", "group", "global")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for the whole optimizer; learning rate, betas and the like belong to its parameter groups."""
+
+    anchor: str | None = "first"
+    importance: Mapping[str, float] = field(default_factory=dict)
+    layers: LayerRule = "parameter"
+    norm_init: NormInit = "first"
+    denominator: Denominator = "max"
+    update: Update = "sum"
+    max_scale: float = math.inf
+
+    def __post_init__(self) -> None:
+        _check_choice("norm_init", self.norm_init, get_args(NormInit))
+        _check_choice("denominator", self.denominator, get_args(Denominator))
+        _check_choice("update", self.update, get_args(Update))
+        if not callable(self.layers):
+            _check_choice("layers", self.layers, LAYER_RULES, "or a callable: parameter name -> layer name")
+        if self.anchor is not None and not isinstance(self.anchor, str):
+            raise TypeError(f"anchor must be one of {ANCHOR_POLICIES}, a term's name or None, but got {self.anchor!r}.")
+        if not isinstance(self.max_scale, (int, float)) or not self.max_scale > 0:
+            raise ValueError(f"max_scale must be a number above 0, but got {self.max_scale!r}.")
+        check_names(self.importance)
+        for name, value in self.importance.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"importance[{name!r}] must be a finite number of at least 0, but got {value!r}.")
+
+    def check_terms(self, terms: Sequence[str]) -> None:
+        """Raise unless the anchor and the importances name ``terms``."""
+        if self.anchor is not None and self.anchor not in ANCHOR_POLICIES and self.anchor not in terms:
+            raise ValueError(
+                f"anchor must be one of {ANCHOR_POLICIES}, None or one of the terms {tuple(terms)},"
+                f" but got {self.anchor!r}."
+            )
+        for name in self.importance:
+            if name not in terms:
+                raise ValueError(unknown_name_message("importance", name, terms))
+
+    def reference(self, terms: Sequence[str]) -> Reference:
+        """Relative to what the balance weights are: the anchor; the first term where there is none."""
+        if self.anchor == "mean":
+            return "mean"
+        if self.anchor == "max":
+            return "max"
+        return 0 if self.anchor in ("first", "unit", None) else terms.index(self.anchor)
+
+    def target_norms(self, norms: Tensor, terms: Sequence[str]) -> Tensor | None:
+        """The magnitude that the terms are brought to, [L, 1]; ``None`` if they are left as they are."""
+        if self.anchor is None:
+            return None
+        return norms.new_ones(len(norms), 1) if self.anchor == "unit" else reference_norms(norms, self.reference(terms))
+
+    @property
+    def state_meaning(self) -> dict[str, str]:
+        """The options that say what the numbers in the state mean: a checkpoint must agree on them."""
+        layers = "callable" if callable(self.layers) else self.layers
+        return {"layers": layers, "norm_init": self.norm_init, "denominator": self.denominator}
+
+
+def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
+    """Return ``terms`` as a tuple, or raise unless it is a sequence of different names."""
+    if isinstance(terms, str):
+        raise TypeError(f"terms must be a sequence of names, but got the string {terms!r}. Write ({terms!r},).")
+    terms = tuple(terms)
+    check_names(terms)
+    if not terms:
+        raise ValueError("terms is empty. Name at least one term, or leave it out to take the first losses' names.")
+    if len(set(terms)) != len(terms):
+        raise ValueError(f"terms must be different from each other, but got {terms}.")
+    return terms
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise unless a parameter group's hyper-parameters are in range."""
+    for name, low in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
+        value = group[name]
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, but got {value!r}.")
+        if not low <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least {low}, but got {value!r}.")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 3:
+        raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), but got {betas!r}.")
+    for index, beta in enumerate(betas, start=1):
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")
+    for name in Options.__dataclass_fields__:
+        if name in group and name not in ("layers", "norm_init", "denominator"):
+            raise ValueError(f"{name} holds for the whole optimizer: give it to MTAdam, not to a parameter group.")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)} {more}".rstrip() + f", but got {value!r}.")

@@ -1,0 +1,95 @@
+"""The gradients of each term between ``backward`` and ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.terms import TermGradients
+
+ClipAlgorithm: TypeAlias = Literal["norm", "value"]
+Gradients: TypeAlias = Sequence[Tensor | None]
+
+
+@dataclass
+class PendingGradients:
+    """What ``backward`` has collected and ``step`` has not yet consumed."""
+
+    gradients: TermGradients = field(default_factory=dict)
+    clip: tuple[ClipAlgorithm, float] | None = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.gradients = {}
+        self.clip = None
+
+    @property
+    def touched(self) -> list[bool]:
+        """Whether any term has a gradient, per parameter."""
+        columns = zip(*self.gradients.values(), strict=True)
+        return [any(gradient is not None for gradient in column) for column in columns]
+
+    def collect(
+        self,
+        found: Iterable[tuple[str, list[Tensor | None]]],
+        parameters: Sequence[Tensor],
+        loss_scale: Tensor | None = None,
+    ) -> None:
+        """Add the gradients of one more batch, and set ``p.grad`` to their sum over the terms.
+
+        A batch starts anew where nothing is pending, or where ``p.grad`` was reset behind the optimizer's back, as
+        ``model.zero_grad()`` does. Nothing is changed until every term is there.
+
+        Args:
+            found: the terms' gradients, as they come.
+            parameters: the parameters they belong to.
+            loss_scale: divides the terms' gradients, but not ``p.grad``.
+        """
+        total: list[Tensor | None] = [None] * len(parameters)
+        batch: TermGradients = {}
+        for name, gradients in found:
+            add_into(total, gradients)
+            batch[name] = gradients if loss_scale is None else divide(gradients, loss_scale)
+        anew = not self.gradients or all(parameter.grad is None for parameter in parameters)
+        if anew:
+            self.clear()
+        for name, new in batch.items():
+            old = self.gradients.get(name)
+            self.gradients[name] = new if old is None else add_gradients(old, new)
+        if not anew:
+            add_into(total, [parameter.grad for parameter in parameters])
+        for parameter, gradient in zip(parameters, total, strict=True):
+            parameter.grad = gradient
+
+
+def add_gradients(old: Gradients, new: Gradients) -> list[Tensor | None]:
+    """Add two lists entry by entry, out of place; ``None`` counts as zero."""
+    total = [first if second is None else second for first, second in zip(old, new, strict=True)]
+    both = [(index, a, b) for index, (a, b) in enumerate(zip(old, new, strict=True)) if a is not None and b is not None]
+    if both:
+        indices, first, second = zip(*both, strict=True)
+        for index, value in zip(indices, torch._foreach_add(first, second), strict=True):
+            total[index] = value
+    return total
+
+
+def add_into(total: list[Tensor | None], gradients: Gradients) -> None:
+    """Add ``gradients`` to ``total`` in place; entries that are ``None`` there become copies."""
+    both = [(a, b) for a, b in zip(total, gradients, strict=True) if a is not None and b is not None]
+    if both:
+        first, second = zip(*both, strict=True)
+        torch._foreach_add_(first, second)
+    for index, gradient in enumerate(gradients):
+        if total[index] is None and gradient is not None:
+            total[index] = gradient.clone()
+
+
+def divide(gradients: Gradients, divisor: Tensor) -> list[Tensor | None]:
+    """Divide every entry, out of place."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    quotients = iter(torch._foreach_mul(present, divisor.to(present[0]).reciprocal()))
+    return [None if gradient is None else next(quotients) for gradient in gradients]

@@ -1,0 +1,62 @@
+"""The optimizer's state per parameter: what it holds, and rows of it read and written for all parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = dict[str, Any]
+
+BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count")
+"""Small entries that are kept in fp32 or better. They are equal for all parameters of a layer, but for "step"."""
+
+
+def balance_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of norms, scales and clocks: fp32, or wider if a parameter is."""
+    dtype = torch.float32
+    for parameter in parameters:
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype
+
+
+def expected_shapes(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a parameter's state, for I terms.
+
+    Returns:
+        ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment, or one per
+        term with denominator "own"; ``exp_avg_sq`` [I, *shape]: the second moments; ``max_exp_avg_sq`` with amsgrad;
+        ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving averages of the layer's norms.
+    """
+    shape = tuple(parameter.shape)
+    shapes: dict[str, tuple[int, ...]] = {
+        "step": (1 + terms,),
+        "exp_avg": (terms, *shape) if own else shape,
+        "exp_avg_sq": (terms, *shape),
+        "gradient_norm": (terms,),
+        "gradient_norm_count": (terms,),
+    }
+    if amsgrad:
+        shapes["max_exp_avg_sq"] = (terms, *shape)
+    return shapes
+
+
+def new_state(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) -> State:
+    """The state before the first step: all zero, on the parameter's device."""
+    wide = balance_dtype([parameter])
+    return {
+        key: torch.zeros(shape, dtype=wide if key in BALANCE_KEYS else parameter.dtype, device=parameter.device)
+        for key, shape in expected_shapes(parameter, terms, own=own, amsgrad=amsgrad).items()
+    }
+
+
+def read_rows(states: Sequence[State], key: str, like: Tensor) -> Tensor:
+    """Stack one small entry of all parameters: P tensors [k] -> [P, k], in the dtype and on the device of ``like``."""
+    return torch.stack([state[key].to(like) for state in states])
+
+
+def write_rows(states: Sequence[State], key: str, rows: Tensor) -> None:
+    """Write back what ``read_rows`` gave, in place."""
+    torch._foreach_copy_([state[key] for state in states], list(rows.unbind()))

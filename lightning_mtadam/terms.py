@@ -1,0 +1,101 @@
+"""Named loss terms: what a mapping of losses must hold, and the errors when it does not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Losses: TypeAlias = Mapping[str, Tensor]
+"""One scalar tensor with a graph per term, in the order of the terms."""
+
+TermGradients: TypeAlias = dict[str, list[Tensor | None]]
+"""Per term, one gradient for each parameter; ``None`` where the term does not reach the parameter."""
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """A loss term or its gradient is inf or nan."""
+
+
+def check_losses(losses: Losses, terms: Sequence[str] | None = None, *, finite: bool = True) -> None:
+    """Raise unless ``losses`` is a non-empty mapping of names to finite, real scalars with a graph.
+
+    Args:
+        losses: the named losses of one step.
+        terms: the names that are allowed; ``None`` allows any.
+        finite: whether to refuse inf and nan. A gradient scaler skips such a step by itself.
+
+    Raises:
+        TypeError: a name that is no string; a loss that is no tensor, or is complex, integer or boolean.
+        ValueError: no losses at all; a loss that is not a scalar or has no graph; a name that is not in ``terms``.
+        NonFiniteError: a loss that is inf or nan.
+
+    Example:
+        >>> w = torch.ones(3, requires_grad=True)
+        >>> check_losses({"l1": w.abs().sum(), "l2": w.square().sum()}, terms=("l1", "l2"))
+        >>> check_losses({"l1": w.abs()})
+        Traceback (most recent call last):
+            ...
+        ValueError: losses['l1'] must be a scalar tensor, but has shape (3,). Reduce it, e.g. with .mean().
+    """
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"losses must be a mapping of names to scalar tensors, but is a {type(losses).__name__}.")
+    if not losses:
+        raise ValueError("losses is empty. Give at least one named loss, e.g. {'reconstruction': loss}.")
+    check_names(losses)
+    if terms is not None:
+        for name in losses:
+            if name not in terms:
+                raise ValueError(unknown_name_message("losses", name, terms))
+    for name, loss in losses.items():
+        _check_loss(name, loss)
+    if finite:
+        _check_finite(losses)
+
+
+def check_names(names: Iterable[object]) -> None:
+    """Raise unless every name is a non-empty string."""
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"The name of a loss term must be a non-empty string, but got {name!r}.")
+
+
+def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
+    """Say that ``name`` in ``where`` is no known term, which terms there are, and what to do."""
+    terms = tuple(terms)
+    near = difflib.get_close_matches(name, terms, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return (
+        f"{where} names the term {name!r}, but the terms are {terms}.{hint}"
+        " Terms that are not in the first losses must be named ahead: MTAdam(..., terms=(...))."
+    )
+
+
+def _check_loss(name: str, loss: object) -> None:
+    where = f"losses[{name!r}]"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{where} must be a scalar tensor, but is a {type(loss).__name__}. Do not call .item() on it.")
+    if not loss.is_floating_point():
+        raise TypeError(f"{where} must be a real floating-point tensor, but has dtype {loss.dtype}.")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"{where} must be a scalar tensor, but has shape {tuple(loss.shape)}. Reduce it, e.g. with .mean()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{where} has no graph, so it reaches no parameter. Compute it from the network's output without"
+            " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
+        )
+
+
+def _check_finite(losses: Losses) -> None:
+    finite = torch.stack([loss.detach().isfinite().to(next(iter(losses.values())).device) for loss in losses.values()])
+    if not bool(finite.all()):
+        name, loss = next((n, v) for n, v in losses.items() if not bool(v.detach().isfinite()))
+        raise NonFiniteError(
+            f"losses[{name!r}] is {loss.detach().item()}. Nothing was changed. Look for a division by zero, a log of"
+            " zero or a learning rate that is too high; torch.autograd.set_detect_anomaly(True) finds the operation."
+        )
