@@ -54,7 +54,7 @@ class Block:
         members = self.members(tensors)
         if self.start is not None or (len(members) == 1 and members[0].is_contiguous()):
             return
-        pieces = torch.split(values, self.sizes, -1)
+        pieces = torch.split(values, list(self.sizes), -1)
         torch._foreach_copy_(
             list(members), [piece.view_as(member) for piece, member in zip(pieces, members, strict=True)]
         )

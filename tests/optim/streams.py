@@ -56,7 +56,9 @@ def feed(optimizer, parameters, gradients):
     """Linear losses have exactly these gradients."""
     losses = {
         term: sum(
-            (torch.as_tensor(g, dtype=p.dtype) * p).sum() for p, g in zip(parameters, found, strict=True) if g is not None
+            (torch.as_tensor(g, dtype=p.dtype) * p).sum()
+            for p, g in zip(parameters, found, strict=True)
+            if g is not None
         )
         for term, found in gradients.items()
     }

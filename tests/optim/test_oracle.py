@@ -1,7 +1,6 @@
 """MTAdam equals an independent naive float64 implementation, for every combination of options."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest

@@ -59,9 +59,7 @@ class NaiveMTAdam:
 
     def step(self, gradients, clip=None):
         """``gradients``: term name -> list with an array or None per parameter."""
-        touched = [
-            any(gradients[t][p] is not None for t in gradients) for p in range(len(self.parameters))
-        ]
+        touched = [any(gradients[t][p] is not None for t in gradients) for p in range(len(self.parameters))]
         full = [
             [
                 np.zeros_like(self.parameters[p])

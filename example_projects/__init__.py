@@ -1,0 +1,1 @@
+"""Small projects on lightning_mtadam, each run as ``python -m example_projects.<name>``."""

@@ -1,0 +1,1 @@
+"""What the example projects share: runs that can be resumed, and reports."""

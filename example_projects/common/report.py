@@ -1,0 +1,59 @@
+"""Tables of results, as text, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Row = Mapping[str, object]
+
+
+def summarise(results: Sequence[Row], by: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """One row per value of ``by``: mean +- standard deviation of each column, and the number of runs."""
+    rows = []
+    for value in dict.fromkeys(result[by] for result in results):
+        chosen = [result for result in results if result[by] == value]
+        row = {by: str(value), "runs": str(len(chosen))}
+        for column in columns:
+            row[column] = mean_and_spread([float(str(result[column])) for result in chosen])
+        rows.append(row)
+    return rows
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``mean +- standard deviation``; the value alone if there is but one.
+
+    Example:
+        >>> mean_and_spread([97.0, 98.0, 99.0])
+        '98.00 +- 1.00'
+        >>> mean_and_spread([0.1234])
+        '0.12'
+    """
+    digits = 2 if max(map(abs, values)) >= 0.1 else 4
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table of the rows, with aligned columns.
+
+    Example:
+        >>> print(markdown([{"method": "mtadam", "accuracy": "97.9"}]))
+        | method | accuracy |
+        | ------ | -------- |
+        | mtadam | 97.9     |
+    """
+    header = list(rows[0])
+    widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in header]
+    lines = [header, ["-" * width for width in widths], *([str(row[name]) for name in header] for row in rows)]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows, one line each."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

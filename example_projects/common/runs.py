@@ -1,0 +1,80 @@
+"""One training run in a folder of its own: checkpoints while it goes on, its result when it has ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from example_projects.common.exact_resume import RandomState
+
+Result = dict[str, Any]
+
+
+def run(
+    folder: Path,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    read_result: Callable[[pl.Trainer], Result],
+    *,
+    resume: bool,
+    checkpoint_every: int = 100,
+    callbacks: Sequence[pl.Callback] = (),
+    **trainer_options: Any,
+) -> Result:
+    """Train and test, or continue, or read the result of a run that has ended.
+
+    Args:
+        folder: where checkpoints, logs and the result are kept.
+        module: what to train.
+        data: what to train it on.
+        read_result: takes the figures to report from the trainer after testing.
+        resume: continue from the last checkpoint, and do not repeat what has ended.
+        checkpoint_every: steps between checkpoints.
+        callbacks: more callbacks.
+        trainer_options: for the trainer.
+
+    Returns:
+        The figures, with "seconds_per_step", over this process's steps.
+    """
+    result_file = folder / "result.json"
+    if resume and result_file.exists():
+        return dict(json.loads(result_file.read_text()))
+    if not resume and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    timer = Timer()
+    trainer = pl.Trainer(
+        logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
+        callbacks=[
+            *callbacks,
+            timer,
+            RandomState(),
+            ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=checkpoint_every),
+        ],
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **trainer_options,
+    )
+    last = folder / "checkpoints" / "last.ckpt"
+    steps_before = _step_of(last) if resume and last.exists() else 0
+    trainer.fit(module, data, ckpt_path=str(last) if steps_before else None, weights_only=False)
+    steps = trainer.global_step - steps_before
+    trainer.test(module, data, verbose=False)
+    result = {**read_result(trainer), "steps": trainer.global_step}
+    result["seconds_per_step"] = timer.time_elapsed("train") / max(steps, 1)
+    if trainer.is_global_zero:
+        result_file.write_text(json.dumps(result, indent=2))
+    return result
+
+
+def _step_of(checkpoint: Path) -> int:
+    import torch
+
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])

@@ -1,0 +1,1 @@
+"""Ten class losses with weights far apart: MTAdam beside Adam on MNIST."""

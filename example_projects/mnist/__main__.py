@@ -1,0 +1,116 @@
+"""Train MNIST on ten weighted class losses with several methods, and print a table.
+
+The network is the one of the PyTorch MNIST example. Each class has a loss of its own, multiplied by a weight: 1 for
+class 0 and U(0, 1000) for the others, unless --weights says otherwise. "balanced-adam" sees weights of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from example_projects.common import report
+from example_projects.common.runs import Result, run
+from example_projects.mnist.data import MNISTData, find_data
+from example_projects.mnist.methods import METHODS
+from example_projects.mnist.module import CLASSES, ClassTerms
+from lightning_mtadam import MTAdam
+from lightning_mtadam.callbacks import BalanceWeightMonitor
+
+COLUMNS = ("test_accuracy", "worst_class", "seconds_per_step")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m example_projects.mnist", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", nargs="+", choices=METHODS, default=["mtadam", "adam", "balanced-adam"], metavar="METHOD",
+        help="one or several of: " + ", ".join(METHODS))  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0], help="one run per method and seed")
+    add("--weights", choices=("code", "paper", "equal"), default="code",
+        help="class weights: 1 and nine U(0, 1000) as in the authors' code; U(1, 1000) as in the paper; all 1")  # fmt: skip
+    add("--lr", type=float, default=1e-3, help="learning rate")
+    add("--batch-size", type=int, default=64)
+    add("--max-epochs", type=int, default=1)
+    add("--limit-train-batches", type=int, default=None, help="batches of an epoch; all if left out")
+    add("--data-dir", type=Path, default=None,
+        help="folder with MNIST's four idx files, gzipped or not; if left out they are downloaded, or, offline, a"
+        " subset that ships with the project is used")  # fmt: skip
+    add("--output-dir", type=Path, default=Path("runs/mnist"), help="where logs, checkpoints and tables go")
+    add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer")
+    add("--devices", default="auto", help="as for Lightning's Trainer")
+    add("--strategy", default="auto", help="as for Lightning's Trainer")
+    return parser.parse_args(arguments)
+
+
+def class_weights(kind: str, seed: int) -> torch.Tensor:
+    """The ten weights of a seed."""
+    random = np.random.RandomState(seed).rand(CLASSES)
+    weights = {"code": 1000 * random, "paper": 1 + 999 * random, "equal": np.ones(CLASSES)}[kind]
+    if kind == "code":
+        weights[0] = 1
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -> Result:
+    """One method with one seed."""
+    method = METHODS[name]
+    pl.seed_everything(seed, verbose=False)
+    module = ClassTerms(method, class_weights("equal" if method.balanced else options.weights, seed), options.lr)
+    return run(
+        options.output_dir / f"{options.weights}-lr{options.lr:g}" / f"{name}-seed{seed}",
+        module,
+        MNISTData(data_dir, options.batch_size, seed),
+        lambda trainer: {
+            "test_accuracy": float(trainer.callback_metrics["test/accuracy"]),
+            "worst_class": float(trainer.callback_metrics["test/worst_class"]),
+        },
+        resume=options.resume,
+        callbacks=[BalanceWeightMonitor()] if method.optimizer is MTAdam else [],
+        max_epochs=options.max_epochs,
+        limit_train_batches=options.limit_train_batches,
+        accelerator=options.accelerator,
+        devices=options.devices if options.devices == "auto" else int(options.devices),
+        strategy=options.strategy,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    options = parse(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+    data_dir, where = find_data(options.data_dir)
+    print(where)
+    results = []
+    for seed in options.seeds:
+        for name in options.method:
+            print(f"\n{name}, seed {seed}, weights {options.weights}, lr {options.lr:g}", flush=True)
+            results.append({"method": name, "seed": seed, **run_one(options, data_dir, name, seed)})
+    write(options, results)
+
+
+def write(options: argparse.Namespace, results: list[Result]) -> None:
+    """Print the table and write it as Markdown and CSV."""
+    table = report.markdown(report.summarise(results, "method", COLUMNS))
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / "table.md").write_text(table + "\n")
+    (options.output_dir / "options.json").write_text(json.dumps(vars(options), default=str, indent=2))
+    report.write_csv(options.output_dir / "results.csv", results)
+    print(f"\n{table}\n\nWritten to {options.output_dir}/table.md and results.csv.")
+    print(f"See the balance with: tensorboard --logdir {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""MNIST from a folder, from the net, or the subset that ships with the project."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+from urllib.error import URLError
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import MNIST
+
+from example_projects.common.exact_resume import EpochSampler
+
+MEAN, DEVIATION = 0.1307, 0.3081
+SUBSET = Path(__file__).parent / "subset"
+DOWNLOADED = Path("data")
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read an idx file of bytes, gzipped or not.
+
+    Raises:
+        ValueError: the file is no idx file of bytes, or is cut short.
+    """
+    content = path.read_bytes()
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}). Download it again.") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} is not an idx file of unsigned bytes. Download it again.")
+    dimensions = content[3]
+    shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if values.size != np.prod(shape):
+        raise ValueError(f"{path} has {values.size} bytes of data, but its header says {shape}. Download it again.")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def read_split(folder: Path, split: str) -> TensorDataset:
+    """Read "train" or "test" from the four idx files in ``folder`` or in ``folder/MNIST/raw``.
+
+    Raises:
+        FileNotFoundError: a file is in neither place.
+    """
+    images, labels = (read_idx(find_file(folder, name)) for name in FILES[split])
+    normalised = (images.float().div(255)[:, None] - MEAN) / DEVIATION
+    return TensorDataset(normalised, labels.long())
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """Where the file is, gzipped or not, in ``folder`` or in ``folder/MNIST/raw``."""
+    places = [place / (name + suffix) for place in (folder, folder / "MNIST" / "raw") for suffix in ("", ".gz")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"{name} (or {name}.gz) is neither in {folder} nor in {folder / 'MNIST' / 'raw'}. Give --data-dir the folder"
+        " with MNIST's four idx files, or leave it out to download them."
+    )
+
+
+def find_data(data_dir: Path | None) -> tuple[Path, str]:
+    """Where MNIST is, and a sentence that says so: the given folder, a download, or the shipped subset."""
+    if data_dir is not None:
+        return data_dir, f"MNIST from {data_dir}."
+    try:
+        MNIST(str(DOWNLOADED), download=True)
+    except (URLError, RuntimeError, OSError) as error:
+        return SUBSET, (
+            f"MNIST could not be downloaded ({str(error).splitlines()[0]}). Using the subset of real MNIST that ships with the project:"
+            " 10,000 training and 2,000 test images. Give --data-dir for the full set."
+        )
+    return DOWNLOADED, f"MNIST, downloaded to {DOWNLOADED.resolve()}."
+
+
+class MNISTData(pl.LightningDataModule):
+    """MNIST in batches, in an order that depends on the seed alone.
+
+    Args:
+        folder: with the four idx files.
+        batch_size: of training.
+        seed: of the order.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.folder, self.batch_size, self.seed = folder, batch_size, seed
+
+    def setup(self, stage: str) -> None:
+        """Read the files, once."""
+        if not hasattr(self, "train"):
+            self.train, self.test = read_split(self.folder, "train"), read_split(self.folder, "test")
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Training batches."""
+        sampler = EpochSampler(len(self.train), self.batch_size, self.seed, self.trainer)
+        return DataLoader(self.train, self.batch_size, sampler=sampler)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Test batches."""
+        return DataLoader(self.test, 1000)

@@ -1,0 +1,76 @@
+"""What TensorBoard shows beyond scalars: a heatmap of the balance and a layout of charts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+CELL = 18
+LABEL_HEIGHT = 14
+DECADES = 3.0
+LOW, MIDDLE, HIGH = (torch.tensor(rgb) for rgb in ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0)))
+UNREACHED = torch.tensor((160.0, 160.0, 160.0))
+
+
+def writers(loggers: Sequence[Logger]) -> Iterator[Any]:
+    """The TensorBoard writers behind the loggers, whatever the loggers' classes."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # tensorboard is not installed, so no logger writes with it
+        return
+    for logger in loggers:
+        if isinstance(writer := getattr(logger, "experiment", None), SummaryWriter):
+            yield writer
+
+
+def add_layout(writer: Any, prefix: str, terms: Sequence[str]) -> None:
+    """Lay out one chart per term: the median over the layers between the 10th and the 90th percentile."""
+    charts = {term: ["Margin", [f"{prefix}/{term}.{name}" for name in ("median", "p10", "p90")]] for term in terms}
+    writer.add_custom_scalars({prefix: charts})
+
+
+def add_heatmap(
+    writer: Any, prefix: str, terms: Sequence[str], layers: Sequence[str], table: Tensor, step: int
+) -> None:
+    """Write the balance weights [L, I] as an image: a row per layer, a column per term."""
+    writer.add_image(f"{prefix}/layers_by_terms", draw_heatmap(terms, layers, table), step, dataformats="HWC")
+
+
+def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> Tensor:
+    """Draw balance weights [L, I] on a logarithmic scale, labelled: uint8 [height, width, 3].
+
+    White is one, red more, blue less; the scale ends at a factor of 1000. Grey: the term never reached the layer.
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default()
+    left = max(int(font.getlength(name)) for name in layers) + 8
+    top = max(int(font.getlength(name)) for name in terms) + 8
+    cells = _colours(table).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
+    footer = "white: as the anchor   red: up to x1000   blue: down to /1000"
+    width = max(left + cells.shape[1], int(font.getlength(footer)) + 8)
+    image = Image.new("RGB", (width, top + cells.shape[0] + LABEL_HEIGHT + 4), "white")
+    image.paste(Image.fromarray(cells.numpy()), (left, top))
+    draw = ImageDraw.Draw(image)
+    for row, name in enumerate(layers):
+        draw.text((4, top + row * CELL + (CELL - LABEL_HEIGHT) // 2), name, "black", font)
+    for column, name in enumerate(terms):
+        label = Image.new("RGB", (top - 4, LABEL_HEIGHT), "white")
+        ImageDraw.Draw(label).text((0, 0), name, "black", font)
+        image.paste(label.rotate(90, expand=True), (left + column * CELL + (CELL - LABEL_HEIGHT) // 2, 0))
+    draw.text((4, image.height - LABEL_HEIGHT - 2), footer, "black", font)
+    return torch.from_numpy(np.array(image))
+
+
+def _colours(table: Tensor) -> Tensor:
+    """[L, I] -> uint8 [L, I, 3]."""
+    place = (table.float().log10() / DECADES).clamp(-1, 1)[..., None]
+    colours = torch.where(place > 0, MIDDLE + (HIGH - MIDDLE) * place, MIDDLE + (MIDDLE - LOW) * place)
+    return torch.where(place.isnan(), UNREACHED, colours).to(torch.uint8)

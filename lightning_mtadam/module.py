@@ -1,0 +1,176 @@
+"""The LightningModule whose ``training_step`` returns named losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_mtadam import trainer_internals
+from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.terms import Losses, check_losses
+
+
+@dataclass(frozen=True)
+class _PendingLosses:
+    """The losses of a training step between the forward and the backward pass.
+
+    Attributes:
+        losses: the terms, with their graphs.
+        total: their sum; what Lightning scales and passes to ``backward`` derives from it.
+        accumulated: by how many batches Lightning divides.
+        optimizer: whose gradients are wanted.
+    """
+
+    losses: Losses
+    total: Tensor
+    accumulated: int
+    optimizer: Optimizer
+
+
+class MultiTermLightningModule(pl.LightningModule):
+    """A LightningModule for training on several losses.
+
+    ``training_step`` returns a dict of named scalar losses. With :class:`~lightning_mtadam.optim.MTAdam` as optimizer,
+    one backward pass per term is run and the step is balanced; with any other optimizer the module trains on the plain
+    sum of the terms. A tensor, or a dict with the key "loss", is treated as in every LightningModule. Accumulation,
+    gradient clipping, schedulers and callbacks work as ever; clipping acts on the balanced gradient.
+
+    The terms are logged as ``train/<term>``, their sum as ``train/loss``, on the progress bar.
+
+    Attributes:
+        log_terms: set it to False to log nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_mtadam import MTAdam, MultiTermLightningModule
+        >>> class Autoencoder(MultiTermLightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = nn.Linear(8, 2), nn.Linear(2, 8)
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         code = self.encoder(batch)
+        ...         error = self.decoder(code) - batch
+        ...         return {"reconstruction": error.square().mean(), "code": code.square().mean()}
+        ...
+        ...     def configure_optimizers(self):
+        ...         return MTAdam(self.named_parameters(), lr=1e-2)
+    """
+
+    log_terms: bool = True
+    _pending: _PendingLosses | None = None
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The trainer that the module is attached to."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: pl.Trainer | None) -> None:
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None:
+            trainer_internals.set_result_reader(trainer, self._read_training_step)
+
+    def backward_terms(self, losses: Losses, optimizer: Optimizer) -> None:
+        """In manual optimization: one backward pass per term, for this optimizer's parameters only.
+
+        Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam, one backward pass on the plain sum.
+
+        Args:
+            losses: named scalar losses.
+            optimizer: one of ``self.optimizers()``.
+
+        Example:
+            In ``training_step``, with ``self.automatic_optimization = False``::
+
+                generator, discriminator = self.optimizers()
+                generator.zero_grad()
+                self.backward_terms({"l1": l1, "gan": gan}, generator)
+                generator.step()
+        """
+        optimizer = trainer_internals.unwrap(optimizer)
+        self._check(losses, optimizer)
+        total = torch.stack(list(losses.values())).sum()
+        self._pending = _PendingLosses(losses, total, 1, optimizer)
+        self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
+        try:
+            self.manual_backward(total)
+        finally:
+            self._pending = None
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate the terms of the pending losses; a loss of its own as in every LightningModule."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return super().backward(loss, *args, **kwargs)
+        if not isinstance(pending.optimizer, MTAdam):
+            inputs = {} if self.automatic_optimization else {"inputs": _trainable(pending.optimizer)}
+            return super().backward(loss, *args, **inputs, **kwargs)
+        self._backward_terms(pending, pending.optimizer, loss)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the balanced gradient of MTAdam; the gradients of other optimizers as in every LightningModule."""
+        mtadam = trainer_internals.unwrap(optimizer)
+        if not isinstance(mtadam, MTAdam):
+            return super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        limit = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        algorithm = self.trainer.gradient_clip_algorithm if gradient_clip_algorithm is None else gradient_clip_algorithm
+        if limit:
+            mtadam.clip_gradients(limit, str(getattr(algorithm, "value", algorithm) or "norm"))  # type: ignore[arg-type]
+
+    def _backward_terms(self, pending: _PendingLosses, optimizer: MTAdam, loss: Tensor) -> None:
+        # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
+        (factor,) = torch.autograd.grad(loss, pending.total)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer.name_parameters(self.named_parameters())
+        optimizer.backward(
+            pending.losses, grad_output=factor, loss_scale=factor * pending.accumulated if scaled else None
+        )
+
+    def _read_training_step(self, output: Any, accumulated: int) -> ClosureResult:
+        """Make of a training step's output what the automatic loop goes on with, and keep its losses for backward."""
+        optimizer = self.trainer.optimizers[0]
+        named = isinstance(output, Mapping) and "loss" not in output
+        if not named and (output is None or not isinstance(optimizer, MTAdam)):
+            return ClosureResult.from_training_step_output(output, accumulated)
+        losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
+        self._check(losses, optimizer)
+        total = torch.stack(list(losses.values())).sum() if named else losses["loss"]
+        self._pending = None
+        if not trainer_internals.skips_backward(self.trainer):
+            self._pending = _PendingLosses(losses, total, accumulated, optimizer)
+        if not named:
+            return ClosureResult.from_training_step_output(output, accumulated)
+        self._log_losses(losses, total, "on_before_backward")
+        return ClosureResult.from_training_step_output(
+            {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
+        )
+
+    def _check(self, losses: Losses, optimizer: Optimizer) -> None:
+        terms = optimizer.terms or None if isinstance(optimizer, MTAdam) else None
+        check_losses(losses, terms, finite=False)
+
+    def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
+        if not self.log_terms or self.trainer.barebones:
+            return
+        with trainer_internals.logging_as(self, hook):
+            self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()})
+            if total is not None:
+                self.log("train/loss", total.detach(), prog_bar=True)
+
+
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -1,0 +1,59 @@
+"""Every private attribute of Lightning that the package relies on, in one place.
+
+``tests/test_trainer_internals.py`` fails by name when one of them moves.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import lightning.pytorch as pl
+
+
+def set_result_reader(trainer: pl.Trainer, read: Callable[[Any, int], ClosureResult]) -> None:
+    """Let ``read(training_step_output, accumulate_grad_batches)`` make the result of an automatic training step."""
+    trainer.fit_loop.epoch_loop.automatic_optimization.output_result_cls = _ResultReader(read)  # type: ignore[assignment]
+
+
+class _ResultReader:
+    def __init__(self, read: Callable[[Any, int], ClosureResult]) -> None:
+        self.from_training_step_output = read
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Whether training steps run without backward, as in the last epoch of stochastic weight averaging."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
+
+
+@contextmanager
+def logging_as(module: pl.LightningModule, hook: str) -> Iterator[None]:
+    """Make ``self.log`` believe that it is called in ``hook``."""
+    before = module._current_fx_name
+    module._current_fx_name = hook
+    try:
+        yield
+    finally:
+        module._current_fx_name = before
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that Lightning wrapped, or the one given."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def should_log(trainer: pl.Trainer) -> bool:
+    """Whether the batch that has just ended took an optimizer step that is to be logged."""
+    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """The step under which ``self.log`` files the batch that has just ended."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
