@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="one or several of: " + ", ".join(METHODS))  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0], help="one run per method and seed")
     add("--weights", choices=("code", "paper", "equal"), default="code",
-        help="class weights: 1 and nine U(0, 1000) as in the authors' code; U(1, 1000) as in the paper; all 1")  # fmt: skip
+        help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
     add("--lr", type=float, default=1e-3, help="learning rate")
     add("--batch-size", type=int, default=64)
     add("--max-epochs", type=int, default=1)

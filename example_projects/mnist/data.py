@@ -76,8 +76,9 @@ def find_data(data_dir: Path | None) -> tuple[Path, str]:
     try:
         MNIST(str(DOWNLOADED), download=True)
     except (URLError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
         return SUBSET, (
-            f"MNIST could not be downloaded ({str(error).splitlines()[0]}). Using the subset of real MNIST that ships with the project:"
+            f"MNIST could not be downloaded ({reason}). Using the subset of real MNIST that ships with the project:"
             " 10,000 training and 2,000 test images. Give --data-dir for the full set."
         )
     return DOWNLOADED, f"MNIST, downloaded to {DOWNLOADED.resolve()}."

@@ -222,6 +222,8 @@ class MTAdam(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group)
+            if any(parameter.is_complex() for parameter in group["params"]):
+                raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")
         except Exception:
             self.param_groups.pop()
             raise
@@ -309,12 +311,9 @@ class MTAdam(Optimizer):
 
     def _check_nothing_to_do(self, *, skipped: bool) -> None:
         """Raise, unless a closure has said by returning ``None`` that there is nothing to do."""
-        if any(parameter.grad is not None for parameter in self._parameters()):
+        if not skipped or any(parameter.grad is not None for parameter in self._parameters()):
             raise RuntimeError(
-                "step() has no term's gradients, though p.grad is set. Call optimizer.backward({'name': loss, ...})"
-                " in place of loss.backward(); in a LightningModule, self.backward_terms({...}, optimizer)."
-            )
-        if not skipped:
-            raise RuntimeError(
-                "step() has nothing to consume. Call optimizer.backward({'name': loss, ...}) before every step()."
+                "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
+                " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
+                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )

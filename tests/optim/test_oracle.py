@@ -57,3 +57,67 @@ def test_every_combination_equals_the_oracle(rule, anchor):
         ("first", "unbiased", "one"), ("max", "mean", "own"), ("sum", "mean")
     ):
         compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
+
+
+@pytest.mark.parametrize("anchor", ["first", "mean", None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amsgrad": True},
+        {"amsgrad": True, "denominator": "own"},
+        {"maximize": True},
+        {"weight_decay": 0.1},
+        {"max_scale": 0.5},
+        {"importance": {"b": 0.25, "c": 2.0}},
+        {"eps": 1e-3, "betas": (0.5, 0.9, 0.0)},
+        {"betas": (0.0, 0.99, 0.99)},
+        {"lr": 0.05, "second_group": {"lr": 1e-3, "weight_decay": 0.3, "betas": (0.8, 0.99, 0.5)}},
+        {"lr": 0.05, "second_group": {"betas": (0.8, 0.99, 0.5)}, "rule": "global", "norm_init": "unbiased"},
+        {"clip": ("norm", 0.7)},
+        {"clip": ("value", 0.05)},
+        {"clip": ("value", 0.05), "denominator": "own"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_other_option_equals_the_oracle(options, anchor):
+    compare(**{"rule": "parameter", "anchor": anchor, **options})
+
+
+def test_layers_of_a_callable_equal_the_rule_it_states():
+    by_rule, by_function = (
+        make(start(0), rule=rule) for rule in ("module", lambda name: name.rpartition(".")[0].upper())
+    )
+    for gradients in stream(40, 0):
+        for parameters, optimizer in (by_rule, by_function):
+            feed(optimizer, parameters, gradients)
+            optimizer.step()
+    for ours, theirs in zip(by_rule[0], by_function[0], strict=True):
+        assert ours.detach().equal(theirs.detach())
+    assert list(by_function[1].balance_weights()) == ["NET", "HEAD"]
+
+
+def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
+    """Cut into blocks of five elements, every parameter is split or joined otherwise; nothing changes."""
+    import torch
+
+    from lightning_mtadam.optim import blocks
+
+    def run(limit):
+        monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", limit)
+        values = [*start(0)]
+        parameters, optimizer = make(values, amsgrad=True)
+        strided = torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
+        strided.requires_grad_()
+        optimizer.add_param_group({"params": [("conv.weight", strided)]})
+        for gradients in stream(30, 0):
+            gradients = {
+                t: [*g, np.sin(np.arange(24.0) * (i + 1)).reshape(2, 3, 2, 2)]
+                for i, (t, g) in enumerate(gradients.items())
+            }
+            feed(optimizer, [*parameters, strided], gradients)
+            optimizer.clip_gradients(0.5)
+            optimizer.step()
+        return [p.detach() for p in (*parameters, strided)]
+
+    for ours, theirs in zip(run(5), run(10_000), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)

@@ -1,0 +1,216 @@
+"""Saving and resuming continue bit for bit; other checkpoints are refused by name."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mtadam.optim import MTAdam
+from tests.optim.streams import TERMS, feed, make, start, stream
+
+OPTIONS = [
+    {},
+    {"amsgrad": True, "weight_decay": 0.1},
+    {"denominator": "own", "norm_init": "unbiased"},
+    {"rule": "module", "anchor": "mean"},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float32},
+]
+
+
+def run(optimizer, parameters, gradients):
+    for found in gradients:
+        feed(optimizer, parameters, found)
+        optimizer.step()
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_same(ours, theirs):
+    for key, value in ours.state_dict()["state"].items():
+        for name, tensor in value.items():
+            other = theirs.state_dict()["state"][key][name]
+            assert tensor.dtype == other.dtype, name
+            assert torch.equal(tensor, other), name
+    for name, weights in ours.balance_weights().items():
+        torch.testing.assert_close(weights, theirs.balance_weights()[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("at", [0, 1, 5, 22, 63])
+def test_resume_continues_bitwise(at, options):
+    """Before the first step, in the middle of a term's absence, and after late starts."""
+    gradients = list(stream(100, 0))
+    parameters, optimizer = make(start(0), **options)
+    run(optimizer, parameters, gradients[:at])
+    saved = through_a_file(optimizer.state_dict())
+    values = [p.detach().clone() for p in parameters]
+    run(optimizer, parameters, gradients[at:])
+
+    resumed_parameters, resumed = make(start(0), **options)
+    with torch.no_grad():
+        for parameter, value in zip(resumed_parameters, values, strict=True):
+            parameter.copy_(value)
+    resumed.load_state_dict(saved)
+    assert resumed.terms == TERMS
+    run(resumed, resumed_parameters, gradients[at:])
+    assert all(torch.equal(p, q) for p, q in zip(parameters, resumed_parameters, strict=True))
+    assert_same(optimizer, resumed)
+
+
+def test_loading_shares_no_memory_with_the_checkpoint():
+    parameters, optimizer = make(start(0))
+    run(optimizer, parameters, stream(10, 0))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved["state"])
+    other_parameters, other = make(start(0))
+    other.load_state_dict(saved)
+    run(other, other_parameters, stream(10, 1))
+    for key, entry in kept.items():
+        assert all(torch.equal(value, saved["state"][key][name]) for name, value in entry.items())
+
+
+def test_loading_the_state_before_any_step_starts_anew():
+    model = nn.Linear(2, 1)
+    optimizer = MTAdam(model.named_parameters())
+    fresh = copy.deepcopy(optimizer.state_dict())
+    optimizer.backward({"fit": model(torch.ones(1, 2)).mean()})
+    optimizer.step()
+    optimizer.load_state_dict(fresh)
+    assert optimizer.terms == ()
+    assert optimizer.balance_weights() == {}
+    optimizer.zero_grad()
+    optimizer.backward({"other": model(torch.ones(1, 2)).mean()})
+    optimizer.step()
+    assert optimizer.terms == ("other",)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_a_copy_continues_bitwise(clone):
+    parameters, optimizer = make(start(0), rule="module", anchor="b", importance={"c": 2.0})
+    run(optimizer, parameters, stream(10, 0))
+    copied = clone(optimizer)
+    copied_parameters = [p for group in copied.param_groups for p in group["params"]]
+    run(optimizer, parameters, stream(10, 1))
+    run(copied, copied_parameters, stream(10, 1))
+    assert all(torch.equal(p, q) for p, q in zip(parameters, copied_parameters, strict=True))
+    assert_same(optimizer, copied)
+
+
+def test_state_is_terms_plus_one_times_the_parameters():
+    parameters, optimizer = make(start(0))
+    run(optimizer, parameters, stream(1, 0))
+    size = sum(p.numel() for p in parameters)
+    state = optimizer.state_dict()["state"].values()
+    large = sum(entry[key].numel() for entry in state for key in ("exp_avg", "exp_avg_sq"))
+    small = sum(v.numel() for entry in state for k, v in entry.items() if k not in ("exp_avg", "exp_avg_sq"))
+    assert large == (len(TERMS) + 1) * size
+    assert small == (3 * len(TERMS) + 1) * len(parameters)
+
+
+def test_state_is_allocated_ahead_if_terms_are_known_ahead():
+    given = make(start(0))[1]
+    assert len(given.state_dict()["state"]) == 6
+    assert all(weights.isnan().all() for weights in given.balance_weights().values())
+    assert MTAdam(nn.Linear(2, 1).named_parameters()).state_dict()["state"] == {}
+
+
+def test_frozen_parameters_have_no_state_until_they_are_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    optimizer = MTAdam(model.named_parameters(), layers="module")
+    before = model[0].weight.clone()
+    for step in range(4):
+        if step == 2:
+            model[0].requires_grad_(True)
+        optimizer.zero_grad()
+        output = model(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+        optimizer.backward({"fit": output.mean(), "size": output[0].square().sum()})
+        optimizer.step()
+        assert torch.equal(before, model[0].weight) == (step < 2)
+        assert len(optimizer.state_dict()["state"]) == (2 if step < 2 else 4)
+        assert optimizer.balance_weights()["0"].isnan().all() == (step < 2)
+
+
+def test_a_parameter_frozen_later_stays_where_it_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = MTAdam(model.named_parameters(), weight_decay=0.1)
+    for step in range(3):
+        if step == 1:
+            model[0].requires_grad_(False)
+            kept = [p.clone() for p in model[0].parameters()]
+        optimizer.zero_grad()
+        optimizer.backward({"fit": model(torch.ones(1, 2)).mean()})
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(kept, model[0].parameters(), strict=True))
+
+
+def altered(change):
+    parameters, optimizer = make(start(0))
+    run(optimizer, parameters, stream(3, 0))
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    return saved
+
+
+def set_terms(saved, terms):
+    for group in saved["param_groups"]:
+        group["terms"] = terms
+
+
+REFUSED = {
+    "other terms": (lambda s: set_terms(s, ("a", "b", "z")), r"lacks \['c'\] and it has \['z'\]"),
+    "other order": (lambda s: set_terms(s, ("a", "c", "b")), "order differs"),
+    "fewer terms": (lambda s: set_terms(s, ("a", "b")), r"lacks \['c'\]"),
+    "no MTAdam": (lambda s: [g.pop("terms") for g in s["param_groups"]], "not written by MTAdam"),
+    "other layers": (lambda s: s["param_groups"][0].update(layers="global"), "layers='global'"),
+    "other denominator": (lambda s: s["param_groups"][0].update(denominator="own"), "denominator='own'"),
+    "other norms": (lambda s: s["param_groups"][0].update(norm_init="one"), "norm_init='one'"),
+    "groups": (lambda s: s["param_groups"].pop(), r"groups of \[4\] parameters, the optimizer of \[4, 2\]"),
+    "shape": (
+        lambda s: s["state"][4].update(exp_avg=torch.ones(2, 5)),
+        r"'exp_avg' .*'head.weight'.*\(2, 5\).*\(2, 4\)",
+    ),
+    "entry": (lambda s: s["state"][1].pop("gradient_norm"), "no 'gradient_norm' for the parameter 'net.bias'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(case):
+    change, message = REFUSED[case]
+    saved = altered(change)
+    parameters, optimizer = make(start(0))
+    run(optimizer, parameters, stream(5, 1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in entry.items())
+
+
+def test_a_checkpoint_of_adam_is_refused():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="not written by MTAdam"):
+        MTAdam(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+
+
+def test_losses_with_other_terms_than_the_checkpoints_are_refused():
+    parameters, optimizer = make(start(0))
+    run(optimizer, parameters, stream(3, 0))
+    model = [torch.tensor(v, requires_grad=True) for v in start(0)]
+    resumed = MTAdam([{"params": model[:4]}, {"params": model[4:]}])
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"'z', but the terms are \('a', 'b', 'c'\)"):
+        resumed.backward({"z": model[0].sum()})

@@ -1,0 +1,237 @@
+"""Bad input is refused with a message that names it and the remedy, and nothing is changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mtadam import NonFiniteError
+from lightning_mtadam.optim import MTAdam
+
+X = torch.arange(12.0).reshape(4, 3)
+
+
+def trained(**options):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = MTAdam(model.named_parameters(), **options)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def losses(model):
+    output = model(X)
+    return {"fit": (output - 1).square().mean(), "size": output.abs().mean()}
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    optimizer.backward(losses(model))
+    optimizer.step()
+
+
+def snapshot(model, optimizer):
+    state = optimizer.state_dict()
+    tensors = [*model.parameters(), *(value for entry in state["state"].values() for value in entry.values())]
+    return [tensor.detach().clone() for tensor in tensors], copy.deepcopy(state["param_groups"])
+
+
+def assert_unchanged(model, optimizer, before):
+    tensors, groups = snapshot(model, optimizer)
+    assert groups == before[1]
+    assert len(tensors) == len(before[0])
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before[0], strict=True))
+
+
+BAD_LOSSES = {
+    "no mapping": (lambda m: m(X).sum(), TypeError, "must be a mapping"),
+    "empty": (lambda m: {}, ValueError, "empty"),
+    "vector": (lambda m: {"fit": m(X).mean(1)}, ValueError, r"losses\['fit'\].*shape \(4,\).*\.mean\(\)"),
+    "one element": (lambda m: {"fit": m(X).mean().reshape(1)}, ValueError, r"shape \(1,\)"),
+    "number": (lambda m: {"fit": 1.0}, TypeError, r"losses\['fit'\].*is a float"),
+    "integer": (lambda m: {"fit": torch.tensor(1)}, TypeError, "int64"),
+    "complex": (lambda m: {"fit": m(X).sum() * (1 + 1j)}, TypeError, "complex64"),
+    "boolean": (lambda m: {"fit": torch.tensor(True)}, TypeError, "bool"),
+    "detached": (lambda m: {"fit": m(X).mean().detach()}, ValueError, r"losses\['fit'\] has no graph"),
+    "constant": (lambda m: {"fit": torch.tensor(1.0)}, ValueError, r"losses\['fit'\] has no graph"),
+    "nan": (lambda m: {"fit": m(X).mean() * torch.nan}, NonFiniteError, r"losses\['fit'\] is nan"),
+    "inf": (lambda m: {"fit": m(X).mean() / 0}, NonFiniteError, r"losses\['fit'\] is -?inf"),
+    "unknown": (lambda m: {"fitt": m(X).mean()}, ValueError, "'fitt'.*Did you mean 'fit'"),
+    "not a string": (lambda m: {1: m(X).mean()}, TypeError, "non-empty string"),
+    "elsewhere": (
+        lambda m: {"fit": nn.Linear(3, 1)(X).mean()},
+        ValueError,
+        r"losses\['fit'\] reaches no parameter of the optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+@pytest.mark.parametrize("options", [{}, {"terms": ("fit", "size")}])
+def test_bad_losses_are_refused_and_change_nothing(case, options):
+    make, error, message = BAD_LOSSES[case]
+    model, optimizer = trained(**options)
+    optimizer.zero_grad()
+    before = snapshot(model, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.backward(make(model))
+    assert_unchanged(model, optimizer, before)
+    assert all(p.grad is None for p in model.parameters())
+    step(model, optimizer)
+
+
+def test_terms_stay_unknown_after_bad_first_losses():
+    model = nn.Linear(3, 2)
+    optimizer = MTAdam(model.named_parameters())
+    with pytest.raises(ValueError, match="no graph"):
+        optimizer.backward({"fit": model(X).mean().detach()})
+    with pytest.raises(ValueError, match="reaches no parameter"):
+        optimizer.backward({"fit": model(X).mean(), "other": nn.Linear(3, 1)(X).mean()})
+    assert optimizer.terms == ()
+    assert all(p.grad is None for p in model.parameters())
+    step(model, optimizer)
+    assert optimizer.terms == ("fit", "size")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused_naming_term_and_layer(bad):
+    model, optimizer = trained()
+    output = model(X)
+    spoiled = output.abs().mean()
+    spoiled_once = torch.where(torch.tensor(True), spoiled, spoiled)
+    spoiled_once.register_hook(lambda gradient: gradient * bad)
+    optimizer.zero_grad()
+    before = snapshot(model, optimizer)
+    optimizer.backward({"fit": (output - 1).square().mean(), "size": spoiled_once})
+    with pytest.raises(FloatingPointError, match="'size' at the layer 'weight' is not finite"):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+    step(model, optimizer)
+
+
+def test_step_without_backward_is_refused():
+    model, optimizer = trained()
+    with pytest.raises(RuntimeError, match="nothing to consume"):
+        MTAdam(model.named_parameters()).step()
+    optimizer.zero_grad()
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="nothing to consume"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="nothing to consume"):
+        optimizer.step(lambda: 1.0)
+    assert_unchanged(model, optimizer, before)
+
+
+def test_step_consumes_the_gradients():
+    _, optimizer = trained()
+    with pytest.raises(RuntimeError, match="nothing to consume"):
+        optimizer.step()
+
+
+def test_step_after_a_plain_backward_is_refused():
+    model, optimizer = trained()
+    optimizer.zero_grad()
+    sum(losses(model).values()).backward()
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"in place of loss\.backward\(\)"):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = MTAdam(embedding.named_parameters())
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.backward({"fit": embedding(torch.tensor([1])).sum()})
+
+
+def test_nothing_to_train_is_refused():
+    model, optimizer = trained()
+    model.requires_grad_(False)
+    x = X.clone().requires_grad_()
+    with pytest.raises(ValueError, match="requires a gradient"):
+        optimizer.backward({"fit": model(x).mean()})
+
+
+BAD_OPTIONS = {
+    "lr": ({"lr": -1.0}, ValueError, "lr must be"),
+    "lr nan": ({"lr": float("nan")}, ValueError, "lr must be"),
+    "lr type": ({"lr": "fast"}, TypeError, "lr must be a number"),
+    "eps": ({"eps": -1e-8}, ValueError, "eps must be"),
+    "weight_decay": ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
+    "two betas": ({"betas": (0.9, 0.999)}, ValueError, "three numbers"),
+    "beta": ({"betas": (0.9, 0.999, 1.0)}, ValueError, r"beta3 must be in \[0, 1\)"),
+    "terms string": ({"terms": "fit"}, TypeError, r"\('fit',\)"),
+    "terms empty": ({"terms": ()}, ValueError, "terms is empty"),
+    "terms twice": ({"terms": ("a", "a")}, ValueError, "different"),
+    "anchor": ({"terms": ("a", "b"), "anchor": "c"}, ValueError, r"anchor must be one of .*'a', 'b'.*got 'c'"),
+    "anchor type": ({"anchor": 3}, TypeError, "anchor must be"),
+    "importance": ({"terms": ("a", "b"), "importance": {"bb": 1.0}}, ValueError, "importance names.*'bb'.*'b'"),
+    "importance value": ({"importance": {"a": -1.0}}, ValueError, r"importance\['a'\]"),
+    "layers": ({"layers": "module_list"}, ValueError, "layers must be one of"),
+    "norm_init": ({"norm_init": "zero"}, ValueError, "norm_init must be one of"),
+    "denominator": ({"denominator": "min"}, ValueError, "denominator must be one of"),
+    "update": ({"update": "max"}, ValueError, "update must be one of"),
+    "max_scale": ({"max_scale": 0.0}, ValueError, "max_scale must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_are_refused(case):
+    options, error, message = BAD_OPTIONS[case]
+    with pytest.raises(error, match=message):
+        MTAdam(nn.Linear(3, 2).named_parameters(), **options)
+
+
+@pytest.mark.parametrize("options", [{"anchor": "sise"}, {"importance": {"sise": 2.0}}])
+def test_names_are_checked_at_the_first_losses_if_terms_come_from_them(options):
+    model = nn.Linear(3, 2)
+    optimizer = MTAdam(model.named_parameters(), **options)
+    with pytest.raises(ValueError, match="sise"):
+        optimizer.backward(losses(model))
+    assert optimizer.terms == ()
+
+
+def test_group_options_are_checked():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="anchor holds for the whole optimizer"):
+        MTAdam([{"params": model.parameters(), "anchor": "mean"}])
+    optimizer = MTAdam([model.weight])
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.add_param_group({"params": [model.bias], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match="complex"):
+        MTAdam([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+
+
+def test_layers_that_need_names_say_so():
+    model = nn.Linear(3, 2)
+    optimizer = MTAdam(model.parameters(), layers="module")
+    with pytest.raises(ValueError, match="named_parameters"):
+        optimizer.backward(losses(model))
+    optimizer.name_parameters(model.named_parameters())
+    step(model, optimizer)
+    assert list(optimizer.balance_weights()) == ["root"]
+
+
+def test_layers_must_return_names():
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match="'weight'"):
+        MTAdam(model.named_parameters(), layers=len).backward(losses(model))
+
+
+def test_two_parameters_of_one_name_are_refused():
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = MTAdam([{"params": one.named_parameters()}, {"params": two.named_parameters()}])
+    with pytest.raises(ValueError, match="Two parameters are named 'weight'"):
+        optimizer.backward({"fit": (one(X) + two(X)).mean()})
+
+
+@pytest.mark.parametrize(("limit", "algorithm", "message"), [(0.0, "norm", "limit"), (1.0, "max", "algorithm")])
+def test_bad_clipping_is_refused(limit, algorithm, message):
+    with pytest.raises(ValueError, match=message):
+        trained()[1].clip_gradients(limit, algorithm)
