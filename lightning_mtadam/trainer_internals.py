@@ -55,5 +55,5 @@ def should_log(trainer: pl.Trainer) -> bool:
 
 
 def logging_step(trainer: pl.Trainer) -> int:
-    """The step under which ``self.log`` files the batch that has just ended."""
+    """The step under which ``self.log`` files a batch, when it ends; one more than that when the epoch ends."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

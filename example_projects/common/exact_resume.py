@@ -46,7 +46,7 @@ class RandomState(pl.Callback):
         """Keep it until training starts: setting up uses random numbers too."""
         self._restored = state_dict["cpu"]
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state, once."""
         if self._restored is not None:
             torch.set_rng_state(self._restored.cpu())

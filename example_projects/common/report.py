@@ -31,7 +31,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
         >>> mean_and_spread([0.1234])
         '0.12'
     """
-    digits = 2 if max(map(abs, values)) >= 0.1 else 4
+    digits = 4 if 0 < max(map(abs, values)) < 0.1 else 2
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def run(
     data: pl.LightningDataModule,
     read_result: Callable[[pl.Trainer], Result],
     *,
+    settings: Mapping[str, object],
     resume: bool,
     checkpoint_every: int = 100,
     callbacks: Sequence[pl.Callback] = (),
@@ -35,20 +36,27 @@ def run(
         module: what to train.
         data: what to train it on.
         read_result: takes the figures to report from the trainer after testing.
+        settings: what makes this run what it is; a run is only continued with the same.
         resume: continue from the last checkpoint, and do not repeat what has ended.
         checkpoint_every: steps between checkpoints.
         callbacks: more callbacks.
         trainer_options: for the trainer.
 
+    Raises:
+        ValueError: a run is to be continued that was made with other settings.
+
     Returns:
         The figures, with "seconds_per_step", over this process's steps.
     """
     result_file = folder / "result.json"
+    if resume:
+        check_settings(folder / "settings.json", settings)
     if resume and result_file.exists():
         return dict(json.loads(result_file.read_text()))
     if not resume and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(dict(settings), indent=2))
     timer = Timer()
     trainer = pl.Trainer(
         logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
@@ -72,6 +80,22 @@ def run(
     if trainer.is_global_zero:
         result_file.write_text(json.dumps(result, indent=2))
     return result
+
+
+def check_settings(file: Path, settings: Mapping[str, object]) -> None:
+    """Raise if a run was made with other settings than these.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    saved = json.loads(file.read_text()) if file.exists() else settings
+    differing = [name for name in settings if saved.get(name) != settings[name]]
+    if differing:
+        changes = ", ".join(f"{name} was {saved.get(name)!r} and is {settings[name]!r}" for name in differing)
+        raise ValueError(
+            f"Cannot resume the run in {file.parent}: {changes}. Give the options it was made with, another"
+            " --output-dir, or leave out --resume to start over."
+        )
 
 
 def _step_of(checkpoint: Path) -> int:

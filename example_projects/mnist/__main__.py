@@ -75,6 +75,10 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
             "test_accuracy": float(trainer.callback_metrics["test/accuracy"]),
             "worst_class": float(trainer.callback_metrics["test/worst_class"]),
         },
+        settings={
+            "data": str(data_dir),
+            **{name: getattr(options, name) for name in ("batch_size", "max_epochs", "limit_train_batches")},
+        },
         resume=options.resume,
         callbacks=[BalanceWeightMonitor()] if method.optimizer is MTAdam else [],
         max_epochs=options.max_epochs,

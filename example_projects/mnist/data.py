@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -34,11 +35,13 @@ def read_idx(path: Path) -> Tensor:
     content = path.read_bytes()
     try:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}). Download it again.") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an idx file of unsigned bytes. Download it again.")
     dimensions = content[3]
+    if len(content) < 4 + 4 * dimensions:
+        raise ValueError(f"{path} is cut short in its header. Download it again.")
     shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if values.size != np.prod(shape):
@@ -76,7 +79,7 @@ def find_data(data_dir: Path | None) -> tuple[Path, str]:
     try:
         MNIST(str(DOWNLOADED), download=True)
     except (URLError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         return SUBSET, (
             f"MNIST could not be downloaded ({reason}). Using the subset of real MNIST that ships with the project:"
             " 10,000 training and 2,000 test images. Give --data-dir for the full set."
@@ -105,7 +108,8 @@ class MNISTData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Training batches."""
         sampler = EpochSampler(len(self.train), self.batch_size, self.seed, self.trainer)
-        return DataLoader(self.train, self.batch_size, sampler=sampler)
+        # A generator of its own, so that making an iterator takes no random numbers from the training.
+        return DataLoader(self.train, self.batch_size, sampler=sampler, generator=torch.Generator())
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Test batches."""

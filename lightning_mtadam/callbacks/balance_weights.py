@@ -58,9 +58,11 @@ class BalanceWeightMonitor(pl.Callback):
         self.image_every_n = image_every_n
         self._logged = 0
         self._told: set[str] = set()
+        self._laid_out: dict[str, tuple[str, ...]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to log, and something to log it to."""
+        self._laid_out = {}
         if not trainer.loggers:
             raise MisconfigurationException("Cannot use `BalanceWeightMonitor` with a `Trainer` that has no logger.")
         if not any(isinstance(optimizer, MTAdam) for optimizer in trainer.optimizers):
@@ -73,12 +75,12 @@ class BalanceWeightMonitor(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Log after an optimizer step."""
         if self.logging_interval != "epoch" and trainer_internals.should_log(trainer):
-            self._log(trainer)
+            self._log(trainer, trainer_internals.logging_step(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log at the end of an epoch."""
         if self.logging_interval == "epoch":
-            self._log(trainer)
+            self._log(trainer, trainer_internals.logging_step(trainer) - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """How often it has logged, so that heatmaps go on in their rhythm."""
@@ -88,22 +90,25 @@ class BalanceWeightMonitor(pl.Callback):
         """Restore what ``state_dict`` gave."""
         self._logged = state_dict["logged"]
 
-    def _log(self, trainer: pl.Trainer) -> None:
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
         metrics: dict[str, float] = {}
-        step = trainer_internals.logging_step(trainer)
+        terms_of: dict[str, tuple[str, ...]] = {}
         image_due = self.image_every_n > 0 and self._logged % self.image_every_n == 0
         for prefix, optimizer in named_optimizers(trainer.optimizers):
             weights = optimizer.balance_weights()
             if not weights:
                 continue
+            terms_of[prefix] = optimizer.terms
             table = torch.stack(list(weights.values())).cpu()
             metrics |= summaries(prefix, optimizer.terms, table)
             metrics |= self._series(prefix, optimizer.terms, list(weights), table)
             for writer in tensorboard.writers(trainer.loggers):
-                if self._logged == 0:
-                    tensorboard.add_layout(writer, prefix, optimizer.terms)
                 if image_due and table.numel() <= self.max_series:
                     tensorboard.add_heatmap(writer, prefix, optimizer.terms, list(weights), table, step)
+        if terms_of != self._laid_out:
+            for writer in tensorboard.writers(trainer.loggers):
+                tensorboard.add_layout(writer, terms_of)
+            self._laid_out = terms_of
         if metrics:
             self._logged += 1
             for logger in trainer.loggers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 CELL = 18
-LABEL_HEIGHT = 14
+LABEL_HEIGHT = 16
+FONT_SIZE = 12
+PAPER, INK = (225, 225, 225), "black"
 DECADES = 3.0
 LOW, MIDDLE, HIGH = (torch.tensor(rgb) for rgb in ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0)))
-UNREACHED = torch.tensor((160.0, 160.0, 160.0))
+UNREACHED = torch.tensor((90.0, 90.0, 90.0))
 
 
 def writers(loggers: Sequence[Logger]) -> Iterator[Any]:
@@ -29,10 +31,20 @@ def writers(loggers: Sequence[Logger]) -> Iterator[Any]:
             yield writer
 
 
-def add_layout(writer: Any, prefix: str, terms: Sequence[str]) -> None:
-    """Lay out one chart per term: the median over the layers between the 10th and the 90th percentile."""
-    charts = {term: ["Margin", [f"{prefix}/{term}.{name}" for name in ("median", "p10", "p90")]] for term in terms}
-    writer.add_custom_scalars({prefix: charts})
+def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]]) -> None:
+    """Lay out one chart per term: the median over the layers between the 10th and the 90th percentile.
+
+    Args:
+        writer: TensorBoard's. It keeps one layout, the last.
+        terms_of: the terms of every optimizer, by the first part of its tags.
+    """
+    names = ("median", "p10", "p90")
+    writer.add_custom_scalars(
+        {
+            prefix: {term: ["Margin", [f"{prefix}/{term}.{name}" for name in names]] for term in terms}
+            for prefix, terms in terms_of.items()
+        }
+    )
 
 
 def add_heatmap(
@@ -45,27 +57,27 @@ def add_heatmap(
 def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> Tensor:
     """Draw balance weights [L, I] on a logarithmic scale, labelled: uint8 [height, width, 3].
 
-    White is one, red more, blue less; the scale ends at a factor of 1000. Grey: the term never reached the layer.
+    White is one, red more, blue less; the scale ends at a factor of 1000. Dark grey: the term never reached the layer.
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(FONT_SIZE)
     left = max(int(font.getlength(name)) for name in layers) + 8
     top = max(int(font.getlength(name)) for name in terms) + 8
     cells = _colours(table).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
-    footer = "white: as the anchor   red: up to x1000   blue: down to /1000"
+    footer = "white: as the anchor; red: more, to x1000; blue: less; dark: not reached"
     width = max(left + cells.shape[1], int(font.getlength(footer)) + 8)
-    image = Image.new("RGB", (width, top + cells.shape[0] + LABEL_HEIGHT + 4), "white")
+    image = Image.new("RGB", (width, top + cells.shape[0] + LABEL_HEIGHT + 4), PAPER)
     image.paste(Image.fromarray(cells.numpy()), (left, top))
     draw = ImageDraw.Draw(image)
     for row, name in enumerate(layers):
-        draw.text((4, top + row * CELL + (CELL - LABEL_HEIGHT) // 2), name, "black", font)
+        draw.text((4, top + row * CELL + (CELL - LABEL_HEIGHT) // 2), name, INK, font)
     for column, name in enumerate(terms):
-        label = Image.new("RGB", (top - 4, LABEL_HEIGHT), "white")
-        ImageDraw.Draw(label).text((0, 0), name, "black", font)
+        label = Image.new("RGB", (top - 4, LABEL_HEIGHT), PAPER)
+        ImageDraw.Draw(label).text((0, 0), name, INK, font)
         image.paste(label.rotate(90, expand=True), (left + column * CELL + (CELL - LABEL_HEIGHT) // 2, 0))
-    draw.text((4, image.height - LABEL_HEIGHT - 2), footer, "black", font)
+    draw.text((4, image.height - LABEL_HEIGHT - 2), footer, INK, font)
     return torch.from_numpy(np.array(image))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 1 << 14}
-"""Elements of a block per device type: on a CPU, ten terms of it fit the second-level cache."""
+T = TypeVar("T")
+
+BLOCK_ELEMENTS = {"cpu": 1 << 15}
+"""Elements of a block per device type: on a CPU, some terms of it fit the cache."""
 BLOCK_ELEMENTS_DEFAULT = 1 << 20
 
 
@@ -28,18 +31,18 @@ class Block:
     sizes: tuple[int, ...]
     start: int | None = None
 
-    def members(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The tensors of its parameters."""
-        return tensors[self.first : self.first + len(self.sizes)]
+    def members(self, of_all: Sequence[T]) -> Sequence[T]:
+        """What belongs to its parameters, of what belongs to all."""
+        return of_all[self.first : self.first + len(self.sizes)]
 
-    def pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What of the tensors lies in it, flat; views where the tensors are contiguous."""
-        flat = [tensor.reshape(-1) for tensor in self.members(tensors)]
+    def cut(self, members: Sequence[Tensor]) -> list[Tensor]:
+        """What of its parameters' tensors lies in it, flat; views where the tensors are contiguous."""
+        flat = [tensor.reshape(-1) for tensor in members]
         return flat if self.start is None else [flat[0][self.start : self.start + self.sizes[0]]]
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The pieces as one flat tensor: a view where there is but one, and it is contiguous."""
-        pieces = self.pieces(tensors)
+        pieces = self.cut(self.members(tensors))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def gather_rows(self, tensors: Sequence[Tensor]) -> Tensor:

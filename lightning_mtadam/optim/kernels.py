@@ -78,14 +78,11 @@ class Bucket:
 
     def gather_gradients(self, block: Block) -> Tensor:
         """The block of all terms' gradients, a copy: [I, b]."""
+        members = block.members(self.parameters)
         pieces = []
         for gradients in self.gradients:
-            pieces += block.pieces(
-                [
-                    parameter.new_zeros(()).expand_as(parameter) if gradient is None else gradient
-                    for gradient, parameter in zip(gradients, self.parameters, strict=True)
-                ]
-            )
+            found = zip(block.members(gradients), members, strict=True)
+            pieces += block.cut([p.new_zeros(()).expand_as(p) if g is None else g for g, p in found])
         return torch.cat(pieces).view(len(self.gradients), -1)
 
 
@@ -93,14 +90,14 @@ def update(bucket: Bucket, coefficients: Coefficients, hyper: Hyperparameters, c
     """Update moments and parameters of a bucket in place, block after block."""
     for block in plan_blocks(bucket.parameters):
         local = coefficients.spread(block)
-        balanced = bucket.gather_gradients(block) * local.scales
+        # g~_i <- scale_i g_i   (Alg. 1, line 8)
+        balanced = bucket.gather_gradients(block).to(local.scales.dtype).mul_(local.scales)
         if clip_value is not None:
             balanced = clip_by_value(balanced, clip_value)
         first, second = _update_moments(bucket, block, balanced, hyper)
         parameter = block.gather(bucket.parameters)
-        moved = step_block(parameter.to(balanced.dtype), first, second, local, hyper)
-        parameter.copy_(moved)
-        block.scatter(parameter, bucket.parameters)
+        moved = move(parameter.to(balanced.dtype), first, second, local, hyper, scratch=balanced)
+        block.scatter(_store(moved, parameter), bucket.parameters)
 
 
 def _update_moments(bucket: Bucket, block: Block, balanced: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
@@ -108,46 +105,44 @@ def _update_moments(bucket: Bucket, block: Block, balanced: Tensor, hyper: Hyper
     own = hyper.denominator == "own"
     exp_avg = block.gather_rows(bucket.exp_avg) if own else block.gather(bucket.exp_avg)
     exp_avg_sq = block.gather_rows(bucket.exp_avg_sq)
+    wide = balanced.dtype
     # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, line 9, merged; line 9 itself with denominator "own")
-    _average(exp_avg, balanced if own else balanced.sum(0), hyper.beta1)
+    first = exp_avg.to(wide).mul_(hyper.beta1).add_(balanced if own else balanced.sum(0), alpha=1 - hyper.beta1)
     # v_i <- beta2 v_i + (1 - beta2) g~_i^2   (Alg. 1, line 10)
-    _average(exp_avg_sq, balanced.square(), hyper.beta2)
-    block.scatter(exp_avg, bucket.exp_avg)
-    block.scatter(exp_avg_sq, bucket.exp_avg_sq)
+    second = exp_avg_sq.to(wide).mul_(hyper.beta2).addcmul_(balanced, balanced, value=1 - hyper.beta2)
+    block.scatter(_store(first, exp_avg), bucket.exp_avg)
+    block.scatter(_store(second, exp_avg_sq), bucket.exp_avg_sq)
     if bucket.max_exp_avg_sq:
         largest = block.gather_rows(bucket.max_exp_avg_sq)
-        torch.maximum(largest, exp_avg_sq, out=largest)
-        block.scatter(largest, bucket.max_exp_avg_sq)
-        exp_avg_sq = largest
-    return exp_avg.to(balanced.dtype), exp_avg_sq.to(balanced.dtype)
+        second = torch.maximum(largest.to(wide), second)
+        block.scatter(largest.copy_(second), bucket.max_exp_avg_sq)
+    return first, second
 
 
-def _average(average: Tensor, value: Tensor, beta: float) -> None:
-    """``average <- beta average + (1 - beta) value``, in place, in the wider of the two dtypes."""
-    if average.dtype == value.dtype:
-        average.mul_(beta).add_(value, alpha=1 - beta)
-    else:
-        average.copy_(average.to(value.dtype).mul_(beta).add_(value, alpha=1 - beta))
+def _store(value: Tensor, where: Tensor) -> Tensor:
+    """Write a value back to the narrower dtype it was kept in; it is there already if the dtypes are the same."""
+    return where if value is where else where.copy_(value)
 
 
-def step_block(parameter: Tensor, first: Tensor, second: Tensor, local: Coefficients, hyper: Hyperparameters) -> Tensor:
-    """The parameter after ``theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)`` (Alg. 1, lines 11-14). [b]."""
-    corrected = second * local.second
+def move(
+    parameter: Tensor, first: Tensor, second: Tensor, local: Coefficients, hyper: Hyperparameters, *, scratch: Tensor
+) -> Tensor:
+    """``theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)``, in place (Alg. 1, lines 11-14); ``scratch`` is [I, b]."""
+    corrected = torch.mul(second, local.second, out=scratch)
     if hyper.denominator == "max":
         denominator = corrected.amax(0).sqrt_()
     elif hyper.denominator == "mean":
-        denominator = (corrected.sum(0) / local.reaching.clamp(min=1)).sqrt_()
+        denominator = corrected.sum(0).div_(local.reaching.clamp(min=1)).sqrt_()
     else:
         denominator = corrected.sqrt_()
-    direction = first * local.first / denominator.add_(hyper.eps)
+    direction = (first * local.first).div_(denominator.add_(hyper.eps))
     if hyper.eps == 0:
         direction = torch.where(denominator > 0, direction, 0)
     if hyper.denominator == "own":
         direction = direction.sum(0)
     if hyper.weight_decay:
-        parameter = parameter * (1 - hyper.lr * hyper.weight_decay)  # decoupled, as in AdamW
-    step = hyper.lr if hyper.maximize else -hyper.lr
-    return parameter.add(direction / local.share, alpha=step)
+        parameter.mul_(1 - hyper.lr * hyper.weight_decay)  # decoupled, as in AdamW
+    return parameter.addcdiv_(direction, local.share, value=hyper.lr if hyper.maximize else -hyper.lr)
 
 
 def clip_by_value(balanced: Tensor, limit: float) -> Tensor:
