@@ -68,6 +68,10 @@ class MultiTermLightningModule(pl.LightningModule):
     log_terms: bool = True
     _pending: _PendingLosses | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._logged: set[str] = set()
+
     @property
     def trainer(self) -> pl.Trainer:
         """The trainer that the module is attached to."""
@@ -149,9 +153,11 @@ class MultiTermLightningModule(pl.LightningModule):
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
         self._check(losses, optimizer)
         total = torch.stack(list(losses.values())).sum() if named else losses["loss"]
-        self._pending = None
-        if not trainer_internals.skips_backward(self.trainer):
-            self._pending = _PendingLosses(losses, total, accumulated, optimizer)
+        self._pending = _PendingLosses(losses, total, accumulated, optimizer)
+        if trainer_internals.skips_backward(self.trainer):
+            self._pending = None
+            if isinstance(optimizer, MTAdam):
+                optimizer.skip_step()
         if not named:
             return ClosureResult.from_training_step_output(output, accumulated)
         self._log_losses(losses, total, "on_before_backward")
@@ -171,10 +177,15 @@ class MultiTermLightningModule(pl.LightningModule):
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
         if not self.log_terms or self.trainer.barebones:
             return
+        values = {f"train/{name}": loss.detach() for name, loss in losses.items()}
+        if total is not None:
+            values["train/loss"] = total.detach()
         with trainer_internals.logging_as(self, hook):
-            self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()})
-            if total is not None:
-                self.log("train/loss", total.detach(), prog_bar=True)
+            for name, value in values.items():
+                # In manual optimization the user may have logged the same name in the same hook: that one counts.
+                if name in self._logged or not trainer_internals.has_logged(self.trainer, hook, name):
+                    self._logged.add(name)
+                    self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:

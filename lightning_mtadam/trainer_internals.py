@@ -44,6 +44,11 @@ def logging_as(module: pl.LightningModule, hook: str) -> Iterator[None]:
         module._current_fx_name = before
 
 
+def has_logged(trainer: pl.Trainer, hook: str, name: str) -> bool:
+    """Whether ``self.log(name, ...)`` was called in ``hook`` in this epoch."""
+    return trainer._results is not None and f"{hook}.{name}" in trainer._results
+
+
 def unwrap(optimizer: Optimizer) -> Optimizer:
     """The optimizer that Lightning wrapped, or the one given."""
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

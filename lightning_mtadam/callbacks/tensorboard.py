@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ CELL = 18
 LABEL_HEIGHT = 16
 FONT_SIZE = 12
 PAPER, INK = (225, 225, 225), "black"
-DECADES = 3.0
 LOW, MIDDLE, HIGH = (torch.tensor(rgb) for rgb in ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0)))
 UNREACHED = torch.tensor((90.0, 90.0, 90.0))
 
@@ -57,7 +57,8 @@ def add_heatmap(
 def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> Tensor:
     """Draw balance weights [L, I] on a logarithmic scale, labelled: uint8 [height, width, 3].
 
-    White is one, red more, blue less; the scale ends at a factor of 1000. Dark grey: the term never reached the layer.
+    White is one, red more, blue less; the scale ends at the next power of ten. Dark grey: the term never reached the
+    layer.
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -65,8 +66,9 @@ def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> 
     font = ImageFont.load_default(FONT_SIZE)
     left = max(int(font.getlength(name)) for name in layers) + 8
     top = max(int(font.getlength(name)) for name in terms) + 8
-    cells = _colours(table).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
-    footer = "white: as the anchor; red: more, to x1000; blue: less; dark: not reached"
+    decades = _decades(table)
+    cells = _colours(table, decades).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
+    footer = f"white: 1   red: to 1e{decades}   blue: to 1e-{decades}   dark: not reached"
     width = max(left + cells.shape[1], int(font.getlength(footer)) + 8)
     image = Image.new("RGB", (width, top + cells.shape[0] + LABEL_HEIGHT + 4), PAPER)
     image.paste(Image.fromarray(cells.numpy()), (left, top))
@@ -81,8 +83,14 @@ def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> 
     return torch.from_numpy(np.array(image))
 
 
-def _colours(table: Tensor) -> Tensor:
+def _decades(table: Tensor) -> int:
+    """How many powers of ten from one the weights go, at least one."""
+    logs = table[table > 0].double().log10().abs()
+    return max(1, math.ceil(logs.max().item())) if len(logs) else 1
+
+
+def _colours(table: Tensor, decades: int) -> Tensor:
     """[L, I] -> uint8 [L, I, 3]."""
-    place = (table.float().log10() / DECADES).clamp(-1, 1)[..., None]
+    place = (table.double().log10() / decades).clamp(-1, 1)[..., None]
     colours = torch.where(place > 0, MIDDLE + (HIGH - MIDDLE) * place, MIDDLE + (MIDDLE - LOW) * place)
     return torch.where(place.isnan(), UNREACHED, colours).to(torch.uint8)

@@ -161,6 +161,7 @@ class MTAdam(Optimizer):
                 loss = closure()
         if not self._pending.gradients:
             self._check_nothing_to_do(skipped=closure is not None and loss is None)
+            self._pending.clear()
             return loss
         self._allocate()
         scales = self._stepper().step(self._pending)
@@ -172,6 +173,15 @@ class MTAdam(Optimizer):
         """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does."""
         self._pending.clear()
         super().zero_grad(set_to_none)
+
+    def skip_step(self) -> None:
+        """Forget the collected gradients, and let the next :meth:`step` do nothing.
+
+        For loops that call ``step`` though there was no backward pass, as in the last epoch of Lightning's stochastic
+        weight averaging.
+        """
+        self._pending.clear()
+        self._pending.skip = True
 
     def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
         """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`.
@@ -310,8 +320,10 @@ class MTAdam(Optimizer):
         return dict(zip(self._layers().names, rows.unbind(), strict=True))
 
     def _check_nothing_to_do(self, *, skipped: bool) -> None:
-        """Raise, unless a closure has said by returning ``None`` that there is nothing to do."""
-        if not skipped or any(parameter.grad is not None for parameter in self._parameters()):
+        """Raise, unless a closure has said by returning ``None`` that there is nothing to do, or ``skip_step`` has."""
+        if self._pending.skip:
+            return
+        if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
             raise RuntimeError(
                 "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"

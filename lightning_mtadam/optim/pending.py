@@ -21,11 +21,13 @@ class PendingGradients:
 
     gradients: TermGradients = field(default_factory=dict)
     clip: tuple[ClipAlgorithm, float] | None = None
+    skip: bool = False
 
     def clear(self) -> None:
         """Forget everything."""
         self.gradients = {}
         self.clip = None
+        self.skip = False
 
     @property
     def touched(self) -> list[bool]:

@@ -397,7 +397,7 @@ def cells_of(image, table):
 
 
 def test_the_heatmap_is_white_at_one_red_above_blue_below_and_dark_where_never_reached():
-    table = torch.tensor([[1e3, 1.0, 1e-3], [10.0, math.nan, 0.1], [1e9, 100.0, 1e-9]])
+    table = torch.tensor([[1e3, 1.0, 1e-3], [10.0, math.nan, 0.1], [900.0, 100.0, 0.0011]])
     colours, _, _ = cells_of(tensorboard.draw_heatmap(["a", "b", "c"], ["x", "y", "z"], table), table)
     assert colours[0, 1].tolist() == [247, 247, 247]
     assert colours[0, 0].tolist() == [178, 24, 43]
@@ -406,8 +406,9 @@ def test_the_heatmap_is_white_at_one_red_above_blue_below_and_dark_where_never_r
     redness, blueness = (colours[..., a] - colours[..., b] for a, b in ((0, 2), (2, 0)))
     assert 0 < redness[1, 0] < redness[2, 1] < redness[0, 0]
     assert 0 < blueness[1, 2] < blueness[0, 2]
-    assert colours[2, 0].tolist() == colours[0, 0].tolist(), "the scale ends at a factor of 1000"
-    assert colours[2, 2].tolist() == colours[0, 2].tolist()
+    wider, _, _ = cells_of(tensorboard.draw_heatmap(["a"], ["x", "y"], torch.tensor([[1e5], [1e3]])), torch.ones(2, 1))
+    assert wider[0, 0].tolist() == [178, 24, 43], "the scale ends at the next power of ten"
+    assert wider[1, 0].tolist() != wider[0, 0].tolist()
 
 
 @pytest.mark.parametrize(("layers", "terms"), [(1, 1), (3, 2), (30, 10)])

@@ -1,0 +1,52 @@
+"""Every snippet and command in README and docs runs, from the file it stands in."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from example_projects.mnist.__main__ import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def mnist_commands():
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line.partition("python -m example_projects.mnist")[2] for line in lines if "example_projects.mnist" in line]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
+@pytest.mark.filterwarnings("ignore:.*litlogger", "ignore:.*GPU available")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_snippets_run(page, tmp_path, monkeypatch):
+    """The snippets of a page build on each other."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "snippet"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("arguments", mnist_commands())
+def test_commands_of_the_mnist_project_are_understood(arguments):
+    assert parse(shlex.split(arguments.partition(" && ")[0], comments=True))
+
+
+def test_there_are_commands_and_snippets():
+    assert len(mnist_commands()) >= 3
+    assert blocks(ROOT / "README.md", "python")
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

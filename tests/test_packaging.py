@@ -1,0 +1,62 @@
+"""What a stranger installs: the wheel, and what importing it drags in."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **options):
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True, **options).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_mtadam"}
+    assert "lightning_mtadam/py.typed" in names
+    assert "lightning_mtadam/optim/mtadam.py" in names
+
+
+def test_the_wheel_imports_in_an_empty_environment(wheel, tmp_path):
+    venv.create(tmp_path / "empty", with_pip=True)
+    python = next((tmp_path / "empty").glob("[bS]*/python*"))
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    code = "import lightning_mtadam; print(lightning_mtadam.__version__, dir(lightning_mtadam))"
+    assert "MTAdam" in run(python, "-c", code, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("module", ["lightning_mtadam", "lightning_mtadam.optim", "lightning_mtadam.gradients"])
+def test_the_optimizer_does_not_import_lightning(module):
+    loaded = run(sys.executable, "-c", f"import sys, {module}; print(*sys.modules)", cwd=ROOT).split()
+    assert module in loaded
+    assert not {"lightning", "pytorch_lightning"} & set(loaded)
+
+
+def test_public_names_are_where_they_are_documented():
+    import lightning_mtadam
+
+    assert lightning_mtadam.MTAdam.__name__ == "MTAdam"
+    assert lightning_mtadam.MultiTermLightningModule.__name__ == "MultiTermLightningModule"
+    assert lightning_mtadam.NonFiniteError.__name__ == "NonFiniteError"
+    with pytest.raises(AttributeError, match="no attribute 'MTAdamW'"):
+        lightning_mtadam.MTAdamW  # noqa: B018
+
+
+def test_the_version_is_stated_once_and_the_same():
+    import lightning_mtadam
+
+    assert f'version = "{lightning_mtadam.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"## {lightning_mtadam.__version__}" in (ROOT / "CHANGELOG.md").read_text()

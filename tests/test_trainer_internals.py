@@ -1,0 +1,199 @@
+"""Lightning's private attributes are where trainer_internals.py looks for them, and mean what it takes them to mean.
+
+A test here that fails with "Lightning has moved ..." says which attribute to look for in the new release.
+"""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+
+from lightning_mtadam import trainer_internals
+from tests.lightning_models import (
+    Regression,
+    SumRegression,
+    assert_same,
+    fit,
+    make_loader,
+    make_network,
+    make_trainer,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
+]
+
+
+def require(owner, path):
+    """The attribute at a dotted path, or a failure that names the first part that is gone."""
+    name = type(owner).__name__
+    for part in path.split("."):
+        assert hasattr(owner, part), f"Lightning has moved {name}.{part}: adapt lightning_mtadam/trainer_internals.py"
+        owner, name = getattr(owner, part), f"{name}.{part}"
+    return owner
+
+
+def sgd(network):
+    return torch.optim.SGD(network.parameters(), lr=1e-2)
+
+
+class MemoryLogger(Logger):
+    """Keeps what is logged, by step."""
+
+    name, version = "memory", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def log_metrics(self, metrics, step=None):
+        self.steps.append(step)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def test_set_result_reader_makes_the_result_of_every_automatic_training_step():
+    read, module = [], SumRegression(sgd)
+
+    def reader(output, accumulated):
+        read.append((output.item(), accumulated))
+        return ClosureResult.from_training_step_output(output * 0, accumulated)
+
+    trainer = make_trainer(max_epochs=1, accumulate_grad_batches=2)
+    loop = require(trainer, "fit_loop.epoch_loop.automatic_optimization")
+    require(loop, "output_result_cls.from_training_step_output")
+    trainer_internals.set_result_reader(trainer, reader)
+    trainer.fit(module, make_loader(4))
+    assert [accumulated for _, accumulated in read] == [2, 2, 2, 2]
+    assert all(value > 0 for value, _ in read)
+    assert_same(module.network, make_network())  # the loop went on with a loss of zero
+
+
+def test_set_result_reader_leaves_other_trainers_alone():
+    trainer_internals.set_result_reader(make_trainer(), lambda output, accumulated: pytest.fail("read"))
+    loop = make_trainer().fit_loop.epoch_loop.automatic_optimization
+    assert loop.output_result_cls is ClosureResult
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_skips_backward_tells_whether_lightning_will_run_backward(skip):
+    class Skipping(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            require(trainer, "fit_loop._skip_backward")  # what stochastic weight averaging sets
+            require(trainer, "fit_loop.epoch_loop.automatic_optimization._skip_backward")
+            trainer.fit_loop._skip_backward = skip
+
+    class Watching(SumRegression):
+        told, backwards = (), 0
+
+        def training_step(self, batch, batch_idx):
+            self.told += (trainer_internals.skips_backward(self.trainer),)
+            return super().training_step(batch, batch_idx)
+
+        def backward(self, loss, *args, **kwargs):
+            self.backwards += 1
+            super().backward(loss, *args, **kwargs)
+
+    module = Watching(sgd)
+    # Accumulating over the whole epoch: without gradients there is nothing to step on.
+    fit(module, make_loader(3), max_epochs=1, accumulate_grad_batches=3, callbacks=[Skipping()])
+    assert module.told == (skip,) * 3
+    assert module.backwards == (0 if skip else 3)
+
+
+def test_logging_as_files_what_is_logged_under_the_hook():
+    class Logging(SumRegression):
+        def training_step(self, batch, batch_idx):
+            require(self, "_current_fx_name")
+            assert self._current_fx_name == "training_step"
+            self.log("loss", 1.0, prog_bar=False)
+            with trainer_internals.logging_as(self, "on_before_backward"):
+                self.log("loss", 2.0, prog_bar=True)  # the same hook would refuse other arguments
+            assert self._current_fx_name == "training_step"
+            return super().training_step(batch, batch_idx)
+
+    trainer = fit(Logging(sgd), make_loader(2), max_epochs=1)
+    assert float(trainer.progress_bar_metrics["loss"]) == 2.0
+    results = require(trainer, "fit_loop.epoch_loop._results")
+    assert {"training_step.loss", "on_before_backward.loss"} <= set(results)
+
+
+def test_logging_as_restores_the_hook_after_an_error():
+    module = SumRegression(sgd)
+    require(module, "_current_fx_name")
+    module._current_fx_name = "training_step"
+    with pytest.raises(KeyError, match="lost"), trainer_internals.logging_as(module, "on_before_backward"):
+        raise KeyError("lost")
+    assert module._current_fx_name == "training_step"
+
+
+def test_unwrap_gives_the_optimizer_that_lightning_wrapped():
+    class Manual(SumRegression):
+        def training_step(self, batch, batch_idx):
+            wrapped = self.optimizers()
+            assert isinstance(wrapped, LightningOptimizer)
+            require(wrapped, "optimizer")
+            assert trainer_internals.unwrap(wrapped) is self.trainer.optimizers[0]
+            self.unwrapped = True
+
+    module = Manual(sgd)
+    module.automatic_optimization = False
+    fit(module, make_loader(1), max_epochs=1)
+    assert module.unwrapped
+
+
+def test_unwrap_gives_back_a_bare_optimizer():
+    optimizer = sgd(make_network())
+    assert trainer_internals.unwrap(optimizer) is optimizer
+
+
+class LogTimes(pl.Callback):
+    """At which batches, and under which steps, trainer_internals would log."""
+
+    def __init__(self):
+        self.batches, self.steps, self.steps_at_epoch_ends = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        require(trainer, "_logger_connector.should_update_logs")
+        require(trainer, "fit_loop._should_accumulate")
+        require(trainer, "fit_loop.epoch_loop._batches_that_stepped")
+        if trainer_internals.should_log(trainer):
+            self.batches.append(trainer.current_epoch * trainer.num_training_batches + batch_idx)
+            self.steps.append(trainer_internals.logging_step(trainer))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.steps_at_epoch_ends.append(trainer_internals.logging_step(trainer))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "every", "batches"),
+    [(1, 1, list(range(10))), (1, 3, [2, 5, 8]), (2, 1, [1, 3, 4, 6, 8, 9]), (2, 2, [3, 6, 9]), (5, 1, [4, 9])],
+)
+def test_should_log_and_logging_step_follow_lightnings_own_logging(accumulate, every, batches):
+    times, logger = LogTimes(), MemoryLogger()
+    options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": every}
+    fit(Regression(), make_loader(5), logger=logger, callbacks=[times], **options)
+    assert times.batches == batches
+    assert times.steps == logger.steps
+    steps = -(-5 // accumulate)
+    assert times.steps_at_epoch_ends == [steps, 2 * steps]  # one more than the last batch's
+
+
+def test_logging_step_goes_on_after_a_resume(tmp_path):
+    first, second, logger = LogTimes(), LogTimes(), MemoryLogger()
+    fit(Regression(), make_loader(5), callbacks=[first], log_every_n_steps=1).save_checkpoint(tmp_path / "last.ckpt")
+    trainer = make_trainer(max_epochs=4, callbacks=[second], logger=logger, log_every_n_steps=1)
+    trainer.fit(Regression(), make_loader(5), ckpt_path=tmp_path / "last.ckpt")
+    assert first.steps == list(range(10))
+    assert second.steps == list(range(10, 20)) == logger.steps
+
+
+def test_should_log_is_false_where_logging_is_off():
+    times = LogTimes()
+    fit(Regression(), make_loader(5), callbacks=[times], log_every_n_steps=0)
+    assert times.batches == []
