@@ -41,7 +41,7 @@ def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]]) -> None:
     names = ("median", "p10", "p90")
     writer.add_custom_scalars(
         {
-            prefix: {term: ["Margin", [f"{prefix}/{term}.{name}" for name in names]] for term in terms}
+            prefix: {term: ["Margin", [f"{prefix}/{term}.{name}" for name in names]] for term in reversed(terms)}
             for prefix, terms in terms_of.items()
         }
     )

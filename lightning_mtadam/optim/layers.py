@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,50 @@ class Layers:
 
     names: tuple[str, ...]
     layer_of: Tensor
+
+
+class LayerBook:
+    """The names of an optimizer's parameters, and the layers that follow from them; both may become known late.
+
+    Args:
+        rule: what forms a layer.
+    """
+
+    def __init__(self, rule: LayerRule) -> None:
+        self.rule = rule
+        self.names: list[str | None] = []
+        self._layers: Layers | None = None
+
+    def add(self, group: Mapping[str, Any]) -> None:
+        """Note the parameters of a new group."""
+        self.names += [_clean(name) for name in group.get("param_names", [None] * len(group["params"]))]
+        self._layers = None
+
+    def name(self, named_parameters: Iterable[tuple[str, Tensor]], parameters: Sequence[Tensor]) -> None:
+        """Name those of ``parameters`` that have no name yet."""
+        if None in self.names:
+            known = {id(parameter): _clean(name) for name, parameter in named_parameters}
+            self.names = [name or known.get(id(p)) for name, p in zip(self.names, parameters, strict=True)]
+            self._layers = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The parameters' names, or their numbers."""
+        return [name or f"parameter_{index}" for index, name in enumerate(self.names)]
+
+    def layers(self, groups: Sequence[Mapping[str, Any]]) -> Layers:
+        """The layers of the groups' parameters."""
+        if self._layers is None:
+            group_names = [
+                group.get("name", f"group_{index}") for index, group in enumerate(groups) for _ in group["params"]
+            ]
+            self._layers = resolve_layers(self.rule, self.names, group_names, groups[0]["params"][0].device)
+        return self._layers
+
+
+def _clean(name: str | None) -> str | None:
+    """A name without what ``torch.compile`` puts into it."""
+    return name and name.replace("_orig_mod.", "")
 
 
 def resolve_layers(

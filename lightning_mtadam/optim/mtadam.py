@@ -13,10 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_mtadam import balancing
 from lightning_mtadam.gradients import term_gradients
 from lightning_mtadam.optim.checkpoint import check_checkpoint
-from lightning_mtadam.optim.layers import Layers, resolve_layers
+from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.options import Denominator, LayerRule, Options, Update, check_group, check_terms
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
-from lightning_mtadam.optim.state import BALANCE_KEYS, balance_dtype, new_state
+from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -104,7 +104,7 @@ class MTAdam(Optimizer):
         self._given_terms = () if terms is None else check_terms(terms)
         if self._given_terms:
             self._options.check_terms(self._given_terms)
-        self._names: list[str | None] = []
+        self._book = LayerBook(layers)
         self._reset_transient()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         defaults |= {"maximize": maximize, "terms": self._given_terms, **self._options.state_meaning}
@@ -135,7 +135,7 @@ class MTAdam(Optimizer):
         check_losses(losses, self.terms or None, finite=loss_scale is None)
         terms = self.terms or tuple(losses)
         self._options.check_terms(terms)
-        self._layers()
+        self._book.layers(self.param_groups)  # what cannot be resolved is an error now, before anything is computed
         parameters = self._parameters()
         self._pending.collect(term_gradients(losses, parameters, grad_output=grad_output), parameters, loss_scale)
         self._set_terms(terms)
@@ -164,8 +164,8 @@ class MTAdam(Optimizer):
             self._pending.clear()
             return loss
         self._allocate()
-        scales = self._stepper().step(self._pending)
-        self._last_scales.update(zip(self._layers().names, scales.unbind(), strict=True))
+        stepper = self._stepper()
+        self._last_scales.update(zip(stepper.layers.names, stepper.step(self._pending).unbind(), strict=True))
         self._pending.clear()
         return loss
 
@@ -220,26 +220,18 @@ class MTAdam(Optimizer):
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
-        if None not in self._names:
-            return
-        known = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in named_parameters}
-        self._names[:] = [name or known.get(id(p)) for name, p in zip(self._names, self._parameters(), strict=True)]
-        self._layer_cache.clear()
+        self._book.name(named_parameters, self._parameters())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group)
-            if any(parameter.is_complex() for parameter in group["params"]):
-                raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")
+            check_group(group, self._options)
         except Exception:
             self.param_groups.pop()
             raise
-        names = group.get("param_names", [None] * len(group["params"]))
-        self._names.extend(name and name.replace("_orig_mod.", "") for name in names)
-        self._layer_cache.clear()
+        self._book.add(group)
         if self.terms:
             self._set_terms(self.terms)
 
@@ -249,20 +241,13 @@ class MTAdam(Optimizer):
         Raises:
             ValueError: other terms, shapes, parameters or options; the message names them. Nothing was changed.
         """
-        check_checkpoint(
-            state_dict, self.param_groups, self._parameter_names(), self._options.state_meaning, self.terms
-        )
+        check_checkpoint(state_dict, self.param_groups, self._book.labels, self._options.state_meaning, self.terms)
         super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, parameter in zip(indices, self._parameters(), strict=True):
-            for key, saved in state_dict["state"].get(index, {}).items():
-                like = balance_dtype([parameter]) if key in BALANCE_KEYS else parameter.dtype
-                self.state[parameter][key] = saved.to(device=parameter.device, dtype=like, copy=True)
-        self._reset_transient()
+        restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_names")}
+        mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_book")}
         return {**super().__getstate__(), **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -272,29 +257,13 @@ class MTAdam(Optimizer):
     def _reset_transient(self) -> None:
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
-        self._layer_cache: list[Layers] = []
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _parameter_names(self) -> list[str]:
-        return [name or f"parameter_{index}" for index, name in enumerate(self._names)]
-
-    def _layers(self) -> Layers:
-        if not self._layer_cache:
-            groups = [
-                group.get("name", f"group_{index}")
-                for index, group in enumerate(self.param_groups)
-                for _ in group["params"]
-            ]
-            device = self._parameters()[0].device
-            self._layer_cache.append(resolve_layers(self._options.layers, self._names, groups, device))
-        return self._layer_cache[0]
-
     def _stepper(self) -> Stepper:
-        return Stepper(
-            self._options, self.param_groups, self.state, self._layers(), self._parameter_names(), self.terms
-        )
+        layers = self._book.layers(self.param_groups)
+        return Stepper(self._options, self.param_groups, self.state, layers, self._book.labels, self.terms)
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms
@@ -304,20 +273,15 @@ class MTAdam(Optimizer):
             self._allocate()
 
     def _allocate(self) -> None:
-        """Make the state of the parameters that are or were trained and have none."""
         own = self._options.denominator == "own"
-        touched = self._pending.touched or [False] * len(self._names)
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for parameter, group, needed in zip(self._parameters(), groups, touched, strict=True):
-            if (needed or parameter.requires_grad) and not self.state[parameter]:
-                self.state[parameter] = new_state(parameter, len(self.terms), own=own, amsgrad=group["amsgrad"])
+        allocate(self.state, self.param_groups, self._pending.touched, len(self.terms), own=own)
 
     def _read_norms(self, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
         if not any(self.state.values()):
             return {}
-        rows = read(self._stepper().corrected_norms())
-        return dict(zip(self._layers().names, rows.unbind(), strict=True))
+        stepper = self._stepper()
+        return dict(zip(stepper.layers.names, read(stepper.corrected_norms()).unbind(), strict=True))
 
     def _check_nothing_to_do(self, *, skipped: bool) -> None:
         """Raise, unless a closure has said by returning ``None`` that there is nothing to do, or ``skip_step`` has."""

@@ -92,8 +92,8 @@ def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
     return terms
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise unless a parameter group's hyper-parameters are in range."""
+def check_group(group: Mapping[str, Any], options: Options) -> None:
+    """Raise unless a parameter group's hyper-parameters are in range and its parameters real."""
     for name, low in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
         value = group[name]
         if not isinstance(value, (int, float)):
@@ -107,8 +107,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         if not 0 <= beta < 1:
             raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")
     for name in Options.__dataclass_fields__:
-        if name in group and name not in ("layers", "norm_init", "denominator"):
+        if name in group and group[name] != options.state_meaning.get(name):
             raise ValueError(f"{name} holds for the whole optimizer: give it to MTAdam, not to a parameter group.")
+    if any(parameter.is_complex() for parameter in group["params"]):
+        raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:

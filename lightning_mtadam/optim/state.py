@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -50,6 +50,37 @@ def new_state(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) -> Sta
         key: torch.zeros(shape, dtype=wide if key in BALANCE_KEYS else parameter.dtype, device=parameter.device)
         for key, shape in expected_shapes(parameter, terms, own=own, amsgrad=amsgrad).items()
     }
+
+
+def allocate(
+    state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], needed: Sequence[bool], terms: int, *, own: bool
+) -> None:
+    """Make the state of the parameters that have none and are trained, or got a gradient in this step.
+
+    Args:
+        state: the optimizer's state, by parameter.
+        groups: its parameter groups.
+        needed: per parameter, whether it got a gradient; may be empty.
+        terms: their number.
+        own: whether there is a first moment per term.
+    """
+    owners = [(parameter, group) for group in groups for parameter in group["params"]]
+    for (parameter, group), reached in zip(owners, needed or [False] * len(owners), strict=True):
+        if (reached or parameter.requires_grad) and not state.get(parameter):
+            state[parameter] = new_state(parameter, terms, own=own, amsgrad=group["amsgrad"])
+
+
+def restore(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's tensors, in the dtypes they are kept in.
+
+    ``Optimizer.load_state_dict`` would cast norms to the parameter's dtype, and share memory with the checkpoint.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        for key, saved in state_dict["state"].get(index, {}).items():
+            dtype = balance_dtype([parameter]) if key in BALANCE_KEYS else parameter.dtype
+            state[parameter][key] = saved.to(device=parameter.device, dtype=dtype, copy=True)
 
 
 def read_rows(states: Sequence[State], key: str, like: Tensor) -> Tensor:

@@ -451,7 +451,7 @@ def test_the_layout_has_a_margin_chart_per_term_between_the_percentiles(trained)
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     (category,) = layout.category
     assert category.title == "balance_weight"
-    assert [chart.title for chart in category.chart] == ["fit", "big"]
+    assert [chart.title for chart in category.chart] == ["big", "fit"], "TensorBoard shows the last one first"
     for chart in category.chart:
         (series,) = chart.margin.series
         assert [(series.value, series.lower, series.upper)] == margin("balance_weight", chart.title)

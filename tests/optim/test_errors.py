@@ -197,6 +197,8 @@ def test_group_options_are_checked():
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="anchor holds for the whole optimizer"):
         MTAdam([{"params": model.parameters(), "anchor": "mean"}])
+    with pytest.raises(ValueError, match="layers holds for the whole optimizer"):
+        MTAdam([{"params": model.parameters(), "layers": "global"}])
     optimizer = MTAdam([model.weight])
     with pytest.raises(ValueError, match="lr must be"):
         optimizer.add_param_group({"params": [model.bias], "lr": -1.0})
