@@ -141,7 +141,10 @@ class MultiTermLightningModule(pl.LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         optimizer.name_parameters(self.named_parameters())
         optimizer.backward(
-            pending.losses, grad_output=factor, loss_scale=factor * pending.accumulated if scaled else None
+            pending.losses,
+            grad_output=factor,
+            loss_scale=factor * pending.accumulated if scaled else None,
+            group=trainer_internals.group_to_average(self.trainer),
         )
 
     def _read_training_step(self, output: Any, accumulated: int) -> ClosureResult:
@@ -168,11 +171,6 @@ class MultiTermLightningModule(pl.LightningModule):
     def _check(self, losses: Losses, optimizer: Optimizer) -> None:
         terms = optimizer.terms or None if isinstance(optimizer, MTAdam) else None
         check_losses(losses, terms, finite=False)
-        if isinstance(optimizer, MTAdam) and self.trainer.world_size > 1:
-            raise NotImplementedError(
-                f"MTAdam does not yet average the terms' gradients over the {self.trainer.world_size} processes of"
-                f" strategy {type(self.trainer.strategy).__name__}, so they would drift apart. Use devices=1."
-            )
 
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
         if not self.log_terms or self.trainer.barebones:

@@ -8,14 +8,17 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
+    from torch.distributed import ProcessGroup
 
 
 def set_result_reader(trainer: pl.Trainer, read: Callable[[Any, int], ClosureResult]) -> None:
@@ -52,6 +55,23 @@ def has_logged(trainer: pl.Trainer, hook: str, name: str) -> bool:
 def unwrap(optimizer: Optimizer) -> Optimizer:
     """The optimizer that Lightning wrapped, or the one given."""
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def group_to_average(trainer: pl.Trainer) -> ProcessGroup | None:
+    """The processes over which this backward pass is to be averaged; ``None`` if there is but one, or not yet.
+
+    Raises:
+        MisconfigurationException: the strategy trains in several processes in a way that is not supported.
+    """
+    if trainer.world_size == 1:
+        return None
+    model = trainer.strategy.model
+    if not isinstance(model, DistributedDataParallel):
+        raise MisconfigurationException(
+            f"MTAdam supports strategy='ddp', but not {type(trainer.strategy).__name__}, where it cannot average the"
+            " gradients of the terms over the processes. Use strategy='ddp', or another optimizer."
+        )
+    return model.process_group if model.require_backward_grad_sync else None
 
 
 def should_log(trainer: pl.Trainer) -> bool:

@@ -3,9 +3,12 @@
 A test here that fails with "Lightning has moved ..." says which attribute to look for in the new release.
 """
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -197,3 +200,15 @@ def test_should_log_is_false_where_logging_is_off():
     times = LogTimes()
     fit(Regression(), make_loader(5), callbacks=[times], log_every_n_steps=0)
     assert times.batches == []
+
+
+def test_one_process_has_no_group_to_average_over():
+    assert trainer_internals.group_to_average(SimpleNamespace(world_size=1)) is None
+
+
+def test_a_strategy_other_than_ddp_is_refused_by_name():
+    class Sharded:
+        model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(MisconfigurationException, match=r"but not Sharded.*Use strategy='ddp'"):
+        trainer_internals.group_to_average(SimpleNamespace(world_size=2, strategy=Sharded()))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam import balancing
+from lightning_mtadam.distributed import agree_on_terms, average_gradients
 from lightning_mtadam.gradients import term_gradients
 from lightning_mtadam.optim.checkpoint import check_checkpoint
 from lightning_mtadam.optim.layers import LayerBook
@@ -19,6 +21,9 @@ from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
 from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
 from lightning_mtadam.terms import Losses, check_losses
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MTAdam(Optimizer):
@@ -115,7 +120,14 @@ class MTAdam(Optimizer):
         """The names of the loss terms, in order; empty until they are known."""
         return tuple(self.param_groups[0]["terms"])
 
-    def backward(self, losses: Losses, *, grad_output: Tensor | None = None, loss_scale: Tensor | None = None) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        grad_output: Tensor | None = None,
+        loss_scale: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
         ``p.grad`` gets the sum over the terms, for whoever looks at it. Gradients add up over several calls until
@@ -126,19 +138,21 @@ class MTAdam(Optimizer):
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the terms' gradients are divided by
                 it, ``p.grad`` is not.
+            group: processes over which to average what has accumulated; to be given in the last call before
+                :meth:`step`, by all of them.
 
         Raises:
-            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name.
+            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
+                the ranks of the group have different terms.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
         """
-        check_losses(losses, self.terms or None, finite=loss_scale is None)
-        terms = self.terms or tuple(losses)
-        self._options.check_terms(terms)
-        self._book.layers(self.param_groups)  # what cannot be resolved is an error now, before anything is computed
         parameters = self._parameters()
-        self._pending.collect(term_gradients(losses, parameters, grad_output=grad_output), parameters, loss_scale)
-        self._set_terms(terms)
+        names = self._check(losses, loss_scale, group)
+        found = term_gradients({name: losses[name] for name in names}, parameters, grad_output=grad_output)
+        average = None if group is None else partial(average_gradients, parameters=parameters, group=group)
+        self._pending.collect(found, parameters, loss_scale, average)
+        self._set_terms(self.terms or names)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -264,6 +278,22 @@ class MTAdam(Optimizer):
     def _stepper(self) -> Stepper:
         layers = self._book.layers(self.param_groups)
         return Stepper(self._options, self.param_groups, self.state, layers, self._book.labels, self.terms)
+
+    def _check(self, losses: Losses, loss_scale: Tensor | None, group: ProcessGroup | None) -> tuple[str, ...]:
+        """Raise, on all ranks of the group, unless the losses are good on all of them; return their names in order."""
+        error = None
+        try:
+            check_losses(losses, self.terms or None, finite=loss_scale is None)
+            self._options.check_terms(self.terms or tuple(losses))
+            self._book.layers(self.param_groups)
+        except (TypeError, ValueError) as found:
+            if group is None:
+                raise
+            error = found
+        if group is None:
+            return tuple(losses)
+        names = () if error is not None else tuple(losses)
+        return agree_on_terms(names, group, self._parameters()[0].device, error)
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from lightning_mtadam.terms import TermGradients
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 Gradients: TypeAlias = Sequence[Tensor | None]
+Found: TypeAlias = Iterator[tuple[str, list[Tensor | None]]]
 
 
 @dataclass
@@ -37,11 +38,12 @@ class PendingGradients:
 
     def collect(
         self,
-        found: Iterable[tuple[str, list[Tensor | None]]],
+        found: Found,
         parameters: Sequence[Tensor],
         loss_scale: Tensor | None = None,
+        average: Callable[[Found], Found] | None = None,
     ) -> None:
-        """Add the gradients of one more batch, and set ``p.grad`` to their sum over the terms.
+        """Add the gradients of one more batch, and set ``p.grad`` to the sum over the terms.
 
         A batch starts anew where nothing is pending, or where ``p.grad`` was reset behind the optimizer's back, as
         ``model.zero_grad()`` does. Nothing is changed until every term is there.
@@ -50,22 +52,26 @@ class PendingGradients:
             found: the terms' gradients, as they come.
             parameters: the parameters they belong to.
             loss_scale: divides the terms' gradients, but not ``p.grad``.
+            average: averages what has accumulated over the processes.
         """
-        total: list[Tensor | None] = [None] * len(parameters)
-        batch: TermGradients = {}
-        for name, gradients in found:
-            add_into(total, gradients)
-            batch[name] = gradients if loss_scale is None else divide(gradients, loss_scale)
-        anew = not self.gradients or all(parameter.grad is None for parameter in parameters)
-        if anew:
+        if all(parameter.grad is None for parameter in parameters):
             self.clear()
-        for name, new in batch.items():
-            old = self.gradients.get(name)
-            self.gradients[name] = new if old is None else add_gradients(old, new)
-        if not anew:
-            add_into(total, [parameter.grad for parameter in parameters])
+        accumulated = self._accumulate(found, loss_scale)
+        self.gradients = dict(accumulated if average is None else average(accumulated))
+        total: list[Tensor | None] = [None] * len(parameters)
+        for gradients in self.gradients.values():
+            add_into(total, gradients)
         for parameter, gradient in zip(parameters, total, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient if gradient is None or loss_scale is None else gradient.mul_(loss_scale)
+
+    def _accumulate(self, found: Found, loss_scale: Tensor | None) -> Found:
+        """The new batch's gradients added to what is pending, term by term; then the terms it does not have."""
+        rest = dict(self.gradients)
+        for name, gradients in found:
+            new = gradients if loss_scale is None else divide(gradients, loss_scale)
+            old = rest.pop(name, None)
+            yield name, new if old is None else add_gradients(old, new)
+        yield from rest.items()
 
 
 def add_gradients(old: Gradients, new: Gradients) -> list[Tensor | None]:
