@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common.exact_resume import RandomState
 
@@ -53,10 +54,7 @@ def run(
         check_settings(folder / "settings.json", settings)
     if resume and result_file.exists():
         return dict(json.loads(result_file.read_text()))
-    if not resume and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(dict(settings), indent=2))
+    _prepare(folder, settings, resume=resume)
     timer = Timer()
     trainer = pl.Trainer(
         logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
@@ -72,7 +70,7 @@ def run(
     )
     last = folder / "checkpoints" / "last.ckpt"
     steps_before = _step_of(last) if resume and last.exists() else 0
-    trainer.fit(module, data, ckpt_path=str(last) if steps_before else None, weights_only=False)
+    trainer.fit(module, data, ckpt_path=str(last) if steps_before else None)
     steps = trainer.global_step - steps_before
     trainer.test(module, data, verbose=False)
     result = {**read_result(trainer), "steps": trainer.global_step}
@@ -80,6 +78,15 @@ def run(
     if trainer.is_global_zero:
         result_file.write_text(json.dumps(result, indent=2))
     return result
+
+
+@rank_zero_only
+def _prepare(folder: Path, settings: Mapping[str, object], *, resume: bool) -> None:
+    """Make the folder, empty unless the run is to be continued."""
+    if not resume and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(dict(settings), indent=2))
 
 
 def check_settings(file: Path, settings: Mapping[str, object]) -> None:

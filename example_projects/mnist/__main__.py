@@ -15,6 +15,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common import report
 from example_projects.common.runs import Result, run
@@ -105,14 +106,17 @@ def main(arguments: list[str] | None = None) -> None:
     write(options, results)
 
 
+@rank_zero_only
 def write(options: argparse.Namespace, results: list[Result]) -> None:
-    """Print the table and write it as Markdown and CSV."""
-    table = report.markdown(report.summarise(results, "method", COLUMNS))
+    """Print the table and write it as Markdown and CSV, with the runs it summarises."""
+    rows = report.summarise(results, "method", COLUMNS)
+    table = report.markdown(rows)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "table.md").write_text(table + "\n")
+    report.write_csv(options.output_dir / "table.csv", rows)
     (options.output_dir / "options.json").write_text(json.dumps(vars(options), default=str, indent=2))
     report.write_csv(options.output_dir / "results.csv", results)
-    print(f"\n{table}\n\nWritten to {options.output_dir}/table.md and results.csv.")
+    print(f"\n{table}\n\nWritten to {options.output_dir}: table.md, table.csv; every run in results.csv.")
     print(f"See the balance with: tensorboard --logdir {options.output_dir}")
 
 
