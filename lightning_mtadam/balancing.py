@@ -128,8 +128,9 @@ def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, 
     """
     if reference is None:
         return importance.expand_as(norms)
-    finite = torch.finfo(norms.dtype).max
-    return torch.where(norms > 0, (reference / norms).clamp(max=min(max_scale, finite)), 0) * importance
+    largest = torch.finfo(norms.dtype).max
+    ratios = torch.where(norms > 0, (reference / norms).clamp(max=min(max_scale, largest)), 0)
+    return (ratios * importance).clamp(max=largest)
 
 
 def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:

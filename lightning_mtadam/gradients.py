@@ -27,7 +27,7 @@ def term_gradients(
         may share memory with each other: do not write to them.
 
     Raises:
-        ValueError: no parameter requires a gradient, or a term reaches none of them.
+        ValueError: no parameter requires a gradient.
         TypeError: a gradient is sparse.
 
     Example:
@@ -48,21 +48,11 @@ def term_gradients(
             retain_graph=position < last,
             allow_unused=True,
         )
-        _check_reached(name, found)
+        if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
+            raise TypeError(
+                f"losses[{name!r}] has a sparse gradient, which is not supported. Use e.g. nn.Embedding(sparse=False)."
+            )
         gradients: list[Tensor | None] = [None] * len(parameters)
         for index, gradient in zip(trainable, found, strict=True):
             gradients[index] = gradient
         yield name, gradients
-
-
-def _check_reached(name: str, gradients: Sequence[Tensor | None]) -> None:
-    present = [gradient for gradient in gradients if gradient is not None]
-    if not present:
-        raise ValueError(
-            f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
-            " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
-        )
-    if any(gradient.layout != torch.strided for gradient in present):
-        raise TypeError(
-            f"losses[{name!r}] has a sparse gradient, which is not supported. Use e.g. nn.Embedding(sparse=False)."
-        )

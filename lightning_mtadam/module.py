@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import trainer_internals
+from lightning_mtadam.distributed import agree_on_terms
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -120,6 +121,9 @@ class MultiTermLightningModule(pl.LightningModule):
             return super().backward(loss, *args, **inputs, **kwargs)
         self._backward_terms(pending, pending.optimizer, loss)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pending": None}
+
     def clip_gradients(
         self,
         optimizer: Optimizer,
@@ -149,6 +153,9 @@ class MultiTermLightningModule(pl.LightningModule):
 
     def _read_training_step(self, output: Any, accumulated: int) -> ClosureResult:
         """Make of a training step's output what the automatic loop goes on with, and keep its losses for backward."""
+        self._pending = None
+        if self.trainer.lightning_module is not self:  # it trains another module now, which may hold this one
+            return ClosureResult.from_training_step_output(output, accumulated)
         optimizer = self.trainer.optimizers[0]
         named = isinstance(output, Mapping) and "loss" not in output
         if not named and (output is None or not isinstance(optimizer, MTAdam)):
@@ -156,11 +163,10 @@ class MultiTermLightningModule(pl.LightningModule):
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
         self._check(losses, optimizer)
         total = torch.stack(list(losses.values())).sum() if named else losses["loss"]
-        self._pending = _PendingLosses(losses, total, accumulated, optimizer)
-        if trainer_internals.skips_backward(self.trainer):
-            self._pending = None
-            if isinstance(optimizer, MTAdam):
-                optimizer.skip_step()
+        if not trainer_internals.skips_backward(self.trainer):
+            self._pending = _PendingLosses(losses, total, accumulated, optimizer)
+        elif isinstance(optimizer, MTAdam):
+            optimizer.skip_step()
         if not named:
             return ClosureResult.from_training_step_output(output, accumulated)
         self._log_losses(losses, total, "on_before_backward")
@@ -169,14 +175,21 @@ class MultiTermLightningModule(pl.LightningModule):
         )
 
     def _check(self, losses: Losses, optimizer: Optimizer) -> None:
-        terms = optimizer.terms or None if isinstance(optimizer, MTAdam) else None
-        check_losses(losses, terms, finite=False)
+        if not isinstance(optimizer, MTAdam):
+            return check_losses(losses, finite=False)
+        try:
+            check_losses(losses, optimizer.terms or None, finite=False)
+        except (TypeError, ValueError) as error:
+            group = trainer_internals.group_to_average(self.trainer)
+            if group is not None:  # tell the other ranks, which wait for this one's terms
+                agree_on_terms((), group, self.device, error)
+            raise
 
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
         if not self.log_terms or self.trainer.barebones:
             return
         values = {f"train/{name}": loss.detach() for name, loss in losses.items()}
-        if total is not None:
+        if total is not None and "loss" not in losses:
             values["train/loss"] = total.detach()
         with trainer_internals.logging_as(self, hook):
             for name, value in values.items():

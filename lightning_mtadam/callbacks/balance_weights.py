@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class BalanceWeightMonitor(pl.Callback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_mtadam.callbacks import BalanceWeightMonitor
-        >>> trainer = Trainer(callbacks=[BalanceWeightMonitor()], logger=False, accelerator="cpu")
+        >>> trainer = Trainer(callbacks=[BalanceWeightMonitor()], accelerator="cpu")
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class BalanceWeightMonitor(pl.Callback):
             f"{prefix}.{term}/{layer}": value
             for layer, row in zip(layers, table.tolist(), strict=True)
             for term, value in zip(terms, row, strict=True)
-            if value == value  # nan: the term never reached the layer
+            if math.isfinite(value)  # nan: the term never reached the layer; inf: the anchor's norm is next to nothing
         }
 
 
@@ -136,7 +137,7 @@ def summaries(prefix: str, terms: tuple[str, ...], table: Tensor) -> dict[str, f
     """The median and two percentiles over the layers that a term reaches, per term. ``table`` is [L, I]."""
     found: dict[str, float] = {}
     for term, column in zip(terms, table.T, strict=True):
-        reached = column[~column.isnan()]
+        reached = column[column.isfinite()]
         if len(reached):
             levels = torch.tensor(list(SUMMARY_QUANTILES.values()), dtype=reached.dtype)
             values = torch.quantile(reached, levels).tolist()

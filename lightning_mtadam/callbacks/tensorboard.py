@@ -85,7 +85,7 @@ def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> 
 
 def _decades(table: Tensor) -> int:
     """How many powers of ten from one the weights go, at least one."""
-    logs = table[table > 0].double().log10().abs()
+    logs = table[table.isfinite() & (table > 0)].double().log10().abs()
     return max(1, math.ceil(logs.max().item())) if len(logs) else 1
 
 

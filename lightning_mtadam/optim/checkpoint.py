@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_mtadam.optim.layers import clean_name
 from lightning_mtadam.optim.state import expected_shapes
 
 
@@ -38,6 +39,7 @@ def check_checkpoint(
             f"The checkpoint has parameter groups of {saved_sizes} parameters, the optimizer of {sizes}."
             " Give the optimizer the parameters that it had when the checkpoint was written."
         )
+    _check_names(groups, saved_groups)
     saved_terms = tuple(saved_groups[0]["terms"])
     _check_terms(saved_terms, terms)
     for option, value in meaning.items():
@@ -48,6 +50,17 @@ def check_checkpoint(
                 f" Its numbers mean something else. Use MTAdam(..., {option}={saved!r}), or start anew."
             )
     _check_shapes(state_dict, groups, names, meaning, saved_terms)
+
+
+def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    for group, saved in zip(groups, saved_groups, strict=True):
+        if "param_names" in group and "param_names" in saved:
+            for name, saved_name in zip(group["param_names"], saved["param_names"], strict=True):
+                if clean_name(name) != clean_name(saved_name):
+                    raise ValueError(
+                        f"The checkpoint has the parameter {saved_name!r} where the optimizer has {name!r}. Give the"
+                        " optimizer its parameters in the order they had when the checkpoint was written."
+                    )
 
 
 def _check_terms(saved: tuple[str, ...], terms: tuple[str, ...]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_mtadam.optim.options import LayerRule
 
+PLACEHOLDER = "parameter_"
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -39,20 +41,21 @@ class LayerBook:
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Note the parameters of a new group."""
-        self.names += [_clean(name) for name in group.get("param_names", [None] * len(group["params"]))]
+        names = group.get("param_names", [PLACEHOLDER] * len(group["params"]))
+        self.names += [None if name.startswith(PLACEHOLDER) else clean_name(name) for name in names]
         self._layers = None
 
     def name(self, named_parameters: Iterable[tuple[str, Tensor]], parameters: Sequence[Tensor]) -> None:
         """Name those of ``parameters`` that have no name yet."""
         if None in self.names:
-            known = {id(parameter): _clean(name) for name, parameter in named_parameters}
+            known = {id(parameter): clean_name(name) for name, parameter in named_parameters}
             self.names = [name or known.get(id(p)) for name, p in zip(self.names, parameters, strict=True)]
             self._layers = None
 
     @property
     def labels(self) -> list[str]:
         """The parameters' names, or their numbers."""
-        return [name or f"parameter_{index}" for index, name in enumerate(self.names)]
+        return [name or f"{PLACEHOLDER}{index}" for index, name in enumerate(self.names)]
 
     def layers(self, groups: Sequence[Mapping[str, Any]]) -> Layers:
         """The layers of the groups' parameters."""
@@ -60,13 +63,27 @@ class LayerBook:
             group_names = [
                 group.get("name", f"group_{index}") for index, group in enumerate(groups) for _ in group["params"]
             ]
-            self._layers = resolve_layers(self.rule, self.names, group_names, groups[0]["params"][0].device)
+            device = next(parameter.device for group in groups for parameter in group["params"])
+            self._layers = resolve_layers(self.rule, self.names, group_names, device)
         return self._layers
 
 
-def _clean(name: str | None) -> str | None:
+def clean_name(name: str) -> str:
     """A name without what ``torch.compile`` puts into it."""
-    return name and name.replace("_orig_mod.", "")
+    return name.replace("_orig_mod.", "")
+
+
+def named_alike(group: Mapping[str, Any], known: int) -> dict[str, Any]:
+    """Give a group without names placeholders for them: torch wants all groups of an optimizer alike.
+
+    Args:
+        group: a new parameter group, e.g. of a fine-tuning callback.
+        known: the number of parameters that the optimizer has.
+    """
+    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if not any(isinstance(member, tuple) for member in members):
+        members = [(f"{PLACEHOLDER}{known + index}", parameter) for index, parameter in enumerate(members)]
+    return {**group, "params": members}
 
 
 def resolve_layers(
@@ -84,10 +101,12 @@ def resolve_layers(
         ValueError: the rule needs names that are not known, or two parameters have one name.
         TypeError: the callable returned no string.
     """
-    labels = [_label(rule, index, name, group) for index, (name, group) in enumerate(zip(parameter_names, groups))]  # noqa: B905
-    if rule == "parameter" and len(set(labels)) != len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
+    known = [name for name in parameter_names if name is not None]
+    if rule not in ("group", "global") and len(set(known)) != len(known):
+        twice = next(name for name in known if known.count(name) > 1)
         raise ValueError(f"Two parameters are named {twice!r}. Give them different names, e.g. a prefix per network.")
+    owners = zip(parameter_names, groups, strict=True)
+    labels = [_label(rule, index, name, group) for index, (name, group) in enumerate(owners)]
     names = tuple(dict.fromkeys(labels))
     position = {name: index for index, name in enumerate(names)}
     return Layers(names, torch.tensor([position[label] for label in labels], device=device))
@@ -99,7 +118,7 @@ def _label(rule: LayerRule, index: int, name: str | None, group: str) -> str:
     if rule == "group":
         return group
     if rule == "parameter":
-        return f"parameter_{index}" if name is None else name
+        return f"{PLACEHOLDER}{index}" if name is None else name
     if name is None:
         raise ValueError(
             f"layers={rule!r} needs the parameters' names. Pass model.named_parameters() instead of"

@@ -15,7 +15,7 @@ from lightning_mtadam import balancing
 from lightning_mtadam.distributed import agree_on_terms, average_gradients
 from lightning_mtadam.gradients import term_gradients
 from lightning_mtadam.optim.checkpoint import check_checkpoint
-from lightning_mtadam.optim.layers import LayerBook
+from lightning_mtadam.optim.layers import LayerBook, named_alike
 from lightning_mtadam.optim.options import Denominator, LayerRule, Options, Update, check_group, check_terms
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
 from lightning_mtadam.optim.state import allocate, restore
@@ -148,11 +148,13 @@ class MTAdam(Optimizer):
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
         """
         parameters = self._parameters()
-        names = self._check(losses, loss_scale, group)
+        self._pending.start_anew_if_reset(parameters)
+        order = self._check(losses, loss_scale, group)
+        names = [name for name in order if name in losses]
         found = term_gradients({name: losses[name] for name in names}, parameters, grad_output=grad_output)
         average = None if group is None else partial(average_gradients, parameters=parameters, group=group)
-        self._pending.collect(found, parameters, loss_scale, average)
-        self._set_terms(self.terms or names)
+        self._pending.collect(found, names, order, parameters, loss_scale, average)
+        self._set_terms(self.terms or order)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -237,15 +239,17 @@ class MTAdam(Optimizer):
         self._book.name(named_parameters, self._parameters())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as for every torch optimizer."""
-        super().add_param_group(param_group)
+        """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
+        named = [group for group in self.param_groups if "param_names" in group]
+        super().add_param_group(named_alike(param_group, len(self._book.names)) if named else param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, self._options)
+            check_group(group, self._options, self.defaults["terms"])
         except Exception:
             self.param_groups.pop()
             raise
         self._book.add(group)
+        self._pending.extend(len(group["params"]))
         if self.terms:
             self._set_terms(self.terms)
 
@@ -280,20 +284,23 @@ class MTAdam(Optimizer):
         return Stepper(self._options, self.param_groups, self.state, layers, self._book.labels, self.terms)
 
     def _check(self, losses: Losses, loss_scale: Tensor | None, group: ProcessGroup | None) -> tuple[str, ...]:
-        """Raise, on all ranks of the group, unless the losses are good on all of them; return their names in order."""
+        """Raise, on all ranks of the group, unless the losses are good on all of them.
+
+        Returns:
+            The names of these losses and of what is pending, in an order on which all ranks agree.
+        """
         error = None
+        names: tuple[str, ...] = ()
         try:
             check_losses(losses, self.terms or None, finite=loss_scale is None)
             self._options.check_terms(self.terms or tuple(losses))
             self._book.layers(self.param_groups)
+            names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
         except (TypeError, ValueError) as found:
             if group is None:
                 raise
             error = found
-        if group is None:
-            return tuple(losses)
-        names = () if error is not None else tuple(losses)
-        return agree_on_terms(names, group, self._parameters()[0].device, error)
+        return names if group is None else agree_on_terms(names, group, self._parameters()[0].device, error)
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms

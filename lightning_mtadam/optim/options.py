@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
@@ -49,6 +50,10 @@ class Options:
 
     def check_terms(self, terms: Sequence[str]) -> None:
         """Raise unless the anchor and the importances name ``terms``."""
+        if self.anchor in ANCHOR_POLICIES and self.anchor in terms:
+            raise ValueError(
+                f"anchor={self.anchor!r} is a policy and a term of that name: call the term something else."
+            )
         if self.anchor is not None and self.anchor not in ANCHOR_POLICIES and self.anchor not in terms:
             raise ValueError(
                 f"anchor must be one of {ANCHOR_POLICIES}, None or one of the terms {tuple(terms)},"
@@ -92,22 +97,29 @@ def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
     return terms
 
 
-def check_group(group: Mapping[str, Any], options: Options) -> None:
-    """Raise unless a parameter group's hyper-parameters are in range and its parameters real."""
-    for name, low in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
+def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
+    """Raise unless a parameter group's hyper-parameters are in range and its parameters real.
+
+    Args:
+        group: the parameter group.
+        options: the optimizer's options, which a group must not contradict.
+        terms: the optimizer's terms, likewise.
+    """
+    for name in ("lr", "eps", "weight_decay"):
         value = group[name]
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, but got {value!r}.")
-        if not low <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least {low}, but got {value!r}.")
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, but got {value!r}.")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 3:
         raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), but got {betas!r}.")
     for index, beta in enumerate(betas, start=1):
-        if not 0 <= beta < 1:
+        if not isinstance(beta, Real) or not 0 <= float(beta) < 1:
             raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")
-    for name in Options.__dataclass_fields__:
-        if name in group and group[name] != options.state_meaning.get(name):
+    whole = {**dict.fromkeys(Options.__dataclass_fields__), **options.state_meaning, "terms": terms}
+    for name, value in whole.items():
+        if name in group and group[name] != value:
             raise ValueError(f"{name} holds for the whole optimizer: give it to MTAdam, not to a parameter group.")
     if any(parameter.is_complex() for parameter in group["params"]):
         raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")

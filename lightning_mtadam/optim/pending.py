@@ -39,39 +39,64 @@ class PendingGradients:
     def collect(
         self,
         found: Found,
+        names: Sequence[str],
+        order: Sequence[str],
         parameters: Sequence[Tensor],
         loss_scale: Tensor | None = None,
         average: Callable[[Found], Found] | None = None,
     ) -> None:
         """Add the gradients of one more batch, and set ``p.grad`` to the sum over the terms.
 
-        A batch starts anew where nothing is pending, or where ``p.grad`` was reset behind the optimizer's back, as
-        ``model.zero_grad()`` does. Nothing is changed until every term is there.
+        Nothing is changed until every term is there.
 
         Args:
             found: the terms' gradients, as they come.
+            names: their names, in that order.
+            order: those and the names of what is pending, in the order in which they are averaged.
             parameters: the parameters they belong to.
             loss_scale: divides the terms' gradients, but not ``p.grad``.
             average: averages what has accumulated over the processes.
+
+        Raises:
+            ValueError: a term reaches no parameter.
         """
-        if all(parameter.grad is None for parameter in parameters):
-            self.clear()
-        accumulated = self._accumulate(found, loss_scale)
-        self.gradients = dict(accumulated if average is None else average(accumulated))
+        accumulated = self._accumulate(found, names, order, loss_scale)
+        gradients = dict(accumulated if average is None else average(accumulated))
+        for name in names:
+            _check_reached(name, gradients[name])
         total: list[Tensor | None] = [None] * len(parameters)
-        for gradients in self.gradients.values():
-            add_into(total, gradients)
+        for term in gradients.values():
+            add_into(total, term)
+        self.gradients, self.skip = gradients, False
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = gradient if gradient is None or loss_scale is None else gradient.mul_(loss_scale)
 
-    def _accumulate(self, found: Found, loss_scale: Tensor | None) -> Found:
-        """The new batch's gradients added to what is pending, term by term; then the terms it does not have."""
-        rest = dict(self.gradients)
-        for name, gradients in found:
+    def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
+        """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
+        if all(parameter.grad is None for parameter in parameters):
+            self.gradients = {}
+
+    def extend(self, count: int) -> None:
+        """Note that there are more parameters, without gradients."""
+        self.gradients = {name: [*gradients, *[None] * count] for name, gradients in self.gradients.items()}
+
+    def _accumulate(self, found: Found, names: Sequence[str], order: Sequence[str], loss_scale: Tensor | None) -> Found:
+        for name in order:
+            old = self.gradients.get(name)
+            if name not in names:
+                yield name, self.gradients[name]
+                continue
+            _, gradients = next(found)
             new = gradients if loss_scale is None else divide(gradients, loss_scale)
-            old = rest.pop(name, None)
             yield name, new if old is None else add_gradients(old, new)
-        yield from rest.items()
+
+
+def _check_reached(name: str, gradients: Gradients) -> None:
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
+            " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
+        )
 
 
 def add_gradients(old: Gradients, new: Gradients) -> list[Tensor | None]:
@@ -99,5 +124,5 @@ def add_into(total: list[Tensor | None], gradients: Gradients) -> None:
 def divide(gradients: Gradients, divisor: Tensor) -> list[Tensor | None]:
     """Divide every entry, out of place."""
     present = [gradient for gradient in gradients if gradient is not None]
-    quotients = iter(torch._foreach_mul(present, divisor.to(present[0]).reciprocal()))
+    quotients = iter(torch._foreach_mul(present, divisor.to(present[0]).reciprocal()) if present else ())
     return [None if gradient is None else next(quotients) for gradient in gradients]

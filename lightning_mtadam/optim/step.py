@@ -45,8 +45,8 @@ class Stepper:
         self.members = [index for index, parameter in enumerate(parameters) if state.get(parameter)]
         self.parameters = [parameters[index] for index in self.members]
         self.states = [state[parameter] for parameter in self.parameters]
-        self.groups = [group for group in groups for _ in group["params"]]
-        self.groups = [self.groups[index] for index in self.members]
+        owners = [group for group in groups for _ in group["params"]]
+        self.groups = [owners[index] for index in self.members]
         self.names = [parameter_names[index] for index in self.members]
         self.like = torch.empty((), dtype=balance_dtype(self.parameters), device=self.parameters[0].device)
         self.layers = layers
@@ -142,9 +142,9 @@ class Stepper:
         if not bool(observed.isfinite().all()):
             row, column = (int(index) for index in (~observed.isfinite()).nonzero()[0])
             raise NonFiniteError(
-                f"The gradient of the term {self.terms[column]!r} at the layer {self.names[row]!r} is not finite (its"
-                f" norm is {float(observed[row, column])}). Nothing was changed. Look for a division by zero or a root"
-                " of zero in that loss, or lower the learning rate."
+                f"The gradient of the term {self.terms[column]!r} at the layer {self.names[row]!r} is not finite: its"
+                f" norm is {float(observed[row, column])} in {observed.dtype}. Nothing was changed. Look for a division"
+                " by zero or a root of zero in that loss, or lower the learning rate."
             )
 
     def _clip_factor(self, buckets: Sequence[tuple[list[int], Bucket]], scales: Tensor, limit: float) -> Tensor:
