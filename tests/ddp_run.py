@@ -16,7 +16,9 @@ CASES = {
     "plain": {},
     "accumulation": {"accumulate_grad_batches": 3},
     "clipping": {"gradient_clip_val": 0.05},
+    "changing": {"accumulate_grad_batches": 3},
     "own_terms": {},
+    "bad_rank": {},
 }
 
 
@@ -33,6 +35,11 @@ class Model(MultiTermLightningModule):
         losses = {"fit": (output - y).square().mean(), "trunk": 50 * self.trunk(x).abs().mean()}
         if self.case == "own_terms" and self.rank == 1:
             losses["third"] = output.mean()
+        if self.case == "bad_rank" and self.rank == 1 and batch_idx == 3:
+            losses["fit"] = output
+        if self.case == "changing":  # other terms in every batch, in another order on rank 1
+            present = (("fit", "trunk"), ("trunk",), ("fit",))[batch_idx % 3]
+            losses = {name: losses[name] for name in (reversed(present) if self.rank else present)}
         return losses
 
     def configure_optimizers(self):

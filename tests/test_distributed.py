@@ -30,7 +30,7 @@ def assert_bitwise(ours, theirs):
             assert torch.equal(value, theirs[key]), key
 
 
-@pytest.mark.parametrize("case", ["plain", "accumulation", "clipping"])
+@pytest.mark.parametrize("case", ["plain", "accumulation", "clipping", "changing"])
 def test_two_ranks_equal_one_process(case, tmp_path):
     result = run_ranks(tmp_path, case)
     assert result.returncode == 0, result.stderr
@@ -45,7 +45,7 @@ def test_two_ranks_equal_one_process(case, tmp_path):
         for rank in range(RANKS)
         for index in range(start + rank, start + RANKS * BATCH, RANKS)
     ]
-    one = Model()
+    one = Model(case)
     trainer(devices=1, **CASES[case]).fit(one, DataLoader(data, RANKS * BATCH, sampler=order))
     start = Model().state_dict()
     for name, weight in one.state_dict().items():
@@ -59,3 +59,10 @@ def test_ranks_with_different_terms_raise_and_name_them(tmp_path):
     assert "The ranks have different terms: rank 0 has ('fit', 'trunk'); rank 1 has ('fit', 'trunk', 'third')" in (
         result.stderr
     )
+
+
+def test_a_bad_loss_on_one_rank_raises_on_all(tmp_path):
+    result = run_ranks(tmp_path, "bad_rank")
+    assert result.returncode != 0
+    assert "losses['fit'] must be a scalar tensor, but has shape (4, 3)" in result.stderr
+    assert "The losses are bad on rank 1: ValueError: losses['fit'] must be a scalar tensor" in result.stderr

@@ -32,16 +32,20 @@ class Method:
         return self.optimizer(network.named_parameters(), lr=lr, **self.options)
 
 
+# Ten classes are equals, of which any may be satisfied first, so the anchor is their geometric mean.
+EQUALS = {"anchor": "mean"}
+
 METHODS = {
-    "mtadam": Method(MTAdam),
+    "mtadam": Method(MTAdam, options=EQUALS),
+    "mtadam-first-anchor": Method(MTAdam),
     "adam": Method(Adam),
     "balanced-adam": Method(Adam, balanced=True),
     "rmsprop": Method(RMSprop),
     "sgd": Method(partial(SGD, momentum=0.9)),
     # The ablations of the paper's Table 5, i to v, by what they take away.
     "mtadam-i-no-balancing": Method(MTAdam, options={"anchor": None}),
-    "mtadam-ii-not-per-layer": Method(MTAdam, options={"layers": "global"}),
+    "mtadam-ii-not-per-layer": Method(MTAdam, options={**EQUALS, "layers": "global"}),
     "mtadam-iii-unit-norm": Method(MTAdam, options={"anchor": "unit"}),
-    "mtadam-iv-own-second-moment": Method(MTAdam, options={"denominator": "own"}),
-    "mtadam-v-no-norm-average": Method(MTAdam, options={"betas": (0.9, 0.999, 0.0)}),
+    "mtadam-iv-own-second-moment": Method(MTAdam, options={**EQUALS, "denominator": "own"}),
+    "mtadam-v-no-norm-average": Method(MTAdam, options={**EQUALS, "betas": (0.9, 0.999, 0.0)}),
 }

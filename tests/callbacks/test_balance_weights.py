@@ -594,3 +594,9 @@ def test_watching_does_not_change_training(tmp_path):
     fit(tmp_path / "alone", module=alone)
     for ours, theirs in zip(watched.parameters(), alone.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_weight_beyond_all_measure_is_neither_logged_nor_in_the_way_of_the_heatmap():
+    table = torch.tensor([[1.0, math.inf], [1.0, 10.0]])
+    assert summaries("w", ("a", "b"), table)["w/b.median"] == 10.0
+    assert tensorboard.draw_heatmap(["a", "b"], ["x", "y"], table).dtype == torch.uint8

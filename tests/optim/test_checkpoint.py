@@ -181,6 +181,10 @@ REFUSED = {
         lambda s: s["state"][4].update(exp_avg=torch.ones(2, 5)),
         r"'exp_avg' .*'head.weight'.*\(2, 5\).*\(2, 4\)",
     ),
+    "names": (
+        lambda s: s["param_groups"][1].update(param_names=["head.bias", "head.weight"]),
+        "parameter 'head.bias' where the optimizer has 'head.weight'",
+    ),
     "entry": (lambda s: s["state"][1].pop("gradient_norm"), "no 'gradient_norm' for the parameter 'net.bias'"),
 }
 

@@ -237,3 +237,44 @@ def test_two_parameters_of_one_name_are_refused():
 def test_bad_clipping_is_refused(limit, algorithm, message):
     with pytest.raises(ValueError, match=message):
         trained()[1].clip_gradients(limit, algorithm)
+
+
+def test_a_term_with_the_name_of_the_policy_is_refused():
+    with pytest.raises(ValueError, match="a policy and a term of that name"):
+        MTAdam(nn.Linear(3, 2).named_parameters(), terms=("x", "mean"), anchor="mean")
+
+
+def test_terms_of_a_group_are_refused():
+    with pytest.raises(ValueError, match="terms holds for the whole optimizer"):
+        MTAdam([{"params": nn.Linear(3, 2).parameters(), "terms": "fit"}])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_an_empty_group_is_no_obstacle():
+    model = nn.Linear(3, 2)
+    step(model, MTAdam([{"params": []}, {"params": model.parameters()}]))
+
+
+@pytest.mark.parametrize("first_named", [True, False])
+def test_a_group_may_be_added_with_or_without_names_between_backward_and_step(first_named):
+    model, head = nn.Linear(3, 2), nn.Linear(2, 2)
+    optimizer = MTAdam(model.named_parameters() if first_named else model.parameters())
+    optimizer.backward(losses(model))
+    optimizer.add_param_group({"params": list(head.parameters()), "lr": 0.1})
+    optimizer.step()
+    before = head.weight.clone()
+    optimizer.zero_grad()
+    optimizer.name_parameters(nn.ModuleDict({"model": model, "head": head}).named_parameters())
+    optimizer.backward({"fit": head(model(X)).square().mean(), "size": model(X).abs().mean()})
+    optimizer.step()
+    assert not torch.equal(before, head.weight)
+    assert "head.weight" in optimizer.balance_weights()
+
+
+def test_scales_stay_finite_where_ratio_times_importance_does_not():
+    w = torch.ones(2, requires_grad=True)
+    optimizer = MTAdam([w], importance={"b": 4.0})
+    optimizer.backward({"a": 1e19 * w.sum(), "b": 1e-20 * w.sum()})
+    optimizer.step()
+    assert optimizer.scales()["parameter_0"].isfinite().all()
+    assert w.isfinite().all()

@@ -4,7 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lightning_mtadam.optim import MTAdam
 from tests.optim.streams import NAMES, TERMS, feed, layer_names, make, start, stream
 from tests.oracles.naive_mtadam import NaiveMTAdam
 
@@ -83,6 +87,57 @@ def test_every_other_option_equals_the_oracle(options, anchor):
     compare(**{"rule": "parameter", "anchor": anchor, **options})
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4),
+    missing=st.floats(0, 0.6),
+    anchor=st.sampled_from(["first", "b", "mean", "max", "unit", None]),
+    denominator=st.sampled_from(["max", "mean", "own"]),
+    norm_init=st.sampled_from(["first", "unbiased", "one"]),
+    together=st.booleans(),
+)
+def test_random_shapes_and_random_gaps_equal_the_oracle(
+    seed, shapes, missing, anchor, denominator, norm_init, together
+):
+    generator = np.random.default_rng(seed)
+    values = [np.asarray(generator.normal(size=shape)) for shape in shapes]
+    parameters = [torch.tensor(value, requires_grad=True) for value in values]
+    options = {"anchor": anchor, "denominator": denominator, "norm_init": norm_init, "lr": 0.01}
+    optimizer = MTAdam(parameters, terms=TERMS, layers="global" if together else "parameter", **options)
+    layers = ["global"] * len(shapes) if together else [f"parameter_{index}" for index in range(len(shapes))]
+    oracle = NaiveMTAdam(values, layers, TERMS, **options)
+    for _ in range(30):
+        found = {}
+        for term in TERMS:
+            if generator.random() < missing:
+                continue
+            gradients = [np.asarray(10.0 * generator.normal(size=shape)) for shape in shapes]
+            kept = [None if generator.random() < missing else gradient for gradient in gradients]
+            if any(gradient is not None for gradient in kept):
+                found[term] = kept
+        if found:
+            feed(optimizer, parameters, found)
+            optimizer.step()
+            oracle.step(found)
+    for ours, theirs in zip(parameters, oracle.parameters, strict=True):
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
+def test_narrow_dtypes_follow_the_oracle(dtype, tolerance):
+    parameters, optimizer = make(start(0), dtype=dtype)
+    oracle = NaiveMTAdam([p.detach().double().numpy() for p in parameters], layer_names("parameter"), TERMS)
+    for gradients in stream(40, 0):
+        feed(optimizer, parameters, gradients)
+        optimizer.step()
+        oracle.step(gradients)
+    for ours, theirs in zip(parameters, oracle.parameters, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.detach().double().numpy(), theirs, rtol=0, atol=tolerance)
+    assert all(norms.dtype == torch.float32 for norms in optimizer.gradient_norms().values())
+
+
 def test_layers_of_a_callable_equal_the_rule_it_states():
     by_rule, by_function = (
         make(start(0), rule=rule) for rule in ("module", lambda name: name.rpartition(".")[0].upper())
@@ -98,8 +153,6 @@ def test_layers_of_a_callable_equal_the_rule_it_states():
 
 def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
     """Cut into blocks of five elements, every parameter is split or joined otherwise; nothing changes."""
-    import torch
-
     from lightning_mtadam.optim import blocks
 
     def run(limit):
