@@ -148,7 +148,8 @@ class MultiTermLightningModule(pl.LightningModule):
             pending.losses,
             grad_output=factor,
             loss_scale=factor * pending.accumulated if scaled else None,
-            group=trainer_internals.group_to_average(self.trainer),
+            group=trainer_internals.process_group(self.trainer),
+            sync=trainer_internals.synchronises(self.trainer),
         )
 
     def _read_training_step(self, output: Any, accumulated: int) -> ClosureResult:
@@ -180,7 +181,7 @@ class MultiTermLightningModule(pl.LightningModule):
         try:
             check_losses(losses, optimizer.terms or None, finite=False)
         except (TypeError, ValueError) as error:
-            group = trainer_internals.group_to_average(self.trainer)
+            group = trainer_internals.process_group(self.trainer)
             if group is not None:  # tell the other ranks, which wait for this one's terms
                 agree_on_terms((), group, self.device, error)
             raise

@@ -57,8 +57,8 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def group_to_average(trainer: pl.Trainer) -> ProcessGroup | None:
-    """The processes over which this backward pass is to be averaged; ``None`` if there is but one, or not yet.
+def process_group(trainer: pl.Trainer) -> ProcessGroup | None:
+    """The processes that train together; ``None`` if there is but one.
 
     Raises:
         MisconfigurationException: the strategy trains in several processes in a way that is not supported.
@@ -71,7 +71,12 @@ def group_to_average(trainer: pl.Trainer) -> ProcessGroup | None:
             f"MTAdam supports strategy='ddp', but not {type(trainer.strategy).__name__}, where it cannot average the"
             " gradients of the terms over the processes. Use strategy='ddp', or another optimizer."
         )
-    return model.process_group if model.require_backward_grad_sync else None
+    return model.process_group
+
+
+def synchronises(trainer: pl.Trainer) -> bool:
+    """Whether this backward pass is the last before the optimizer's step, and not one that only accumulates."""
+    return bool(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
 
 
 def should_log(trainer: pl.Trainer) -> bool:

@@ -202,8 +202,8 @@ def test_should_log_is_false_where_logging_is_off():
     assert times.batches == []
 
 
-def test_one_process_has_no_group_to_average_over():
-    assert trainer_internals.group_to_average(SimpleNamespace(world_size=1)) is None
+def test_one_process_has_no_process_group_over():
+    assert trainer_internals.process_group(SimpleNamespace(world_size=1)) is None
 
 
 def test_a_strategy_other_than_ddp_is_refused_by_name():
@@ -211,4 +211,8 @@ def test_a_strategy_other_than_ddp_is_refused_by_name():
         model = torch.nn.Linear(1, 1)
 
     with pytest.raises(MisconfigurationException, match=r"but not Sharded.*Use strategy='ddp'"):
-        trainer_internals.group_to_average(SimpleNamespace(world_size=2, strategy=Sharded()))
+        trainer_internals.process_group(SimpleNamespace(world_size=2, strategy=Sharded()))
+
+
+def test_a_module_outside_ddp_always_synchronises():
+    assert trainer_internals.synchronises(SimpleNamespace(strategy=SimpleNamespace(model=torch.nn.Linear(1, 1))))

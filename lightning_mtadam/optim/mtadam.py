@@ -127,6 +127,7 @@ class MTAdam(Optimizer):
         grad_output: Tensor | None = None,
         loss_scale: Tensor | None = None,
         group: ProcessGroup | None = None,
+        sync: bool = True,
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
@@ -138,8 +139,9 @@ class MTAdam(Optimizer):
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the terms' gradients are divided by
                 it, ``p.grad`` is not.
-            group: processes over which to average what has accumulated; to be given in the last call before
-                :meth:`step`, by all of them.
+            group: processes that train together. They agree on the terms in every call.
+            sync: whether to average over the group what has accumulated. False as long as batches accumulate; True in
+                the last call before :meth:`step`.
 
         Raises:
             ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
@@ -152,7 +154,7 @@ class MTAdam(Optimizer):
         order = self._check(losses, loss_scale, group)
         names = [name for name in order if name in losses]
         found = term_gradients({name: losses[name] for name in names}, parameters, grad_output=grad_output)
-        average = None if group is None else partial(average_gradients, parameters=parameters, group=group)
+        average = partial(average_gradients, parameters=parameters, group=group) if group is not None and sync else None
         self._pending.collect(found, names, order, parameters, loss_scale, average)
         self._set_terms(self.terms or order)
 
