@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from lightning_mtadam.terms import Losses
 
@@ -56,3 +57,27 @@ def term_gradients(
         for index, gradient in zip(trainable, found, strict=True):
             gradients[index] = gradient
         yield name, gradients
+
+
+def refuse_reentrant_checkpoints(losses: Losses) -> None:
+    """Raise if a loss passes through reentrant activation checkpointing.
+
+    Its part of the graph is built during ``backward()`` only: per-term gradients would silently stop there.
+
+    Raises:
+        ValueError: naming the loss.
+    """
+    seen = set[Node]()
+    for name, loss in losses.items():
+        waiting = [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise ValueError(
+                    f"losses[{name!r}] passes through reentrant activation checkpointing, where the gradients of single"
+                    " terms cannot be taken. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                )
+            waiting += [following for following, _ in node.next_functions]

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam import balancing
 from lightning_mtadam.distributed import agree_on_terms, average_gradients
-from lightning_mtadam.gradients import term_gradients
+from lightning_mtadam.gradients import refuse_reentrant_checkpoints, term_gradients
 from lightning_mtadam.optim.checkpoint import check_checkpoint
 from lightning_mtadam.optim.layers import LayerBook, named_alike
 from lightning_mtadam.optim.options import Denominator, LayerRule, Options, Update, check_group, check_terms
@@ -297,6 +297,8 @@ class MTAdam(Optimizer):
             check_losses(losses, self.terms or None, finite=loss_scale is None)
             self._options.check_terms(self.terms or tuple(losses))
             self._book.layers(self.param_groups)
+            if not self._last_scales:  # a walk over the whole graph: before the first step only
+                refuse_reentrant_checkpoints(losses)
             names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
         except (TypeError, ValueError) as found:
             if group is None:
