@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common.exact_resume import RandomState
+from example_projects.common.interrupt import SaveOnInterrupt
 
 Result = dict[str, Any]
 
@@ -55,6 +56,7 @@ def run(
     if resume and result_file.exists():
         return dict(json.loads(result_file.read_text()))
     _prepare(folder, settings, resume=resume)
+    last = folder / "checkpoints" / "last.ckpt"
     timer = Timer()
     trainer = pl.Trainer(
         logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
@@ -62,13 +64,13 @@ def run(
             *callbacks,
             timer,
             RandomState(),
-            ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=checkpoint_every),
+            SaveOnInterrupt(last),
+            ModelCheckpoint(last.parent, save_last=True, every_n_train_steps=checkpoint_every),
         ],
         enable_model_summary=False,
         num_sanity_val_steps=0,
         **trainer_options,
     )
-    last = folder / "checkpoints" / "last.ckpt"
     steps_before = _step_of(last) if resume and last.exists() else 0
     trainer.fit(module, data, ckpt_path=str(last) if steps_before else None)
     steps = trainer.global_step - steps_before

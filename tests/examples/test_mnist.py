@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import signal
 from pathlib import Path
 from urllib.error import URLError
 
@@ -631,3 +632,30 @@ def test_a_run_made_with_other_settings_is_not_resumed(tmp_path):
         runs.check_settings(tmp_path / "settings.json", {"max_epochs": 3, "batch_size": 64})
     runs.check_settings(tmp_path / "settings.json", {"max_epochs": 1, "batch_size": 64})
     runs.check_settings(tmp_path / "missing.json", {"max_epochs": 3})
+
+
+class CtrlCAt(pl.Callback):
+    """Presses Ctrl-C while a batch is being trained."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_before_zero_grad(self, trainer, *args):
+        if trainer.global_step == self.batch:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_loses_nothing(tiny, tmp_path, uninterrupted, monkeypatch, capsys):
+    expected, _, expected_batches = uninterrupted["mtadam"]
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "Timer", lambda: CtrlCAt(5))
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(tmp_path, tiny, every=100, interrupt_at=100)
+    signal.signal(signal.SIGINT, before)
+    assert "Stopped after step 6. The same command with --resume" in capsys.readouterr().out
+    module, result, after = train(tmp_path, tiny, every=100, resume=True, seed=7)
+    assert after == expected_batches[6:]
+    assert result["steps"] == 8
+    assert_same_weights(module, expected)
