@@ -82,6 +82,7 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
         },
         resume=options.resume,
         callbacks=[BalanceWeightMonitor()] if method.optimizer is MTAdam else [],
+        log_every_n_steps=10,
         max_epochs=options.max_epochs,
         limit_train_batches=options.limit_train_batches,
         accelerator=options.accelerator,
