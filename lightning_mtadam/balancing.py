@@ -47,7 +47,7 @@ def by_layer(rows: Tensor, layer_of: Tensor, layers: int) -> Tensor:
 def update_norms(
     norms: Tensor, counts: Tensor, observed: Tensor, present: Tensor, beta3: Tensor, norm_init: NormInit
 ) -> tuple[Tensor, Tensor]:
-    """Average the observed norms into the moving average (Alg. 1, lines 6-7).
+    """Average the observed norms into the moving average (Alg. 1).
 
     ``n_i <- beta3 n_i + (1 - beta3) ||g_i||``, from the first step at which the term reaches the layer on:
     the observed norm itself ("first"), the average of a history that began at zero ("unbiased", corrected when it is
@@ -111,7 +111,7 @@ def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
 
 
 def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, max_scale: float) -> Tensor:
-    """What multiplies each term's gradient: ``importance_i * n_anchor / n_i`` (Alg. 1, line 8).
+    """What multiplies each term's gradient: ``importance_i * n_anchor / n_i`` (Alg. 1).
 
     Args:
         norms: [L, I], >= 0.

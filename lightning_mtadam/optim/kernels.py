@@ -90,7 +90,7 @@ def update(bucket: Bucket, coefficients: Coefficients, hyper: Hyperparameters, c
     """Update moments and parameters of a bucket in place, block after block."""
     for block in plan_blocks(bucket.parameters):
         local = coefficients.spread(block)
-        # g~_i <- scale_i g_i   (Alg. 1, line 8)
+        # g~_i <- scale_i g_i   (Alg. 1)
         balanced = bucket.gather_gradients(block).to(local.scales.dtype).mul_(local.scales)
         if clip_value is not None:
             balanced = clip_by_value(balanced, clip_value)
@@ -106,7 +106,7 @@ def _update_moments(bucket: Bucket, block: Block, balanced: Tensor, hyper: Hyper
     exp_avg = block.gather_rows(bucket.exp_avg) if own else block.gather(bucket.exp_avg)
     exp_avg_sq = block.gather_rows(bucket.exp_avg_sq)
     wide = balanced.dtype
-    # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, line 9, merged; line 9 itself with denominator "own")
+    # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, merged; per term with denominator "own")
     first = exp_avg.to(wide).mul_(hyper.beta1).add_(balanced if own else balanced.sum(0), alpha=1 - hyper.beta1)
     # v_i <- beta2 v_i + (1 - beta2) g~_i^2   (Alg. 1, line 10)
     second = exp_avg_sq.to(wide).mul_(hyper.beta2).addcmul_(balanced, balanced, value=1 - hyper.beta2)
@@ -127,7 +127,7 @@ def _store(value: Tensor, where: Tensor) -> Tensor:
 def move(
     parameter: Tensor, first: Tensor, second: Tensor, local: Coefficients, hyper: Hyperparameters, *, scratch: Tensor
 ) -> Tensor:
-    """``theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)``, in place (Alg. 1, lines 11-14); ``scratch`` is [I, b]."""
+    """``theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)``, in place (Alg. 1); ``scratch`` is [I, b]."""
     corrected = torch.mul(second, local.second, out=scratch)
     if hyper.denominator == "max":
         denominator = corrected.amax(0).sqrt_()

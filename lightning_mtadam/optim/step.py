@@ -84,7 +84,7 @@ class Stepper:
         return scales
 
     def parameter_norms(self, gradients: Sequence[Gradients]) -> Tensor:
-        """The L2 norms of the gradients, zero where there is none: I lists of P -> [P, I]   (Alg. 1, line 6)."""
+        """The L2 norms of the gradients, zero where there is none: I lists of P -> [P, I]   (Alg. 1)."""
         flat = [gradient for column in zip(*gradients, strict=True) for gradient in column]
         norms = iter(torch._foreach_norm([g for g in flat if g is not None], 2.0, dtype=self.like.dtype))
         zero = self.like.new_zeros(())
@@ -92,7 +92,7 @@ class Stepper:
         return torch.stack(rows).view(len(self.parameters), len(gradients))
 
     def scales(self, norms: Tensor, counts: Tensor) -> Tensor:
-        """The scales from the moving averages: [L, I] -> [L, I]   (Alg. 1, line 8)."""
+        """The scales from the moving averages: [L, I] -> [L, I]   (Alg. 1)."""
         norms = balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init)
         importance = [float(self.options.importance.get(term, 1)) for term in self.terms]
         return balancing.balance_scales(

@@ -1,0 +1,169 @@
+"""An optimizer that is given the gradient of every term: what happens up to ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lightning_mtadam.distributed import agree_on_terms, average_gradients
+from lightning_mtadam.gradients import refuse_reentrant_checkpoints, term_gradients
+from lightning_mtadam.optim.layers import LayerBook
+from lightning_mtadam.optim.options import Options
+from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.terms import Losses, check_losses
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class TermOptimizer(Optimizer):
+    """Collects the gradients of named losses; a subclass consumes them in its ``step``.
+
+    Args:
+        params: as for every torch optimizer.
+        defaults: of the parameter groups.
+        options: what holds for the whole optimizer.
+        terms: the names of the losses that are known ahead; empty if they are taken from the first losses.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options, terms: tuple[str, ...]) -> None:
+        # Lightning wraps optimizers in an object that has this class but not these attributes: methods may change
+        # what they hold, but never assign them anew.
+        self._options = options
+        self._given_terms = terms
+        self._book = LayerBook(options.layers)
+        self._reset_transient()
+        super().__init__(params, {**defaults, "terms": terms, **options.state_meaning})
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the loss terms, in order; empty until they are known."""
+        return tuple(self.param_groups[0]["terms"])
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        grad_output: Tensor | None = None,
+        loss_scale: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        sync: bool = True,
+    ) -> None:
+        """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
+
+        ``p.grad`` gets the sum over the terms, for whoever looks at it. Gradients add up over several calls until
+        :meth:`step` consumes them, or :meth:`zero_grad` drops them.
+
+        Args:
+            losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
+            grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
+            loss_scale: what a gradient scaler multiplied into ``grad_output``: the terms' gradients are divided by
+                it, ``p.grad`` is not.
+            group: processes that train together. They agree on the terms in every call.
+            sync: whether to average over the group what has accumulated. False as long as batches accumulate; True in
+                the last call before :meth:`step`.
+
+        Raises:
+            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
+                the ranks of the group have different terms.
+            TypeError: a loss that is no real floating-point tensor.
+            NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
+        """
+        parameters = self._parameters()
+        self._pending.start_anew_if_reset(parameters)
+        order = self._check(losses, loss_scale, group)
+        names = [name for name in order if name in losses]
+        found = term_gradients({name: losses[name] for name in names}, parameters, grad_output=grad_output)
+        average = partial(average_gradients, parameters=parameters, group=group) if group is not None and sync else None
+        self._pending.collect(found, names, order, parameters, loss_scale, average)
+        self._set_terms(self.terms or order)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does."""
+        self._pending.clear()
+        super().zero_grad(set_to_none)
+
+    def skip_step(self) -> None:
+        """Forget the collected gradients, and let the next :meth:`step` do nothing.
+
+        For loops that call ``step`` though there was no backward pass, as in the last epoch of Lightning's stochastic
+        weight averaging.
+        """
+        self._pending.clear()
+        self._pending.skip = True
+
+    def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
+        """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`.
+
+        All terms take the same factor, so that clipping does not disturb the balance. Clipping ``p.grad`` has no
+        effect here.
+
+        Args:
+            limit: the largest L2 norm over all parameters ("norm"), or the largest magnitude of an entry ("value").
+            algorithm: "norm" or "value".
+        """
+        if algorithm not in ("norm", "value"):
+            raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
+        if not limit > 0:
+            raise ValueError(f"limit must be above 0, but got {limit!r}.")
+        self._pending.clip = (algorithm, float(limit))
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
+        self._book.name(named_parameters, self._parameters())
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_book")}
+        return {**super().__getstate__(), **mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_transient()
+
+    def _reset_transient(self) -> None:
+        self._pending = PendingGradients()
+        self._last_scales: dict[str, Tensor] = {}
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _check(self, losses: Losses, loss_scale: Tensor | None, group: ProcessGroup | None) -> tuple[str, ...]:
+        """Raise, on all ranks of the group, unless the losses are good on all of them.
+
+        Returns:
+            The names of these losses and of what is pending, in an order on which all ranks agree.
+        """
+        error = None
+        names: tuple[str, ...] = ()
+        try:
+            check_losses(losses, self.terms or None, finite=loss_scale is None)
+            self._options.check_terms(self.terms or tuple(losses))
+            self._book.layers(self.param_groups)
+            if not self._last_scales:  # a walk over the whole graph: before the first step only
+                refuse_reentrant_checkpoints(losses)
+            names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
+        except (TypeError, ValueError) as found:
+            if group is None:
+                raise
+            error = found
+        return names if group is None else agree_on_terms(names, group, self._parameters()[0].device, error)
+
+    def _set_terms(self, terms: tuple[str, ...]) -> None:
+        self.defaults["terms"] = terms
+        for group in self.param_groups:
+            group["terms"] = terms
+
+    def _check_nothing_to_do(self, *, skipped: bool) -> None:
+        """Raise, unless a closure has said by returning ``None`` that there is nothing to do, or ``skip_step`` has."""
+        if self._pending.skip:
+            return
+        if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
+            raise RuntimeError(
+                "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
+                " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
+                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
+            )
