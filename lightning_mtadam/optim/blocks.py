@@ -12,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-BLOCK_ELEMENTS = {"cpu": 1 << 15}
+BLOCK_ELEMENTS = {"cpu": 1 << 16}
 """Elements of a block per device type: on a CPU, some terms of it fit the cache."""
 BLOCK_ELEMENTS_DEFAULT = 1 << 20
 

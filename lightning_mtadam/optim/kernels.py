@@ -76,22 +76,30 @@ class Bucket:
     exp_avg_sq: Sequence[Tensor]
     max_exp_avg_sq: Sequence[Tensor]
 
-    def gather_gradients(self, block: Block) -> Tensor:
-        """The block of all terms' gradients, a copy: [I, b]."""
+    def gather_gradients(self, block: Block, memory: Tensor) -> Tensor:
+        """The block of all terms' gradients, copied to the beginning of ``memory``: [I, b]."""
         members = block.members(self.parameters)
         pieces = []
         for gradients in self.gradients:
             found = zip(block.members(gradients), members, strict=True)
             pieces += block.cut([p.new_zeros(()).expand_as(p) if g is None else g for g, p in found])
-        return torch.cat(pieces).view(len(self.gradients), -1)
+        rows = memory[: len(self.gradients) * sum(block.sizes)]
+        return torch.cat(pieces, out=rows).view(len(self.gradients), -1)
+
+    def memory_for(self, plan: Sequence[Block]) -> Tensor:
+        """Memory for the largest block: fresh memory for every block would cost more than what is done with it."""
+        largest = max(sum(block.sizes) for block in plan)
+        return self.parameters[0].new_empty(len(self.gradients) * largest)
 
 
 def update(bucket: Bucket, coefficients: Coefficients, hyper: Hyperparameters, clip_value: float | None = None) -> None:
     """Update moments and parameters of a bucket in place, block after block."""
-    for block in plan_blocks(bucket.parameters):
+    plan = list(plan_blocks(bucket.parameters))
+    memory = bucket.memory_for(plan)
+    for block in plan:
         local = coefficients.spread(block)
         # g~_i <- scale_i g_i   (Alg. 1)
-        balanced = bucket.gather_gradients(block).to(local.scales.dtype).mul_(local.scales)
+        balanced = bucket.gather_gradients(block, memory).to(local.scales.dtype).mul_(local.scales)
         if clip_value is not None:
             balanced = clip_by_value(balanced, clip_value)
         first, second = _update_moments(bucket, block, balanced, hyper)
@@ -154,9 +162,11 @@ def clip_by_value(balanced: Tensor, limit: float) -> Tensor:
 
 def balanced_norm(bucket: Bucket, scales: Tensor) -> Tensor:
     """The L2 norm of the balanced gradient over the bucket, a scalar. ``scales`` is [I, P]."""
+    plan = list(plan_blocks(bucket.parameters))
+    memory = bucket.memory_for(plan)
     parts: list[Tensor] = [
-        torch.linalg.vector_norm((bucket.gather_gradients(block) * block.expand(scales)).sum(0))
-        for block in plan_blocks(bucket.parameters)
+        torch.linalg.vector_norm((bucket.gather_gradients(block, memory) * block.expand(scales)).sum(0))
+        for block in plan
     ]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
     return norm

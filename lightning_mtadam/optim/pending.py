@@ -18,11 +18,20 @@ Found: TypeAlias = Iterator[tuple[str, list[Tensor | None]]]
 
 @dataclass
 class PendingGradients:
-    """What ``backward`` has collected and ``step`` has not yet consumed."""
+    """What ``backward`` has collected and ``step`` has not yet consumed.
+
+    Attributes:
+        gradients: of every term, accumulated.
+        clip: how the balanced gradient is to be clipped in the next step.
+        skip: whether the next step is to do nothing.
+        buffers: memory for the gradients, kept from step to step: fresh memory for all terms at every step would cost
+            more in page faults than the copy.
+    """
 
     gradients: TermGradients = field(default_factory=dict)
     clip: tuple[ClipAlgorithm, float] | None = None
     skip: bool = False
+    buffers: dict[str, list[Tensor | None]] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -47,7 +56,7 @@ class PendingGradients:
     ) -> None:
         """Add the gradients of one more batch, and set ``p.grad`` to the sum over the terms.
 
-        Nothing is changed until every term is there.
+        If a term fails, all that is pending is dropped.
 
         Args:
             found: the terms' gradients, as they come.
@@ -61,7 +70,11 @@ class PendingGradients:
             ValueError: a term reaches no parameter.
         """
         accumulated = self._accumulate(found, names, order, loss_scale)
-        gradients = dict(accumulated if average is None else average(accumulated))
+        try:
+            gradients = dict(accumulated if average is None else average(accumulated))
+        except BaseException:
+            self.clear()
+            raise
         for name in names:
             _check_reached(name, gradients[name])
         total: list[Tensor | None] = [None] * len(parameters)
@@ -78,17 +91,42 @@ class PendingGradients:
 
     def extend(self, count: int) -> None:
         """Note that there are more parameters, without gradients."""
-        self.gradients = {name: [*gradients, *[None] * count] for name, gradients in self.gradients.items()}
+        for gradients in (*self.gradients.values(), *self.buffers.values()):
+            gradients += [None] * count
 
     def _accumulate(self, found: Found, names: Sequence[str], order: Sequence[str], loss_scale: Tensor | None) -> Found:
         for name in order:
-            old = self.gradients.get(name)
             if name not in names:
                 yield name, self.gradients[name]
                 continue
             _, gradients = next(found)
-            new = gradients if loss_scale is None else divide(gradients, loss_scale)
-            yield name, new if old is None else add_gradients(old, new)
+            yield name, self._keep(name, gradients if loss_scale is None else divide(gradients, loss_scale))
+
+    def _keep(self, name: str, new: Gradients) -> list[Tensor | None]:
+        """Add a term's gradients to what is pending, or copy them to memory of their own."""
+        kept = list(self.gradients.get(name, [None] * len(new)))
+        buffers = self.buffers.setdefault(name, [None] * len(new))
+        copied, added = [], []
+        for index, (old, gradient) in enumerate(zip(kept, new, strict=True)):
+            if gradient is None:
+                continue
+            if old is not None:
+                added.append((old, gradient))
+                continue
+            buffer = buffers[index]
+            if buffer is None or not _alike(buffer, gradient):
+                buffer = buffers[index] = torch.empty_like(gradient)
+            kept[index] = buffer
+            copied.append((buffer, gradient))
+        if copied:
+            torch._foreach_copy_([buffer for buffer, _ in copied], [gradient for _, gradient in copied])
+        if added:
+            torch._foreach_add_([old for old, _ in added], [gradient for _, gradient in added])
+        return kept
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _check_reached(name: str, gradients: Gradients) -> None:
@@ -97,17 +135,6 @@ def _check_reached(name: str, gradients: Gradients) -> None:
             f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
             " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
         )
-
-
-def add_gradients(old: Gradients, new: Gradients) -> list[Tensor | None]:
-    """Add two lists entry by entry, out of place; ``None`` counts as zero."""
-    total = [first if second is None else second for first, second in zip(old, new, strict=True)]
-    both = [(index, a, b) for index, (a, b) in enumerate(zip(old, new, strict=True)) if a is not None and b is not None]
-    if both:
-        indices, first, second = zip(*both, strict=True)
-        for index, value in zip(indices, torch._foreach_add(first, second), strict=True):
-            total[index] = value
-    return total
 
 
 def add_into(total: list[Tensor | None], gradients: Gradients) -> None:
