@@ -72,11 +72,11 @@ class PendingGradients:
         accumulated = self._accumulate(found, names, order, loss_scale)
         try:
             gradients = dict(accumulated if average is None else average(accumulated))
+            for name in names:
+                _check_reached(name, gradients[name])
         except BaseException:
             self.clear()
             raise
-        for name in names:
-            _check_reached(name, gradients[name])
         total: list[Tensor | None] = [None] * len(parameters)
         for term in gradients.values():
             add_into(total, term)

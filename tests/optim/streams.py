@@ -53,15 +53,12 @@ def start(seed):
 
 
 def feed(optimizer, parameters, gradients):
-    """Linear losses have exactly these gradients."""
-    losses = {
-        term: sum(
-            (torch.as_tensor(g, dtype=p.dtype) * p).sum()
-            for p, g in zip(parameters, found, strict=True)
-            if g is not None
-        )
-        for term, found in gradients.items()
-    }
+    """Linear losses have exactly these gradients; a loss hangs only on the parameters that it has a gradient for."""
+    losses = {}
+    for term, found in gradients.items():
+        reached = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        flat = torch.cat([p.reshape(-1) for p, _ in reached])
+        losses[term] = flat @ torch.as_tensor(np.concatenate([g.ravel() for _, g in reached]), dtype=flat.dtype)
     optimizer.zero_grad()
     optimizer.backward(losses)
 

@@ -110,6 +110,19 @@ def test_a_gradient_that_is_not_finite_is_refused_naming_term_and_layer(bad):
     step(model, optimizer)
 
 
+def test_a_term_that_fails_while_batches_accumulate_drops_what_was_pending():
+    model, optimizer = trained()
+    optimizer.zero_grad()
+    before = snapshot(model, optimizer)
+    optimizer.backward(losses(model))
+    with pytest.raises(ValueError, match="reaches no parameter"):
+        optimizer.backward({"fit": losses(model)["fit"], "size": nn.Linear(3, 1)(X).mean()})
+    with pytest.raises(RuntimeError, match="nothing to consume"):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+    step(model, optimizer)
+
+
 def test_step_without_backward_is_refused():
     model, optimizer = trained()
     with pytest.raises(RuntimeError, match="nothing to consume"):
