@@ -69,10 +69,12 @@ class PendingGradients:
         Raises:
             ValueError: a term reaches no parameter.
         """
-        accumulated = self._accumulate(found, names, order, loss_scale)
         try:
+            if average is None:
+                found = _all_reached(found)
+            accumulated = self._accumulate(found, names, order, loss_scale)
             gradients = dict(accumulated if average is None else average(accumulated))
-            for name in names:
+            for name in names:  # over several processes it is enough that it does on one of them
                 _check_reached(name, gradients[name])
         except BaseException:
             self.clear()
@@ -127,6 +129,12 @@ class PendingGradients:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _all_reached(found: Found) -> Found:
+    for name, gradients in found:
+        _check_reached(name, gradients)
+        yield name, gradients
 
 
 def _check_reached(name: str, gradients: Gradients) -> None:
