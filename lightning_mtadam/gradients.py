@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_mtadam.distributed.sharding import local
 from lightning_mtadam.terms import Losses
 
 
@@ -25,7 +26,7 @@ def term_gradients(
 
     Yields:
         The term's name and its gradients, one per parameter, ``None`` where the term does not reach it. The tensors
-        may share memory with each other: do not write to them.
+        may share memory with each other: do not write to them. A loss without a graph reaches nothing.
 
     Raises:
         ValueError: no parameter requires a gradient.
@@ -36,27 +37,88 @@ def term_gradients(
         >>> dict(term_gradients({"fit": w * b, "decay": w**2}, [w, b]))
         {'fit': [tensor(1.), tensor(2.)], 'decay': [tensor(4.), None]}
     """
+    trainable = _trainable(parameters)
+    inputs = [parameters[index] for index in trainable]
+    last = _last_with_graph(losses)
+    for name, loss in losses.items():
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        if loss.requires_grad:
+            found = torch.autograd.grad(
+                loss,
+                inputs,
+                grad_outputs=None if grad_output is None else grad_output.to(loss),
+                retain_graph=name != last,
+                allow_unused=True,
+            )
+            for index, gradient in zip(trainable, found, strict=True):
+                gradients[index] = gradient
+        _refuse_sparse(name, gradients)
+        yield name, gradients
+
+
+def sharded_term_gradients(
+    losses: Losses, parameters: Sequence[Tensor], model: nn.Module | None, *, grad_output: Tensor | None = None
+) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """As ``term_gradients``, for parameters that ``fully_shard`` has cut: this process's parts of the gradients.
+
+    The wrapper gathers parameters and scatters gradients in hooks that only ``backward()`` wakes, and leaves the
+    gradient, averaged, in ``.grad``. From there it is taken, after every term.
+
+    Args:
+        losses: named scalar losses; they may share a graph.
+        parameters: sharded.
+        model: the network, if known: the gradients of its other parameters are kept as they are.
+        grad_output: scalar by which every loss is multiplied; ``None`` means 1.
+
+    Yields:
+        The term's name and the parts of its gradients, averaged over the processes.
+    """
+    trainable = _trainable(parameters)
+    everything = {id(p): p for p in (*parameters, *(() if model is None else model.parameters()))}.values()
+    before = [parameter.grad for parameter in everything]
+    _reduce_every_pass(model)
+    last = _last_with_graph(losses)
+    try:
+        for name, loss in losses.items():
+            for parameter in everything:
+                parameter.grad = None
+            torch.autograd.backward(loss, None if grad_output is None else grad_output.to(loss), name != last)
+            gradients: list[Tensor | None] = [None] * len(parameters)
+            for index in trainable:
+                found = parameters[index].grad
+                gradients[index] = None if found is None else local(found)
+            yield name, gradients
+    finally:
+        for parameter, gradient in zip(everything, before, strict=True):
+            parameter.grad = gradient
+
+
+def _trainable(parameters: Sequence[Tensor]) -> list[int]:
     trainable = [index for index, parameter in enumerate(parameters) if parameter.requires_grad]
     if not trainable:
         raise ValueError("No parameter of the optimizer requires a gradient, so there is nothing to train.")
-    inputs = [parameters[index] for index in trainable]
-    last = len(losses) - 1
-    for position, (name, loss) in enumerate(losses.items()):
-        found = torch.autograd.grad(
-            loss,
-            inputs,
-            grad_outputs=None if grad_output is None else grad_output.to(loss),
-            retain_graph=position < last,
-            allow_unused=True,
+    return trainable
+
+
+def _last_with_graph(losses: Losses) -> str | None:
+    """After which term the graph can be freed."""
+    return next((name for name in reversed(list(losses)) if losses[name].requires_grad), None)
+
+
+def _refuse_sparse(name: str, gradients: Sequence[Tensor | None]) -> None:
+    if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
+        raise TypeError(
+            f"losses[{name!r}] has a sparse gradient, which is not supported. Use e.g. nn.Embedding(sparse=False)."
         )
-        if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
-            raise TypeError(
-                f"losses[{name!r}] has a sparse gradient, which is not supported. Use e.g. nn.Embedding(sparse=False)."
-            )
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        for index, gradient in zip(trainable, found, strict=True):
-            gradients[index] = gradient
-        yield name, gradients
+
+
+def _reduce_every_pass(model: nn.Module | None) -> None:
+    """Undo ``set_requires_gradient_sync(False)``: unreduced gradients of all terms would be added up in one place."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in () if model is None else model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(True, recurse=False)
 
 
 def refuse_reentrant_checkpoints(losses: Losses) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import trainer_internals
-from lightning_mtadam.distributed import agree_on_terms
+from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -83,6 +83,7 @@ class MultiTermLightningModule(pl.LightningModule):
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             trainer_internals.set_result_reader(trainer, self._read_training_step)
+            Guard.watch(trainer)
 
     def backward_terms(self, losses: Losses, optimizer: Optimizer) -> None:
         """In manual optimization: one backward pass per term, for this optimizer's parameters only.
@@ -103,7 +104,7 @@ class MultiTermLightningModule(pl.LightningModule):
         """
         optimizer = trainer_internals.unwrap(optimizer)
         self._check(losses, optimizer)
-        total = torch.stack(list(losses.values())).sum()
+        total = _sum(losses)
         self._pending = _PendingLosses(losses, total, 1, optimizer)
         self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
         try:
@@ -146,10 +147,9 @@ class MultiTermLightningModule(pl.LightningModule):
         optimizer.name_parameters(self.named_parameters())
         optimizer.backward(
             pending.losses,
+            model=self.trainer.strategy.model,
             grad_output=factor,
             loss_scale=factor * pending.accumulated if scaled else None,
-            group=trainer_internals.process_group(self.trainer),
-            sync=trainer_internals.synchronises(self.trainer),
         )
 
     def _read_training_step(self, output: Any, accumulated: int) -> ClosureResult:
@@ -163,7 +163,7 @@ class MultiTermLightningModule(pl.LightningModule):
             return ClosureResult.from_training_step_output(output, accumulated)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
         self._check(losses, optimizer)
-        total = torch.stack(list(losses.values())).sum() if named else losses["loss"]
+        total = _sum(losses) if named else losses["loss"]
         if not trainer_internals.skips_backward(self.trainer):
             self._pending = _PendingLosses(losses, total, accumulated, optimizer)
         elif isinstance(optimizer, MTAdam):
@@ -176,15 +176,8 @@ class MultiTermLightningModule(pl.LightningModule):
         )
 
     def _check(self, losses: Losses, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, MTAdam):
-            return check_losses(losses, finite=False)
-        try:
-            check_losses(losses, optimizer.terms or None, finite=False)
-        except (TypeError, ValueError) as error:
-            group = trainer_internals.process_group(self.trainer)
-            if group is not None:  # tell the other ranks, which wait for this one's terms
-                agree_on_terms((), group, self.device, error)
-            raise
+        terms = optimizer.terms if isinstance(optimizer, MTAdam) else None
+        check_losses(losses, terms or None, finite=False, graph=self.trainer.world_size == 1)
 
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
         if not self.log_terms or self.trainer.barebones:
@@ -198,6 +191,12 @@ class MultiTermLightningModule(pl.LightningModule):
                 if name in self._logged or not trainer_internals.has_logged(self.trainer, hook, name):
                     self._logged.add(name)
                     self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
+
+
+def _sum(losses: Losses) -> Tensor:
+    """The sum, with a graph also where no term has one, as on one of several processes."""
+    total = torch.stack(list(losses.values())).sum()
+    return total if total.requires_grad else total.requires_grad_()
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:

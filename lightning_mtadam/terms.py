@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_mtadam.distributed.sharding import is_sharded
+
 Losses: TypeAlias = Mapping[str, Tensor]
 """One scalar tensor with a graph per term, in the order of the terms."""
 
@@ -20,13 +22,16 @@ class NonFiniteError(FloatingPointError, ValueError):
     """A loss term or its gradient is inf or nan."""
 
 
-def check_losses(losses: Losses, terms: Sequence[str] | None = None, *, finite: bool = True) -> None:
+def check_losses(
+    losses: Losses, terms: Sequence[str] | None = None, *, finite: bool = True, graph: bool = True
+) -> None:
     """Raise unless ``losses`` is a non-empty mapping of names to finite, real scalars with a graph.
 
     Args:
         losses: the named losses of one step.
         terms: the names that are allowed; ``None`` allows any.
         finite: whether to refuse inf and nan. A gradient scaler skips such a step by itself.
+        graph: whether to refuse losses without a graph. With several processes, one of them may have none.
 
     Raises:
         TypeError: a name that is no string; a loss that is no tensor, or is complex, integer or boolean.
@@ -51,7 +56,7 @@ def check_losses(losses: Losses, terms: Sequence[str] | None = None, *, finite: 
             if name not in terms:
                 raise ValueError(unknown_name_message("losses", name, terms))
     for name, loss in losses.items():
-        _check_loss(name, loss)
+        _check_loss(name, loss, graph)
     if finite:
         _check_finite(losses)
 
@@ -74,7 +79,7 @@ def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
     )
 
 
-def _check_loss(name: str, loss: object) -> None:
+def _check_loss(name: str, loss: object, graph: bool) -> None:
     where = f"losses[{name!r}]"
     if not isinstance(loss, Tensor):
         raise TypeError(f"{where} must be a scalar tensor, but is a {type(loss).__name__}. Do not call .item() on it.")
@@ -84,7 +89,12 @@ def _check_loss(name: str, loss: object) -> None:
         raise ValueError(
             f"{where} must be a scalar tensor, but has shape {tuple(loss.shape)}. Reduce it, e.g. with .mean()."
         )
-    if not loss.requires_grad:
+    if is_sharded(loss):
+        raise TypeError(
+            f"{where} is a DTensor, of which every process holds a part: it was computed from sharded parameters. Make"
+            " it whole with .full_tensor()."
+        )
+    if graph and not loss.requires_grad:
         raise ValueError(
             f"{where} has no graph, so it reaches no parameter. Compute it from the network's output without"
             " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."

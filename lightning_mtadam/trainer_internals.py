@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from torch.nn.parallel import DistributedDataParallel
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
+
+from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1
+from lightning_mtadam.distributed.sharding import mesh_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
-    from torch.distributed import ProcessGroup
 
 
 def set_result_reader(trainer: pl.Trainer, read: Callable[[Any, int], ClosureResult]) -> None:
@@ -57,26 +59,36 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def process_group(trainer: pl.Trainer) -> ProcessGroup | None:
-    """The processes that train together; ``None`` if there is but one.
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raise if the gradients of single terms cannot be had under the trainer's strategy.
 
     Raises:
-        MisconfigurationException: the strategy trains in several processes in a way that is not supported.
+        MisconfigurationException: with the reason, and what to do instead.
     """
-    if trainer.world_size == 1:
-        return None
-    model = trainer.strategy.model
-    if not isinstance(model, DistributedDataParallel):
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise MisconfigurationException(FSDP1)
+    if getattr(strategy, "_ddp_comm_hook", None) is not None:
+        raise MisconfigurationException(COMM_HOOK)
+    if isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
-            f"MTAdam supports strategy='ddp', but not {type(trainer.strategy).__name__}, where it cannot average the"
-            " gradients of the terms over the processes. Use strategy='ddp', or another optimizer."
+            "DeepSpeed runs backward and the optimizer by itself, on one loss. Use strategy='ddp', or, to shard"
+            " parameters and states, ModelParallelStrategy() with fully_shard."
         )
-    return model.process_group
-
-
-def synchronises(trainer: pl.Trainer) -> bool:
-    """Whether this backward pass is the last before the optimizer's step, and not one that only accumulates."""
-    return bool(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
+    if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"MTAdam does not support {type(strategy).__name__}, where it cannot average the gradients of the terms"
+            " over the processes. Use strategy='ddp' or ModelParallelStrategy(), or another optimizer."
+        )
+    if trainer.world_size > 1 and isinstance(strategy, ModelParallelStrategy):
+        parameters = [
+            p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
+        if mesh_of(parameters) is None:
+            raise MisconfigurationException(
+                "No parameter is sharded, so every process would train alone. Call fully_shard in configure_model, on"
+                " the whole network last; or use strategy='ddp'."
+            )
 
 
 def should_log(trainer: pl.Trainer) -> bool:

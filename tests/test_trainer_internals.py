@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_mtadam import trainer_internals
 from tests.lightning_models import (
@@ -202,17 +203,33 @@ def test_should_log_is_false_where_logging_is_off():
     assert times.batches == []
 
 
-def test_one_process_has_no_process_group_over():
-    assert trainer_internals.process_group(SimpleNamespace(world_size=1)) is None
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy(), r"FSDP1.*Use FSDP2: torch.distributed.fsdp.fully_shard.*ModelParallelStrategy\(\)"),
+        (DDPStrategy(ddp_comm_hook=lambda state, bucket: None), r"communication hook.*Leave it out"),
+        (object.__new__(DeepSpeedStrategy), r"DeepSpeed runs backward.*Use strategy='ddp'"),
+    ],
+    ids=["FSDP1", "ddp_comm_hook", "DeepSpeed"],
+)
+def test_a_strategy_that_cannot_work_is_refused_with_the_reason_and_the_alternative(strategy, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer_internals.check_strategy(SimpleNamespace(world_size=1, strategy=strategy))
 
 
-def test_a_strategy_other_than_ddp_is_refused_by_name():
-    class Sharded:
-        model = torch.nn.Linear(1, 1)
+def test_a_strategy_of_several_processes_that_is_not_known_is_refused_by_name():
+    class Unknown:
+        pass
 
-    with pytest.raises(MisconfigurationException, match=r"but not Sharded.*Use strategy='ddp'"):
-        trainer_internals.process_group(SimpleNamespace(world_size=2, strategy=Sharded()))
+    with pytest.raises(MisconfigurationException, match=r"does not support Unknown.*Use strategy='ddp'"):
+        trainer_internals.check_strategy(SimpleNamespace(world_size=2, strategy=Unknown()))
 
 
-def test_a_module_outside_ddp_always_synchronises():
-    assert trainer_internals.synchronises(SimpleNamespace(strategy=SimpleNamespace(model=torch.nn.Linear(1, 1))))
+def test_a_network_of_which_nothing_is_sharded_is_refused():
+    trainer = SimpleNamespace(world_size=2, strategy=ModelParallelStrategy(), optimizers=[sgd(make_network())])
+    with pytest.raises(MisconfigurationException, match=r"No parameter is sharded.*Call fully_shard"):
+        trainer_internals.check_strategy(trainer)
+
+
+def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
+    require(DDPStrategy(), "_ddp_comm_hook")

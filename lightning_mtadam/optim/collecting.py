@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_mtadam.distributed import agree_on_terms, average_gradients
-from lightning_mtadam.gradients import refuse_reentrant_checkpoints, term_gradients
+from lightning_mtadam.distributed.agreement import Announcement, agree
+from lightning_mtadam.distributed.averaging import Averaging
+from lightning_mtadam.distributed.processes import Processes, processes_of
+from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
 from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
 from lightning_mtadam.terms import Losses, check_losses
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class TermOptimizer(Optimizer):
@@ -48,10 +46,9 @@ class TermOptimizer(Optimizer):
         self,
         losses: Losses,
         *,
+        model: nn.Module | None = None,
         grad_output: Tensor | None = None,
         loss_scale: Tensor | None = None,
-        group: ProcessGroup | None = None,
-        sync: bool = True,
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
@@ -60,26 +57,36 @@ class TermOptimizer(Optimizer):
 
         Args:
             losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
+            model: the network as it is called. If ``DistributedDataParallel`` wraps it, the terms' gradients are
+                averaged over its processes, which agree on the terms in every call; not within its ``no_sync()``, as
+                long as batches accumulate. With parameters sharded by ``fully_shard`` they are always averaged. Needed
+                only where several processes train together.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the terms' gradients are divided by
                 it, ``p.grad`` is not.
-            group: processes that train together. They agree on the terms in every call.
-            sync: whether to average over the group what has accumulated. False as long as batches accumulate; True in
-                the last call before :meth:`step`.
 
         Raises:
             ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
-                the ranks of the group have different terms.
+                the processes have different terms, or train different parameters.
+            RuntimeError: another process has failed.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
         """
         parameters = self._parameters()
         self._pending.start_anew_if_reset(parameters)
-        order = self._check(losses, loss_scale, group)
-        names = [name for name in order if name in losses]
-        found = term_gradients({name: losses[name] for name in names}, parameters, grad_output=grad_output)
-        average = partial(average_gradients, parameters=parameters, group=group) if group is not None and sync else None
-        self._pending.collect(found, names, order, parameters, loss_scale, average)
+        processes = processes_of(model, parameters)
+        order = self._check(losses, loss_scale, processes)
+        present = {name: losses[name] for name in order if name in losses}
+        averaging, replicated = None, processes.group is not None and not processes.sharded
+        if replicated:
+            self._pending.use_flat_memory(order, parameters)
+        if processes.group is not None and processes.averages:
+            averaging = Averaging(processes.group)
+        if processes.sharded:
+            found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
+        else:
+            found = term_gradients(present, parameters, grad_output=grad_output)
+        self._pending.collect(found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated)
         self._set_terms(self.terms or order)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -131,26 +138,35 @@ class TermOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _check(self, losses: Losses, loss_scale: Tensor | None, group: ProcessGroup | None) -> tuple[str, ...]:
-        """Raise, on all ranks of the group, unless the losses are good on all of them.
+    def _check(self, losses: Losses, loss_scale: Tensor | None, processes: Processes) -> tuple[str, ...]:
+        """Raise, on all processes, unless the losses are good on all of them.
 
         Returns:
             The names of these losses and of what is pending, in an order on which all ranks agree.
         """
-        error = None
-        names: tuple[str, ...] = ()
+        group, error, mine = processes.group, None, Announcement()
+        graph = group is None or processes.sharded  # of replicated processes, one may have a constant term
         try:
-            check_losses(losses, self.terms or None, finite=loss_scale is None)
+            finite = loss_scale is None and self._options.on_nonfinite == "raise"
+            check_losses(losses, self.terms or None, finite=finite, graph=graph)
             self._options.check_terms(self.terms or tuple(losses))
             self._book.layers(self.param_groups)
             if not self._last_scales:  # a walk over the whole graph: before the first step only
                 refuse_reentrant_checkpoints(losses)
             names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
+            if group is None:
+                return names
+            constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
+            mine = Announcement(names, constant, self._trained(), processes.averages)
         except (TypeError, ValueError) as found:
             if group is None:
                 raise
             error = found
-        return names if group is None else agree_on_terms(names, group, self._parameters()[0].device, error)
+        return agree(mine, group, error)
+
+    def _trained(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        named = zip(self._book.labels, self._parameters(), strict=True)
+        return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms
@@ -165,5 +181,6 @@ class TermOptimizer(Optimizer):
             raise RuntimeError(
                 "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
-                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
+                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer). If it was"
+                " torch.distributed.checkpoint that called step(), name the terms ahead: MTAdam(..., terms=(...))."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -14,9 +15,18 @@ from lightning_mtadam import balancing
 from lightning_mtadam.optim.checkpoint import check_checkpoint
 from lightning_mtadam.optim.collecting import TermOptimizer
 from lightning_mtadam.optim.layers import named_alike
-from lightning_mtadam.optim.options import Denominator, LayerRule, Options, Update, check_group, check_terms
+from lightning_mtadam.optim.options import (
+    Denominator,
+    LayerRule,
+    OnNonfinite,
+    Options,
+    Update,
+    check_group,
+    check_terms,
+)
 from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
+from lightning_mtadam.terms import NonFiniteError
 
 
 class MTAdam(TermOptimizer):
@@ -54,6 +64,8 @@ class MTAdam(TermOptimizer):
         max_scale: cap on ``n_anchor / n_i``.
         amsgrad: divide by the largest second moments so far.
         maximize: maximize the losses.
+        on_nonfinite: what :meth:`step` does where a term's gradient is inf or nan: "raise", or "skip" the step, which
+            then changes nothing, and warn at the first.
 
     Raises:
         ValueError: an option is out of range, or names a term that is not in ``terms``.
@@ -95,8 +107,11 @@ class MTAdam(TermOptimizer):
         max_scale: float = math.inf,
         amsgrad: bool = False,
         maximize: bool = False,
+        on_nonfinite: OnNonfinite = "raise",
     ) -> None:
-        options = Options(anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale)
+        options = Options(
+            anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale, on_nonfinite
+        )
         given = () if terms is None else check_terms(terms)
         if given:
             options.check_terms(given)
@@ -116,7 +131,7 @@ class MTAdam(TermOptimizer):
 
         Raises:
             RuntimeError: there is nothing to consume.
-            NonFiniteError: a term's gradient is inf or nan. Nothing was changed.
+            NonFiniteError: a term's gradient is inf or nan, with ``on_nonfinite="raise"``. Nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -128,7 +143,14 @@ class MTAdam(TermOptimizer):
             return loss
         self._allocate()
         stepper = self._stepper()
-        self._last_scales.update(zip(stepper.layers.names, stepper.step(self._pending).unbind(), strict=True))
+        try:
+            scales = stepper.step(self._pending)
+        except NonFiniteError as error:
+            if self._options.on_nonfinite == "raise":
+                raise
+            self._warn_of_skip(error)
+        else:
+            self._last_scales.update(zip(stepper.layers.names, scales.unbind(), strict=True))
         self._pending.clear()
         return loss
 
@@ -176,6 +198,11 @@ class MTAdam(TermOptimizer):
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
+
+    def _warn_of_skip(self, error: NonFiniteError) -> None:
+        if not self._pending.warned:
+            self._pending.warned = True
+            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=4)
 
     def _stepper(self) -> Stepper:
         layers = self._book.layers(self.param_groups)

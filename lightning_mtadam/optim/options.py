@@ -16,6 +16,7 @@ from lightning_mtadam.terms import check_names, unknown_name_message
 LayerRule: TypeAlias = str | Callable[[str], str]
 Denominator: TypeAlias = Literal["max", "mean", "own"]
 Update: TypeAlias = Literal["sum", "mean"]
+OnNonfinite: TypeAlias = Literal["raise", "skip"]
 
 ANCHOR_POLICIES = ("first", "mean", "max", "unit")
 LAYER_RULES = ("parameter", "module", "group", "global")
@@ -32,11 +33,13 @@ class Options:
     denominator: Denominator = "max"
     update: Update = "sum"
     max_scale: float = math.inf
+    on_nonfinite: OnNonfinite = "raise"
 
     def __post_init__(self) -> None:
         _check_choice("norm_init", self.norm_init, get_args(NormInit))
         _check_choice("denominator", self.denominator, get_args(Denominator))
         _check_choice("update", self.update, get_args(Update))
+        _check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
         if not callable(self.layers):
             _check_choice("layers", self.layers, LAYER_RULES, "or a callable: parameter name -> layer name")
         if self.anchor is not None and not isinstance(self.anchor, str):

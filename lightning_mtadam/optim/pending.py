@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_mtadam.distributed import sharding
+from lightning_mtadam.distributed.averaging import Averaging, FlatGradients
 from lightning_mtadam.terms import TermGradients
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
@@ -24,14 +26,18 @@ class PendingGradients:
         gradients: of every term, accumulated.
         clip: how the balanced gradient is to be clipped in the next step.
         skip: whether the next step is to do nothing.
+        warned: whether it was said that a step was skipped.
         buffers: memory for the gradients, kept from step to step: fresh memory for all terms at every step would cost
             more in page faults than the copy.
+        flats: the same where gradients are averaged over processes; ``buffers`` are views into it.
     """
 
     gradients: TermGradients = field(default_factory=dict)
     clip: tuple[ClipAlgorithm, float] | None = None
     skip: bool = False
+    warned: bool = False
     buffers: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    flats: dict[str, FlatGradients] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -52,7 +58,8 @@ class PendingGradients:
         order: Sequence[str],
         parameters: Sequence[Tensor],
         loss_scale: Tensor | None = None,
-        average: Callable[[Found], Found] | None = None,
+        averaging: Averaging | None = None,
+        may_miss: bool = False,
     ) -> None:
         """Add the gradients of one more batch, and set ``p.grad`` to the sum over the terms.
 
@@ -64,18 +71,29 @@ class PendingGradients:
             order: those and the names of what is pending, in the order in which they are averaged.
             parameters: the parameters they belong to.
             loss_scale: divides the terms' gradients, but not ``p.grad``.
-            average: averages what has accumulated over the processes.
+            averaging: averages what has accumulated over the processes.
+            may_miss: whether a term may reach no parameter now, as on one of several processes.
 
         Raises:
             ValueError: a term reaches no parameter.
         """
         try:
-            if average is None:
-                found = _all_reached(found)
-            accumulated = self._accumulate(found, names, order, loss_scale)
-            gradients = dict(accumulated if average is None else average(accumulated))
-            for name in names:  # over several processes it is enough that it does on one of them
-                _check_reached(name, gradients[name])
+            gradients: TermGradients = {}
+            for name in order:
+                if name not in names:
+                    gradients[name] = self.gradients[name]
+                else:
+                    _, new = next(found)
+                    if not may_miss:
+                        _check_reached(name, new)
+                    gradients[name] = self._keep(name, new if loss_scale is None else divide(new, loss_scale))
+                if averaging is not None:
+                    averaging.send(name, gradients[name], self.flats[name])
+            next(found, None)  # lets it clean up behind itself
+            if averaging is not None:
+                gradients = averaging.receive()
+                for name in names:
+                    _check_reached(name, gradients[name])
         except BaseException:
             self.clear()
             raise
@@ -84,7 +102,9 @@ class PendingGradients:
             add_into(total, term)
         self.gradients, self.skip = gradients, False
         for parameter, gradient in zip(parameters, total, strict=True):
-            parameter.grad = gradient if gradient is None or loss_scale is None else gradient.mul_(loss_scale)
+            if gradient is not None and loss_scale is not None:
+                gradient.mul_(loss_scale)
+            parameter.grad = None if gradient is None else sharding.like(gradient, parameter)
 
     def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
         """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
@@ -96,13 +116,14 @@ class PendingGradients:
         for gradients in (*self.gradients.values(), *self.buffers.values()):
             gradients += [None] * count
 
-    def _accumulate(self, found: Found, names: Sequence[str], order: Sequence[str], loss_scale: Tensor | None) -> Found:
-        for name in order:
-            if name not in names:
-                yield name, self.gradients[name]
-                continue
-            _, gradients = next(found)
-            yield name, self._keep(name, gradients if loss_scale is None else divide(gradients, loss_scale))
+    def use_flat_memory(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        """Let the gradients of these terms be collected where they can travel from."""
+        if not all(flat.fits(parameters) for flat in list(self.flats.values())[:1]):
+            self.flats.clear()
+        for name in names:
+            if name not in self.flats:
+                self.flats[name] = FlatGradients(parameters)
+            self.buffers[name] = list(self.flats[name].views)
 
     def _keep(self, name: str, new: Gradients) -> list[Tensor | None]:
         """Add a term's gradients to what is pending, or copy them to memory of their own."""
@@ -129,12 +150,6 @@ class PendingGradients:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
-def _all_reached(found: Found) -> Found:
-    for name, gradients in found:
-        _check_reached(name, gradients)
-        yield name, gradients
 
 
 def _check_reached(name: str, gradients: Gradients) -> None:

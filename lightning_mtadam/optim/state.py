@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_mtadam.distributed import sharding
+
 State: TypeAlias = dict[str, Any]
 
 BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count")
@@ -44,10 +46,12 @@ def expected_shapes(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) 
 
 
 def new_state(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) -> State:
-    """The state before the first step: all zero, on the parameter's device."""
+    """The state before the first step: all zero, on the parameter's device, the moments sharded as the parameter is."""
     wide = balance_dtype([parameter])
     return {
-        key: torch.zeros(shape, dtype=wide if key in BALANCE_KEYS else parameter.dtype, device=parameter.device)
+        key: torch.zeros(shape, dtype=wide, device=parameter.device)
+        if key in BALANCE_KEYS
+        else sharding.zeros(shape, parameter.dtype, parameter)
         for key, shape in expected_shapes(parameter, terms, own=own, amsgrad=amsgrad).items()
     }
 
@@ -79,8 +83,11 @@ def restore(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], sta
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         for key, saved in state_dict["state"].get(index, {}).items():
-            dtype = balance_dtype([parameter]) if key in BALANCE_KEYS else parameter.dtype
-            state[parameter][key] = saved.to(device=parameter.device, dtype=dtype, copy=True)
+            if key in BALANCE_KEYS:
+                state[parameter][key] = saved.to(parameter.device, balance_dtype([parameter]), copy=True)
+            else:
+                placed = sharding.place(saved.to(parameter.device), parameter)
+                state[parameter][key] = placed.to(parameter.dtype, copy=True)
 
 
 def read_rows(states: Sequence[State], key: str, like: Tensor) -> Tensor:

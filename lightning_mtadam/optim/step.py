@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam import balancing
+from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.kernels import Bucket, Coefficients, Hyperparameters, balanced_norm, update
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.options import Options
@@ -43,8 +44,10 @@ class Stepper:
         self.options = options
         self.terms = terms
         self.members = [index for index, parameter in enumerate(parameters) if state.get(parameter)]
-        self.parameters = [parameters[index] for index in self.members]
-        self.states = [state[parameter] for parameter in self.parameters]
+        whole = [parameters[index] for index in self.members]
+        self.parameters = [sharding.local(parameter) for parameter in whole]
+        self.shardings = [sharding.sharding_of(parameter) for parameter in whole]
+        self.states = [{key: sharding.local(value) for key, value in state[parameter].items()} for parameter in whole]
         owners = [group for group in groups for _ in group["params"]]
         self.groups = [owners[index] for index in self.members]
         self.names = [parameter_names[index] for index in self.members]
@@ -88,8 +91,13 @@ class Stepper:
         flat = [gradient for column in zip(*gradients, strict=True) for gradient in column]
         norms = iter(torch._foreach_norm([g for g in flat if g is not None], 2.0, dtype=self.like.dtype))
         zero = self.like.new_zeros(())
-        rows = [zero if gradient is None else next(norms).to(self.like) for gradient in flat]
-        return torch.stack(rows).view(len(self.parameters), len(gradients))
+        rows = torch.stack([zero if gradient is None else next(norms).to(self.like) for gradient in flat])
+        rows = rows.view(len(self.parameters), len(gradients))
+        for cut in set(self.shardings) - {None}:
+            members = [position for position, other in enumerate(self.shardings) if other == cut]
+            index = _constant(tuple(members), torch.int64, self.like.device)
+            rows[index] = sharding.join_norms(rows[index], cut)
+        return rows
 
     def scales(self, norms: Tensor, counts: Tensor) -> Tensor:
         """The scales from the moving averages: [L, I] -> [L, I]   (Alg. 1)."""
@@ -149,17 +157,22 @@ class Stepper:
 
     def _clip_factor(self, buckets: Sequence[tuple[list[int], Bucket]], scales: Tensor, limit: float) -> Tensor:
         rows = scales[self.layer_of]
-        parts = [balanced_norm(bucket, self._select(rows, positions, bucket).T) for positions, bucket in buckets]
+        parts = [
+            sharding.join_norms(
+                balanced_norm(bucket, self._select(rows, positions, bucket).T), self.shardings[positions[0]]
+            )
+            for positions, bucket in buckets
+        ]
         norm = torch.linalg.vector_norm(torch.stack([part.to(self.like) for part in parts]))
         factor: Tensor = limit / (norm + 1e-6)
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
 
     def _buckets(self, gradients: Sequence[Gradients], touched: Sequence[bool]) -> Iterator[tuple[list[int], Bucket]]:
-        """The touched parameters, joined by group, device and dtype, with their positions among the members."""
-        together: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}
+        """The touched parameters, joined by what they share, with their positions among the members."""
+        together: dict[tuple[object, ...], list[int]] = {}
         for position, parameter in enumerate(self.parameters):
             if touched[position]:
-                key = (id(self.groups[position]), parameter.device, parameter.dtype)
+                key = (id(self.groups[position]), parameter.device, parameter.dtype, self.shardings[position])
                 together.setdefault(key, []).append(position)
         for positions in together.values():
             states = [self.states[position] for position in positions]

@@ -1,0 +1,171 @@
+"""Makes processes agree on what they are about to do, so that a difference raises on all of them and none hangs.
+
+What is agreed on is known on the host: it travels over a gloo group of its own, whatever the gradients travel over. So
+no accelerator is waited for, and a process that has failed can say so while the others are at any other collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PATIENCE = timedelta(seconds=10)
+"""How long a process that has failed waits for the others to hear of it."""
+
+Parameters: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a rank is about to do.
+
+    Attributes:
+        terms: its terms.
+        constant: those of them that have no graph in this batch.
+        parameters: the names and shapes of what it trains.
+        averages: whether it averages the gradients now.
+        error: what it failed with.
+    """
+
+    terms: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
+    parameters: Parameters = ()
+    averages: bool = False
+    error: str | None = None
+
+
+@lru_cache(maxsize=16)
+def host_group(group: ProcessGroup) -> ProcessGroup:
+    """The gloo group over which the processes of ``group`` agree; the first call must come from all of them."""
+    ranks = dist.get_process_group_ranks(group)
+    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def agree(mine: Announcement, group: ProcessGroup, error: Exception | None = None) -> tuple[str, ...]:
+    """Compare the announcements of all ranks; one small collective where they are the same.
+
+    Args:
+        mine: this rank's.
+        group: the processes.
+        error: what this rank found wrong. It is raised here, after the other ranks were told.
+
+    Returns:
+        The terms in the order of the group's first rank.
+
+    Raises:
+        ValueError: the ranks differ; the message says which rank has what.
+        RuntimeError: another rank has failed, or is gone.
+    """
+    if error is not None:
+        tell(error, group)
+        raise error
+    try:
+        everyone = _exchange(mine, host_group(group))
+    except RuntimeError as lost:
+        raise RuntimeError(
+            "Another process of this training has stopped without a word. Look for its own message."
+        ) from lost
+    failed = [f"rank {rank}: {other.error}" for rank, other in enumerate(everyone) if other.error is not None]
+    if failed:
+        raise RuntimeError("Stopped, because another rank has failed. " + "; ".join(failed))
+    _check_terms(everyone)
+    _check_parameters(everyone)
+    if len({other.averages for other in everyone}) > 1:
+        averaging = [rank for rank, other in enumerate(everyone) if other.averages]
+        raise ValueError(
+            f"Only the ranks {averaging} average gradients in this batch, the others accumulate them. Accumulate the"
+            " same number of batches on every rank."
+        )
+    _check_constant(everyone)
+    return everyone[0].terms
+
+
+def tell(error: BaseException, group: ProcessGroup) -> None:
+    """Tell the other ranks, at their next agreement, that this one has failed; wait for them a few seconds at most."""
+    with contextlib.suppress(RuntimeError):  # they are gone, or elsewhere
+        _exchange(Announcement(error=f"{type(error).__name__}: {error}"), host_group(group), PATIENCE)
+
+
+def reached_anywhere(reached: Sequence[Sequence[bool]], group: ProcessGroup) -> list[list[bool]]:
+    """Whether any rank's terms reach the parameters: [I][P] of this rank -> [I][P] of all."""
+    flags = torch.tensor(reached, dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=host_group(group))
+    return [[bool(flag) for flag in row] for row in flags.tolist()]
+
+
+def _exchange(mine: Announcement, group: ProcessGroup, patience: timedelta | None = None) -> list[Announcement]:
+    """The announcements of all ranks. If they are the same, only digests travel."""
+    digest, message = _encode(mine)
+    heads = _gather(torch.tensor([digest, len(message)]), group, patience)
+    if all(int(head[0]) == digest for head in heads):
+        return [mine] * len(heads)
+    longest = max(int(head[1]) for head in heads)
+    padded = torch.frombuffer(bytearray(message.ljust(longest, b"\0")), dtype=torch.uint8)
+    return [pickle.loads(bytes(found.tolist())) for found in _gather(padded, group, patience)]
+
+
+def _gather(tensor: Tensor, group: ProcessGroup, patience: timedelta | None) -> list[Tensor]:
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    work = dist.all_gather(found, tensor, group=group, async_op=True)
+    if patience is None:
+        work.wait()
+    else:
+        work.wait(patience)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _encode(announcement: Announcement) -> tuple[int, bytes]:
+    message = pickle.dumps(announcement)
+    return int.from_bytes(hashlib.sha256(repr(announcement).encode()).digest()[:7], "big"), message
+
+
+def _check_terms(everyone: Sequence[Announcement]) -> None:
+    if len({frozenset(other.terms) for other in everyone}) > 1:
+        found = "; ".join(f"rank {rank} has {other.terms}" for rank, other in enumerate(everyone))
+        raise ValueError(
+            f"The ranks have different terms: {found}. Every rank must return the same terms in every step. Where a"
+            " batch has nothing for a term, return a loss of zero, e.g. torch.zeros(())."
+        )
+
+
+def _check_parameters(everyone: Sequence[Announcement]) -> None:
+    common = frozenset.intersection(*(frozenset(other.parameters) for other in everyone))
+    own = {
+        rank: ", ".join(f"{name} {shape}" for name, shape in other.parameters if (name, shape) not in common)
+        for rank, other in enumerate(everyone)
+    }
+    if any(own.values()):
+        found = "; ".join(f"rank {rank} has {mine or 'nothing else'}" for rank, mine in own.items())
+        raise ValueError(
+            f"The ranks train different parameters: beside what they share, {found}. Build the same network, and"
+            " freeze the same part of it, on every rank."
+        )
+    if len({other.parameters for other in everyone}) > 1:
+        raise ValueError(
+            "The ranks give the same parameters to the optimizer in another order. Build it alike on every rank."
+        )
+
+
+def _check_constant(everyone: Sequence[Announcement]) -> None:
+    for name in everyone[0].terms:
+        if all(name in other.constant for other in everyone):
+            raise ValueError(
+                f"losses[{name!r}] has no graph on any rank, so it reaches no parameter. Compute it from the network's"
+                " output without .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
+            )

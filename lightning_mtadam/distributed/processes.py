@@ -1,0 +1,80 @@
+"""Which processes train a network together, as the network's wrapper or its parameters say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mtadam.distributed import sharding
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together in one call of ``backward``.
+
+    Attributes:
+        group: their group; ``None`` if this process trains alone.
+        averages: whether the terms' gradients are to be averaged over the group in this call.
+        sharded: whether the parameters are sharded over the group; the wrapper then averages by itself.
+    """
+
+    group: ProcessGroup | None = None
+    averages: bool = False
+    sharded: bool = False
+
+
+ALONE = Processes()
+
+
+def processes_of(model: nn.Module | None, parameters: Sequence[Tensor]) -> Processes:
+    """The processes that train ``parameters``, which are those of ``model``, together.
+
+    Args:
+        model: the network as it is called: wrapped by ``DistributedDataParallel``, or around such a module; sharded by
+            ``fully_shard``; or a bare module, which trains alone.
+        parameters: what is trained.
+
+    Raises:
+        ValueError: there are several processes and nothing says whether they train together; a wrapper that is not
+            supported; parameters of which only some are sharded.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    mesh = sharding.mesh_of(parameters)
+    if mesh is not None:
+        return Processes(sharding.group_of(mesh), sharded=True)
+    if model is None and dist.get_world_size() > 1:
+        raise ValueError(
+            f"{dist.get_world_size()} processes are running, but nothing says whether they train together. Call"
+            " optimizer.backward(losses, model=model) with the network wrapped by DistributedDataParallel; with the"
+            " bare network each process trains alone."
+        )
+    for module in () if model is None else model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(FSDP1)
+        if isinstance(module, DistributedDataParallel):
+            if getattr(module, "_comm_hooks", []):
+                raise ValueError(COMM_HOOK)
+            if dist.get_world_size(module.process_group) == 1:
+                return ALONE
+            return Processes(module.process_group, averages=module.require_backward_grad_sync)
+    return ALONE
+
+
+FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) hides the parameters in flat shards, where layers cannot be told apart and the"
+    " gradients of single terms cannot be taken. Use FSDP2: torch.distributed.fsdp.fully_shard, in Lightning"
+    " strategy=ModelParallelStrategy()."
+)
+COMM_HOOK = (
+    "A DDP communication hook (ddp_comm_hook) would not be applied to the gradients of the terms, which are averaged"
+    " apart from DDP's own. Leave it out; for half the traffic, train in bf16 (Trainer(precision='bf16-true'))."
+)
