@@ -1,4 +1,4 @@
-"""Run by ``tests/distributed/test_ddp.py``: ``python -m tests.distributed.ddp_run OUTPUT CASE``. Two ranks, started as users do."""
+"""Run by ``test_ddp.py``: ``python -m tests.distributed.ddp_run OUTPUT CASE``. Two ranks, started as users do."""
 
 import sys
 from pathlib import Path
