@@ -13,9 +13,12 @@ from torch.utils.data import Sampler
 class EpochSampler(Sampler[int]):
     """A random order that depends on the seed and the epoch alone, and skips what a resumed run has seen.
 
+    Of several processes each takes its share, so that together they see in every batch what one process with a batch
+    size as many times as large would see.
+
     Args:
         size: the number of samples.
-        batch_size: the loader's batch size.
+        batch_size: the batch size of each process.
         seed: of the order.
         trainer: knows the epoch and how many of its batches are done.
     """
@@ -24,12 +27,14 @@ class EpochSampler(Sampler[int]):
         self.size, self.batch_size, self.seed, self.trainer = size, batch_size, seed, trainer
 
     def __len__(self) -> int:
-        return self.size
+        return self.size // self.trainer.world_size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.current_epoch)
+        order = torch.randperm(self.size, generator=generator)
+        share = order[self.trainer.global_rank :: self.trainer.world_size][: len(self)]
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.batch_size
-        return iter(torch.randperm(self.size, generator=generator)[done:].tolist())
+        return iter(share[done:].tolist())
 
 
 class RandomState(pl.Callback):

@@ -34,7 +34,7 @@ class SaveOnInterrupt(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Save and stop, if that was asked for."""
-        if self.asked:
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             trainer.save_checkpoint(self.path)
             if trainer.is_global_zero:
                 print(f"\nStopped after step {trainer.global_step}. The same command with --resume goes on from here.")

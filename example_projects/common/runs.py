@@ -69,6 +69,7 @@ def run(
         ],
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         **trainer_options,
     )
     steps_before = _step_of(last) if resume and last.exists() else 0

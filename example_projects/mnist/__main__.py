@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("code", "paper", "equal"), default="code",
         help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
     add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--batch-size", type=int, default=64)
+    add("--batch-size", type=int, default=64, help="of each process")
     add("--max-epochs", type=int, default=1)
     add("--limit-train-batches", type=int, default=None, help="batches of an epoch; all if left out")
     add("--data-dir", type=Path, default=None,
@@ -98,11 +98,12 @@ def main(arguments: list[str] | None = None) -> None:
     for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message=message)
     data_dir, where = find_data(options.data_dir)
-    print(where)
+    say = rank_zero_only(print)
+    say(where)
     results = []
     for seed in options.seeds:
         for name in options.method:
-            print(f"\n{name}, seed {seed}, weights {options.weights}, lr {options.lr:g}", flush=True)
+            say(f"\n{name}, seed {seed}, weights {options.weights}, lr {options.lr:g}", flush=True)
             results.append({"method": name, "seed": seed, **run_one(options, data_dir, name, seed)})
     write(options, results)
 

@@ -112,5 +112,6 @@ class MNISTData(pl.LightningDataModule):
         return DataLoader(self.train, self.batch_size, sampler=sampler, generator=torch.Generator())
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Test batches."""
-        return DataLoader(self.test, 1000)
+        """Test batches; of several processes each takes its share, and the metrics count over all."""
+        share = range(self.trainer.global_rank, len(self.test), self.trainer.world_size)
+        return DataLoader(self.test, 1000, sampler=share)

@@ -68,8 +68,8 @@ class ClassTerms(MultiTermLightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Report percentages."""
-        self.log("test/accuracy", 100 * self.accuracy.compute())
-        self.log("test/worst_class", 100 * self.class_accuracy.compute().min())
+        self.log("test/accuracy", 100 * self.accuracy.compute(), sync_dist=True)
+        self.log("test/worst_class", 100 * self.class_accuracy.compute().min(), sync_dist=True)
 
     def configure_optimizers(self) -> Optimizer:
         """The method's optimizer."""

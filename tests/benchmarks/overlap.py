@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tests.benchmarks.communication import step_seconds
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.slow_link import backward_seconds, seconds_per_step
 
@@ -48,7 +49,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             ranks = results(run_ranks(measure, Path(folder), ratio, options.repeats, timeout=600))
         measured = max(rank["overlap"] / rank["no overlap"] for rank in ranks)
-        predicted = (1 + (TERMS - 1) * max(1, ratio) + ratio) / (TERMS * (1 + ratio))
+        predicted = step_seconds(TERMS, 1, ratio) / step_seconds(TERMS, 1, ratio, overlap=False)
         print(f"| {ratio:g} | {measured:.2f} | {predicted:.2f} |")
 
 

@@ -28,6 +28,7 @@ from example_projects.mnist.data import FILES, SUBSET, MNISTData, find_data, rea
 from example_projects.mnist.make_subset import choose, write_idx
 from example_projects.mnist.methods import METHODS
 from example_projects.mnist.module import CLASSES, TERMS, ClassTerms, class_losses
+from tests.distributed.ranks import results, run_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -359,9 +360,9 @@ def test_an_unknown_method_is_refused(capsys):
 class Small(nn.Module):
     """Stands in for the network where only the run matters; random numbers are used as there."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.5):
         super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES))
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Dropout(dropout), nn.Linear(8, CLASSES))
 
     def forward(self, images):
         return self.layers(images).log_softmax(1)
@@ -427,6 +428,22 @@ def test_resume_skips_what_has_ended_and_runs_what_has_not(tiny, tmp_path, monke
     assert [row["method"] for row in parts] == ["mtadam", "adam"]
     for ours, theirs in zip(parts, whole, strict=True):
         assert {**ours, "seconds_per_step": ""} == {**theirs, "seconds_per_step": ""}
+
+
+def test_two_ranks_end_as_one_process_with_the_doubled_batch(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist_module, "Net", lambda: Small(dropout=0))
+    arguments = ["--method", "mtadam", "--data-dir", tiny, "--accelerator", "cpu"]
+    call(*arguments, "--batch-size", BATCH, "--output-dir", tmp_path / "one")
+    ddp = [*arguments, "--batch-size", BATCH // 2, "--strategy", "ddp", "--devices", 2]
+    (tmp_path / "processes").mkdir()
+    results(run_ranks(lambda rank: call(*ddp, "--output-dir", tmp_path / "two") and None, tmp_path / "processes"))
+    last = Path("code-lr0.001", "mtadam-seed0", "checkpoints", "last.ckpt")
+    weights, others = (torch.load(tmp_path / kind / last, weights_only=False)["state_dict"] for kind in ("one", "two"))
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-6)
+    one, two = (read_results(tmp_path / kind)[0] for kind in ("one", "two"))
+    for name in ("steps", "test_accuracy", "worst_class"):
+        assert one[name] == two[name]
 
 
 @pytest.mark.usefixtures("small")
@@ -561,8 +578,9 @@ def test_the_real_network_resumes_in_the_middle_of_an_epoch_bit_for_bit(tiny, tm
 class Progress:
     """What of a trainer the sampler looks at."""
 
-    def __init__(self, epoch, done):
+    def __init__(self, epoch, done, rank=0, ranks=1):
         self.current_epoch = epoch
+        self.global_rank, self.world_size = rank, ranks
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
         self.ready = done
 
@@ -578,6 +596,15 @@ def test_the_order_depends_on_the_seed_and_the_epoch_alone_and_skips_what_is_don
     assert sorted(first) == list(range(20))
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
     assert order(0, 0, done=3) == first[12:]
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_two_ranks_see_together_what_one_process_with_the_doubled_batch_sees(done):
+    ranks = [list(EpochSampler(24, 4, 0, Progress(1, done, rank, 2))) for rank in range(2)]
+    one = list(EpochSampler(24, 8, 0, Progress(1, done)))
+    for start in range(0, 4 * (3 - done), 4):
+        together = [index for rank in ranks for index in rank[start : start + 4]]
+        assert sorted(together) == sorted(one[2 * start : 2 * start + 8])
 
 
 # Reports
