@@ -3,6 +3,9 @@
 A test here that fails with "Lightning has moved ..." says which attribute to look for in the new release.
 """
 
+import ast
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -123,6 +126,7 @@ def test_logging_as_files_what_is_logged_under_the_hook():
 
     trainer = fit(Logging(sgd), make_loader(2), max_epochs=1)
     assert float(trainer.progress_bar_metrics["loss"]) == 2.0
+    require(trainer, "_results")  # None when no loop runs
     results = require(trainer, "fit_loop.epoch_loop._results")
     assert {"training_step.loss", "on_before_backward.loss"} <= set(results)
 
@@ -233,3 +237,36 @@ def test_a_network_of_which_nothing_is_sharded_is_refused():
 
 def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
     require(DDPStrategy(), "_ddp_comm_hook")
+
+
+ROOT = Path(__file__).parents[1]
+# Not Lightning's: torch's multi-tensor functions, and the hooks of torch's DistributedDataParallel.
+OF_TORCH = re.compile(r"_foreach_\w+|_comm_hooks")
+
+
+def private_attributes(file):
+    """The private attributes, by name and line, that a file uses of other objects than its own class's."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            name = node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            name = str(getattr(node.args[1], "value", ""))
+        else:
+            continue
+        if re.match(r"_[^_]", name) and not OF_TORCH.fullmatch(name):
+            yield name, node.lineno
+
+
+def test_no_other_file_uses_a_private_attribute_of_lightning():
+    files = [file for folder in ("lightning_mtadam", "example_projects") for file in (ROOT / folder).rglob("*.py")]
+    files.remove(ROOT / "lightning_mtadam" / "trainer_internals.py")
+    assert len(files) > 20
+    found = [f"{file.relative_to(ROOT)}:{line}: {name}" for file in files for name, line in private_attributes(file)]
+    assert not found, "move these to lightning_mtadam/trainer_internals.py"
+
+
+def test_every_private_attribute_is_required_by_name_here():
+    used = {name for name, _ in private_attributes(ROOT / "lightning_mtadam" / "trainer_internals.py")}
+    assert {"_skip_backward", "_ddp_comm_hook"} <= used
+    required = re.findall(r'require\([\w()]+, "([\w.]+)"\)', Path(__file__).read_text())
+    assert used <= {part for path in required for part in path.split(".")}

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 from tests.distributed.interrupted import finish, kill, kill_while_writing, same_end, start, start_again, started
+from tests.lightning_models import needs_exact_resume
 
 
 def interrupt(folder):
@@ -37,6 +38,7 @@ def terminate(folder):
     kill(run)
 
 
+@needs_exact_resume
 def test_a_run_that_is_killed_and_stopped_ends_as_one_that_was_not(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()

@@ -1,5 +1,6 @@
 """What rebuilds the graph: compilers and activation checkpointing."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,11 @@ def with_terms(network):
 def more_terms_than_a_compiled_network_began_with_need_a_setting(folder: Path) -> None:
     torch.compiler.reset()
     module = OneLossAtFirst()
-    with pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer=False"):
+    if torch.__version__.startswith("2.6."):  # which finds no buffer here to donate, and goes on
+        needs_setting = contextlib.nullcontext()
+    else:
+        needs_setting = pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer=False")
+    with needs_setting:
         fit(module, make_loader())
     torch.compiler.reset()
     module = OneLossAtFirst()
