@@ -85,6 +85,7 @@ class TermOptimizer(Optimizer):
         if processes.group is not None and processes.averages:
             averaging = Averaging(processes.group)
         if processes.sharded:
+            assert model is not None
             found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
         else:
             found = term_gradients(present, parameters, grad_output=grad_output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from lightning_mtadam.terms import TermGradients
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 Gradients: TypeAlias = Sequence[Tensor | None]
-Found: TypeAlias = Iterator[tuple[str, list[Tensor | None]]]
+Found: TypeAlias = Generator[tuple[str, list[Tensor | None]], None, None]
 
 
 @dataclass
@@ -95,6 +95,7 @@ class PendingGradients:
                 for name in names:
                     _check_reached(name, gradients[name])
         except BaseException:
+            found.close()  # lets it clean up now, not when the traceback is gone
             self.clear()
             raise
         total: list[Tensor | None] = [None] * len(parameters)
