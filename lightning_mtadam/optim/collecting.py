@@ -94,8 +94,14 @@ class TermOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does."""
+        probed, self._pending.probed = self._pending.probed, False
         self._pending.clear()
         super().zero_grad(set_to_none)
+        if probed:
+            raise RuntimeError(
+                "torch.distributed.checkpoint needs the optimizer's state, which there is not before the terms are"
+                " known. Name them ahead: MTAdam(..., terms=(...)). Nothing was changed."
+            )
 
     def skip_step(self) -> None:
         """Forget the collected gradients, and let the next :meth:`step` do nothing.
@@ -180,10 +186,24 @@ class TermOptimizer(Optimizer):
         """Raise, unless a closure has said by returning ``None`` that there is nothing to do, or ``skip_step`` has."""
         if self._pending.skip:
             return
+        if self._is_probed():
+            self._pending.probed = True
+            return
         if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
             raise RuntimeError(
                 "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
-                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer). If it was"
-                " torch.distributed.checkpoint that called step(), name the terms ahead: MTAdam(..., terms=(...))."
+                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
+
+    def _is_probed(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` called ``step``, with zeros as gradients, so that there be a state.
+
+        It has set the learning rates to zero until ``step`` returns; ``zero_grad`` is what it calls next.
+        """
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.requires_grad]
+        return (
+            not any(self.state.values())
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and all(gradient is not None and not bool(gradient.any()) for gradient in gradients)
+        )

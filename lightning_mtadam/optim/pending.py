@@ -27,6 +27,7 @@ class PendingGradients:
         clip: how the balanced gradient is to be clipped in the next step.
         skip: whether the next step is to do nothing.
         warned: whether it was said that a step was skipped.
+        probed: whether ``torch.distributed.checkpoint`` has called ``step`` before the terms were known.
         buffers: memory for the gradients, kept from step to step: fresh memory for all terms at every step would cost
             more in page faults than the copy.
         flats: the same where gradients are averaged over processes; ``buffers`` are views into it.
@@ -36,6 +37,7 @@ class PendingGradients:
     clip: tuple[ClipAlgorithm, float] | None = None
     skip: bool = False
     warned: bool = False
+    probed: bool = False
     buffers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     flats: dict[str, FlatGradients] = field(default_factory=dict)
 
