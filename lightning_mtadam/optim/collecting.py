@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_mtadam.distributed.agreement import Announcement, agree
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.distributed.processes import Processes, processes_of
+from lightning_mtadam.fabric_internals import as_fabric_backward
 from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
 from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.options import Options
@@ -89,7 +90,8 @@ class TermOptimizer(Optimizer):
             found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
         else:
             found = term_gradients(present, parameters, grad_output=grad_output)
-        self._pending.collect(found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated)
+        with as_fabric_backward():
+            self._pending.collect(found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated)
         self._set_terms(self.terms or order)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
