@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mtadam.optim import MTAdam
 
 Batch = tuple[Tensor, Tensor]
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch needs an accelerator"
+)
 RANKS, ROWS, STEPS = 2, 4, 9
 TERMS = ("fit", "size", "code")
 

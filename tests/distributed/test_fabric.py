@@ -12,7 +12,18 @@ from torch import nn
 from lightning_mtadam.fabric_internals import as_fabric_backward
 from lightning_mtadam.optim import MTAdam
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.sharded import RANKS, TERMS, Network, batches, difference, losses_of, shard, train, wholes
+from tests.distributed.sharded import (
+    RANKS,
+    TERMS,
+    Network,
+    batches,
+    difference,
+    losses_of,
+    needs_fsdp2,
+    shard,
+    train,
+    wholes,
+)
 from tests.lightning_models import assert_same, assert_same_state, make_mtadam
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")
@@ -128,6 +139,7 @@ def sharded(rank, path):
     return found
 
 
+@needs_fsdp2
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_sharded_by_fabric_equals_one_process(tmp_path):
     network = Network()

@@ -18,6 +18,7 @@ from tests.distributed.sharded import (
     batches,
     difference,
     losses_of,
+    needs_fsdp2,
     shard,
     train,
     whole,
@@ -25,6 +26,8 @@ from tests.distributed.sharded import (
     wholes,
 )
 from tests.lightning_models import make_mtadam
+
+pytestmark = needs_fsdp2
 
 
 def whole_parameter(parameter):

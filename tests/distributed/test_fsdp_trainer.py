@@ -25,6 +25,7 @@ from tests.distributed.sharded import (
     batches,
     difference,
     losses_of,
+    needs_fsdp2,
     shard,
     train,
     whole_state,
@@ -105,6 +106,7 @@ def fitted(rank, model, ranks, trainer_options):
     return wholes(module)
 
 
+@needs_fsdp2
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -138,6 +140,7 @@ def run(folder, ranks, *arguments):
     return results(run_ranks(epochs, folder, ranks, *arguments, ranks=ranks))[-1]
 
 
+@needs_fsdp2
 @pytest.mark.filterwarnings("ignore:.*weights_only")
 @pytest.mark.parametrize(
     ("before", "after", "full"),
@@ -178,6 +181,7 @@ def by_hand(rank, path):
     return [{**wholes(n), **dict(enumerate(whole_state(o)))} for n, o in ((network, optimizer), (resumed, other))]
 
 
+@needs_fsdp2
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_a_checkpoint_by_hand_resumes_bitwise(tmp_path):
     for straight, resumed in results(run_ranks(by_hand, tmp_path, str(tmp_path / "checkpoint"))):

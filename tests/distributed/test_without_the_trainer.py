@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from lightning_mtadam import MTAdam
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.sharded import difference
+from tests.distributed.sharded import difference, needs_fsdp2
 from tests.test_docs import ROOT, blocks
 
 PAGE = ROOT / "docs" / "without_the_trainer.md"
@@ -92,6 +92,7 @@ def run_sharded(rank):
     train.main()
 
 
+@needs_fsdp2
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_the_sharded_variation_equals_one_process(programs):
     (programs / "ranks").mkdir()
