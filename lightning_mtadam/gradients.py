@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_mtadam.distributed.sharding import local
+from lightning_mtadam.distributed.sharding import local_gradient
 from lightning_mtadam.terms import Losses
 
 
 def term_gradients(
     losses: Losses, parameters: Sequence[Tensor], *, grad_output: Tensor | None = None
-) -> Iterator[tuple[str, list[Tensor | None]]]:
+) -> Generator[tuple[str, list[Tensor | None]], None, None]:
     """Differentiate each loss by itself, in order; the graph is freed with the last one.
 
     Nothing is written to ``.grad``, so hooks that fire there (a distributed reducer's, for example) stay asleep.
@@ -57,40 +57,33 @@ def term_gradients(
 
 
 def sharded_term_gradients(
-    losses: Losses, parameters: Sequence[Tensor], model: nn.Module | None, *, grad_output: Tensor | None = None
-) -> Iterator[tuple[str, list[Tensor | None]]]:
+    losses: Losses, parameters: Sequence[Tensor], model: nn.Module, *, grad_output: Tensor | None = None
+) -> Generator[tuple[str, list[Tensor | None]], None, None]:
     """As ``term_gradients``, for parameters that ``fully_shard`` has cut: this process's parts of the gradients.
-
-    The wrapper gathers parameters and scatters gradients in hooks that only ``backward()`` wakes, and leaves the
-    gradient, averaged, in ``.grad``. From there it is taken, after every term.
 
     Args:
         losses: named scalar losses; they may share a graph.
         parameters: sharded.
-        model: the network, if known: the gradients of its other parameters are kept as they are.
+        model: the network: the gradients of its other parameters are kept as they are.
         grad_output: scalar by which every loss is multiplied; ``None`` means 1.
 
     Yields:
         The term's name and the parts of its gradients, averaged over the processes.
     """
+    from lightning_mtadam.distributed.fsdp import ShardedNetwork  # not imported above: it takes a second
+
     trainable = _trainable(parameters)
-    everything = {id(p): p for p in (*parameters, *(() if model is None else model.parameters()))}.values()
-    before = [parameter.grad for parameter in everything]
-    _reduce_every_pass(model)
     last = _last_with_graph(losses)
+    network = ShardedNetwork(model, parameters)
     try:
         for name, loss in losses.items():
-            for parameter in everything:
-                parameter.grad = None
-            torch.autograd.backward(loss, None if grad_output is None else grad_output.to(loss), name != last)
+            network.differentiate(loss, grad_output, last=name == last)
             gradients: list[Tensor | None] = [None] * len(parameters)
             for index in trainable:
-                found = parameters[index].grad
-                gradients[index] = None if found is None else local(found)
+                gradients[index] = local_gradient(parameters[index])
             yield name, gradients
     finally:
-        for parameter, gradient in zip(everything, before, strict=True):
-            parameter.grad = gradient
+        network.restore()
 
 
 def _trainable(parameters: Sequence[Tensor]) -> list[int]:
@@ -110,15 +103,6 @@ def _refuse_sparse(name: str, gradients: Sequence[Tensor | None]) -> None:
         raise TypeError(
             f"losses[{name!r}] has a sparse gradient, which is not supported. Use e.g. nn.Embedding(sparse=False)."
         )
-
-
-def _reduce_every_pass(model: nn.Module | None) -> None:
-    """Undo ``set_requires_gradient_sync(False)``: unreduced gradients of all terms would be added up in one place."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in () if model is None else model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(True, recurse=False)
 
 
 def refuse_reentrant_checkpoints(losses: Losses) -> None:

@@ -43,13 +43,18 @@ def processes_of(model: nn.Module | None, parameters: Sequence[Tensor]) -> Proce
         parameters: what is trained.
 
     Raises:
-        ValueError: there are several processes and nothing says whether they train together; a wrapper that is not
-            supported; parameters of which only some are sharded.
+        ValueError: there are several processes, or shards, and no model says whether they train together; a wrapper
+            that is not supported; parameters of which only some are sharded, or not those of the optimizer.
     """
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
     mesh = sharding.mesh_of(parameters)
     if mesh is not None:
+        if model is None:
+            raise ValueError(
+                "The parameters are sharded. Call optimizer.backward(losses, model=model) with the network that"
+                " fully_shard was applied to."
+            )
         return Processes(sharding.group_of(mesh), sharded=True)
     if model is None and dist.get_world_size() > 1:
         raise ValueError(
@@ -66,6 +71,11 @@ def processes_of(model: nn.Module | None, parameters: Sequence[Tensor]) -> Proce
             if dist.get_world_size(module.process_group) == 1:
                 return ALONE
             return Processes(module.process_group, averages=module.require_backward_grad_sync)
+    if model is not None and sharding.holds_shards(model):
+        raise ValueError(
+            "The network is sharded, but the optimizer's parameters are not: each process would train them alone. Apply"
+            " fully_shard to the whole network, and build the optimizer after that and before the first forward pass."
+        )
     return ALONE
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,6 +24,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def holds_shards(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the model, or to a part of it."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and any(isinstance(part, module.FSDPModule) for part in model.modules())
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory with the whole; the tensor itself if it is not sharded."""
     if not is_sharded(tensor):
@@ -31,6 +37,27 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This process's part of ``parameter.grad``, cut as the parameter is; a collective if it is not yet."""
+    gradient: Any = parameter.grad
+    if is_sharded(parameter) and gradient is not None:
+        wanted = parameter.placements  # type: ignore[attr-defined]
+        if gradient.placements != wanted:
+            gradient = gradient.redistribute(placements=wanted)
+        gradient = local(gradient)
+    return gradient  # type: ignore[no-any-return]
+
+
+def average(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Average a whole tensor that each process has of its own, and cut it as the parameter is."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    cut: Any = parameter
+    mine = DTensor.from_local(whole, cut.device_mesh, [Partial("avg")] * cut.device_mesh.ndim, run_check=False)
+    averaged: Tensor = mine.redistribute(placements=cut.placements)
+    return averaged
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:
@@ -76,7 +103,8 @@ def mesh_of(parameters: Sequence[Tensor]) -> DeviceMesh | None:
     if len(meshes) > 1:
         raise ValueError(
             "Some parameters of the optimizer are sharded and some are not, or over another mesh: the processes would"
-            " train different networks. Apply fully_shard to the whole network, the root module last."
+            " train different networks. Apply fully_shard to the whole network, the root module last, and build the"
+            " optimizer after that and before the first forward pass."
         )
     mesh: DeviceMesh | None = meshes.pop() if meshes else None
     if mesh is not None:

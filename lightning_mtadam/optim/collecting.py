@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_mtadam.distributed.agreement import Announcement, agree
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.distributed.processes import Processes, processes_of
+from lightning_mtadam.fabric_internals import as_fabric_backward
 from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
 from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.options import Options
@@ -85,16 +86,24 @@ class TermOptimizer(Optimizer):
         if processes.group is not None and processes.averages:
             averaging = Averaging(processes.group)
         if processes.sharded:
+            assert model is not None
             found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
         else:
             found = term_gradients(present, parameters, grad_output=grad_output)
-        self._pending.collect(found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated)
+        with as_fabric_backward():
+            self._pending.collect(found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated)
         self._set_terms(self.terms or order)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does."""
+        probed, self._pending.probed = self._pending.probed, False
         self._pending.clear()
         super().zero_grad(set_to_none)
+        if probed:
+            raise RuntimeError(
+                "torch.distributed.checkpoint needs the optimizer's state, which there is not before the terms are"
+                " known. Name them ahead: MTAdam(..., terms=(...)). Nothing was changed."
+            )
 
     def skip_step(self) -> None:
         """Forget the collected gradients, and let the next :meth:`step` do nothing.
@@ -179,10 +188,24 @@ class TermOptimizer(Optimizer):
         """Raise, unless a closure has said by returning ``None`` that there is nothing to do, or ``skip_step`` has."""
         if self._pending.skip:
             return
+        if self._is_probed():
+            self._pending.probed = True
+            return
         if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
             raise RuntimeError(
                 "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
-                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer). If it was"
-                " torch.distributed.checkpoint that called step(), name the terms ahead: MTAdam(..., terms=(...))."
+                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
+
+    def _is_probed(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` called ``step``, with zeros as gradients, so that there be a state.
+
+        It has set the learning rates to zero until ``step`` returns; ``zero_grad`` is what it calls next.
+        """
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.requires_grad]
+        return (
+            not any(self.state.values())
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and all(gradient is not None and not bool(gradient.any()) for gradient in gradients)
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from lightning_mtadam.terms import TermGradients
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 Gradients: TypeAlias = Sequence[Tensor | None]
-Found: TypeAlias = Iterator[tuple[str, list[Tensor | None]]]
+Found: TypeAlias = Generator[tuple[str, list[Tensor | None]], None, None]
 
 
 @dataclass
@@ -27,6 +27,7 @@ class PendingGradients:
         clip: how the balanced gradient is to be clipped in the next step.
         skip: whether the next step is to do nothing.
         warned: whether it was said that a step was skipped.
+        probed: whether ``torch.distributed.checkpoint`` has called ``step`` before the terms were known.
         buffers: memory for the gradients, kept from step to step: fresh memory for all terms at every step would cost
             more in page faults than the copy.
         flats: the same where gradients are averaged over processes; ``buffers`` are views into it.
@@ -36,6 +37,7 @@ class PendingGradients:
     clip: tuple[ClipAlgorithm, float] | None = None
     skip: bool = False
     warned: bool = False
+    probed: bool = False
     buffers: dict[str, list[Tensor | None]] = field(default_factory=dict)
     flats: dict[str, FlatGradients] = field(default_factory=dict)
 
@@ -95,6 +97,7 @@ class PendingGradients:
                 for name in names:
                     _check_reached(name, gradients[name])
         except BaseException:
+            found.close()  # lets it clean up now, not when the traceback is gone
             self.clear()
             raise
         total: list[Tensor | None] = [None] * len(parameters)

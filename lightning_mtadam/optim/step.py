@@ -93,7 +93,9 @@ class Stepper:
         zero = self.like.new_zeros(())
         rows = torch.stack([zero if gradient is None else next(norms).to(self.like) for gradient in flat])
         rows = rows.view(len(self.parameters), len(gradients))
-        for cut in set(self.shardings) - {None}:
+        for cut in dict.fromkeys(self.shardings):  # in one order on all processes
+            if cut is None:
+                continue
             members = [position for position, other in enumerate(self.shardings) if other == cut]
             index = _constant(tuple(members), torch.int64, self.like.device)
             rows[index] = sharding.join_norms(rows[index], cut)
