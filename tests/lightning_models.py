@@ -50,6 +50,10 @@ def make_mtadam(network: nn.Module, **options: Any) -> MTAdam:
     return MTAdam(network.named_parameters(), **{"lr": LR, **options})
 
 
+def adam(network: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(network.parameters(), lr=LR)
+
+
 class Regression(MultiTermLightningModule):
     """Returns ``three_losses``.
 
@@ -79,6 +83,17 @@ class Regression(MultiTermLightningModule):
         if self.make_schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
+
+
+class StepwiseRegression(Regression):
+    """Its batches depend on the number of the step only, so that a resumed run sees the same ones."""
+
+    batches = list(make_loader(7, seed=9))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        x, y = self.batches[self.trainer.global_step % len(self.batches)]
+        dtype = self.network[0].weight.dtype
+        return three_losses(self.network, (x.to(dtype), y.to(dtype)))
 
 
 class SumRegression(pl.LightningModule):
@@ -195,9 +210,9 @@ def fit(module: pl.LightningModule, data: DataLoader, **trainer_options: Any) ->
     return trainer
 
 
-def half_precision(init_scale: float) -> MixedPrecision:
-    """fp16 with a gradient scaler; the Trainer's own "16-mixed" is bf16 on a CPU."""
-    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale))
+def half_precision(init_scale: float, **options: Any) -> MixedPrecision:
+    """float16 with a gradient scaler on the CPU, where ``precision="16-mixed"`` would fall back to bfloat16."""
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale, **options))
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
@@ -244,6 +259,21 @@ def hand_loop(
         if scheduler is not None and interval == "epoch":
             scheduler.step()
     return seen
+
+
+def by_hand(
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_mtadam,
+    make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+    batches: Iterable[Batch] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """The network and optimizer that the hand-written loop arrives at; options are those of ``hand_loop``."""
+    network = make_network(dtype)
+    optimizer = make_optimizer(network)
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    hand_loop(network, optimizer, make_loader() if batches is None else batches, scheduler=scheduler, **options)
+    return network, optimizer
 
 
 def clip_by_hand(optimizer: torch.optim.Optimizer, limit: float, algorithm: str) -> None:

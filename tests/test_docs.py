@@ -1,6 +1,7 @@
 """Every snippet and command in README and docs runs, from the file it stands in."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -38,8 +39,29 @@ def test_commands_of_the_mnist_project_are_understood(arguments):
     assert parse(shlex.split(arguments.partition(" && ")[0], comments=True))
 
 
+def cli_commands():
+    lines = [line for block in blocks(ROOT / "docs" / "cli.md", "bash") for line in block.splitlines()]
+    return [line.partition("python train.py ")[2] for line in lines]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
+@pytest.mark.filterwarnings("ignore:.*litlogger", "ignore:.*GPU available", "ignore:No seed found")
+@pytest.mark.filterwarnings("ignore:(?s).*(JSONARGPARSE_DEPRECATION_WARNINGS|deprecated in v4)")
+@pytest.mark.parametrize("arguments", cli_commands())
+def test_commands_of_the_command_line_page_run(arguments, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("\n".join(blocks(ROOT / "docs" / "cli.md", "python")))
+    monkeypatch.chdir(tmp_path)
+    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # the command sets them: they are put back afterwards
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setattr("sys.argv", ["train.py", *shlex.split(arguments)])
+    runpy.run_path("train.py", run_name="__main__")
+    (config,) = tmp_path.rglob("config.yaml")
+    assert "MTAdam" in config.read_text() or "torch.optim.Adam" in arguments
+
+
 def test_there_are_commands_and_snippets():
     assert len(mnist_commands()) >= 3
+    assert len(cli_commands()) == 3
     assert blocks(ROOT / "README.md", "python")
 
 

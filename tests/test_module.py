@@ -8,13 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_mtadam import MTAdam, MultiTermLightningModule, NonFiniteError
@@ -22,9 +16,12 @@ from tests.lightning_models import (
     GAN,
     LR,
     Regression,
+    StepwiseRegression,
     SumRegression,
+    adam,
     assert_same,
     assert_same_state,
+    by_hand,
     fit,
     gan_by_hand,
     generator_losses,
@@ -47,31 +44,15 @@ pytestmark = [
 ]
 
 
-def by_hand(make_optimizer=make_mtadam, make_scheduler=None, batches=None, **options):
-    """The network and optimizer that the hand-written loop arrives at."""
-    network = make_network()
-    optimizer = make_optimizer(network)
-    scheduler = make_scheduler(optimizer) if make_scheduler else None
-    hand_loop(network, optimizer, make_loader() if batches is None else batches, scheduler=scheduler, **options)
-    return network, optimizer
-
-
 def sgd(network):
     return torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-
-
-def adam(network):
-    return torch.optim.Adam(network.parameters(), lr=LR)
 
 
 class Recorder(pl.Callback):
     """Keeps copies of what the hooks see."""
 
     def __init__(self):
-        self.outputs, self.gradients, self.weights = [], [], []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.weights.append([p.detach().clone() for p in pl_module.parameters()])
+        self.outputs, self.gradients = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.gradients.append(tuple(p.grad.clone() for p in pl_module.network.parameters()))
@@ -105,53 +86,6 @@ def test_automatic_optimization_equals_the_hand_written_loop():
     assert module._pending is None
 
 
-@pytest.mark.parametrize("batches", [8, 10])
-@pytest.mark.parametrize("accumulate", [3, 4])
-def test_accumulation_balances_the_accumulated_gradient_also_of_a_last_incomplete_group(accumulate, batches):
-    module = Regression()
-    trainer = fit(module, make_loader(batches), accumulate_grad_batches=accumulate)
-    network, optimizer = by_hand(batches=make_loader(batches), accumulate=accumulate)
-    assert trainer.global_step == 2 * math.ceil(batches / accumulate)
-    assert_same(module.network, network)
-    assert_same_state(trainer.optimizers[0], optimizer)
-
-
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4)])
-def test_gradient_clipping_acts_on_the_balanced_gradient(algorithm, limit, accumulate):
-    # An eps of the gradients' order: Adam would otherwise hide that all gradients were scaled by one factor.
-    def make_optimizer(network):
-        return make_mtadam(network, eps=1e-2)
-
-    module = Regression(make_optimizer)
-    options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": accumulate}
-    fit(module, make_loader(), **options)
-    network, _ = by_hand(make_optimizer, clip=(limit, algorithm), accumulate=accumulate)
-    unclipped, _ = by_hand(make_optimizer, accumulate=accumulate)
-    assert_same(module.network, network)
-    assert largest_difference(module.network, unclipped) > 1e-3
-
-
-def test_accumulation_may_change_between_epochs():
-    module = Regression()
-    fit(module, make_loader(), callbacks=[GradientAccumulationScheduler({0: 1, 1: 4})])
-    network, optimizer = by_hand(epochs=1)
-    hand_loop(network, optimizer, make_loader(), epochs=1, accumulate=4)
-    assert_same(module.network, network)
-
-
-def test_gradient_clipping_is_by_norm_unless_told_otherwise():
-    module = Regression()
-    fit(module, make_loader(), gradient_clip_val=1e-3)
-    assert_same(module.network, by_hand(clip=(1e-3, "norm"))[0])
-
-
-def test_a_clip_value_of_zero_clips_nothing():
-    module = Regression()
-    fit(module, make_loader(), gradient_clip_val=0)
-    assert_same(module.network, by_hand()[0])
-
-
 def test_configure_gradient_clipping_of_the_user_reaches_mtadam():
     class Clipping(Regression):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
@@ -160,49 +94,6 @@ def test_configure_gradient_clipping_of_the_user_reaches_mtadam():
     module = Clipping()
     fit(module, make_loader())
     assert_same(module.network, by_hand(clip=(1e-4, "value"))[0])
-
-
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_schedulers_step_as_in_the_hand_written_loop(interval, accumulate):
-    def halve(optimizer):
-        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-
-    module = Regression(make_schedule=lambda optimizer: {"scheduler": halve(optimizer), "interval": interval})
-    trainer = fit(module, make_loader(), accumulate_grad_batches=accumulate)
-    network, optimizer = by_hand(make_scheduler=halve, interval=interval, accumulate=accumulate)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] < LR
-    assert_same(module.network, network)
-
-
-def test_one_cycle_lr_cycles_the_first_beta_and_keeps_the_other_two():
-    def one_cycle(optimizer):
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
-
-    class Watching(pl.Callback):
-        betas = ()
-
-        def on_train_batch_end(self, trainer, *args):
-            self.betas += (trainer.optimizers[0].param_groups[0]["betas"],)
-
-    watching = Watching()
-    module = Regression(make_schedule=lambda optimizer: {"scheduler": one_cycle(optimizer), "interval": "step"})
-    fit(module, make_loader(), callbacks=[watching])
-    network, _ = by_hand(make_scheduler=one_cycle)
-    assert_same(module.network, network)
-    assert all(len(betas) == 3 and betas[1:] == (0.999, 0.9) for betas in watching.betas)
-    assert len({betas[0] for betas in watching.betas}) > 3
-
-
-def test_reduce_on_plateau_can_monitor_the_logged_loss():
-    def plateau(optimizer):
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, patience=0, threshold=1e9, threshold_mode="abs"
-        )
-        return {"scheduler": scheduler, "monitor": "train/loss"}
-
-    trainer = fit(Regression(make_schedule=plateau), make_loader(), max_epochs=3)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(LR / 100)
 
 
 def test_training_step_may_call_super():
@@ -238,26 +129,6 @@ def test_validation_step_may_call_training_step():
     assert_same(module.network, by_hand()[0])
     assert module._pending is None
     assert trainer.callback_metrics["val/fit"] > 0
-
-
-def test_fast_dev_run_takes_that_many_steps():
-    module = Regression()
-    trainer = fit(module, make_loader(), fast_dev_run=3)
-    assert trainer.global_step == 3
-    assert_same(module.network, by_hand(batches=list(make_loader())[:3], epochs=1)[0])
-
-
-def test_overfit_batches_trains_on_the_same_few_batches():
-    module = Regression()
-    fit(module, make_loader(), overfit_batches=2, max_epochs=3)
-    assert_same(module.network, by_hand(batches=list(make_loader())[:2], epochs=3)[0])
-
-
-def test_barebones_trains_the_same_and_logs_nothing():
-    module = Regression()
-    trainer = fit(module, make_loader(), barebones=True)
-    assert_same(module.network, by_hand()[0])
-    assert not trainer.callback_metrics
 
 
 def test_a_second_fit_with_another_trainer_starts_a_new_optimizer():
@@ -308,65 +179,6 @@ def test_a_term_may_be_absent_in_some_steps():
 
 
 # Callbacks
-
-
-@pytest.mark.parametrize("terms", [None, ("fit", "size", "decay")])
-def test_the_learning_rate_finder_finds_a_suggestion_and_leaves_no_trace(tmp_path, terms):
-    class WithRate(Regression):
-        lr = LR
-
-        def configure_optimizers(self):
-            return make_mtadam(self.network, lr=self.lr, terms=terms)
-
-    module, loader = WithRate(), make_loader(30)
-    trainer = make_trainer(default_root_dir=tmp_path, max_epochs=1)
-    finder = Tuner(trainer).lr_find(module, loader, num_training=25, min_lr=1e-5, max_lr=0.1, update_attr=False)
-    assert len(finder.results["loss"]) == 25
-    assert 1e-5 < finder.suggestion() < 0.1
-    assert_same(module.network, make_network())
-    trainer.fit(module, loader)
-    network, optimizer = by_hand(batches=loader, epochs=1)
-    assert_same(module.network, network)
-    assert_same_state_without_rates(trainer.optimizers[0], optimizer)
-
-
-def assert_same_state_without_rates(first, second):
-    first, second = copy.deepcopy(first), copy.deepcopy(second)
-    for group in (*first.param_groups, *second.param_groups):
-        group.pop("initial_lr", None)
-    assert_same_state(first, second)
-
-
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_stochastic_weight_averaging_averages_the_weights_and_leaves_nothing_pending(batch_norm):
-    recorder = Recorder()
-    averaging = StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)
-    module = Regression(batch_norm=batch_norm)
-    fit(module, make_loader(), max_epochs=5, callbacks=[recorder, averaging])
-    averaged = recorder.weights[1:5]
-    assert len(recorder.weights) == 5 + batch_norm
-    for parameter, *copies in zip(module.parameters(), *averaged, strict=True):
-        torch.testing.assert_close(parameter.detach(), torch.stack(copies).mean(0), rtol=0, atol=1e-12)
-        assert not torch.equal(copies[0], copies[-1])
-    assert module._pending is None
-
-
-@pytest.mark.parametrize(("threshold", "epochs"), [(1e9, 1), (-1e9, 4)])
-def test_early_stopping_can_monitor_the_loss(threshold, epochs):
-    stopping = EarlyStopping(
-        monitor="train/loss", stopping_threshold=threshold, patience=99, check_on_train_epoch_end=True
-    )
-    trainer = fit(Regression(), make_loader(), max_epochs=4, callbacks=[stopping])
-    assert trainer.current_epoch == epochs
-
-
-def test_model_checkpoint_can_monitor_the_loss(tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path, monitor="train/loss", save_top_k=1, save_on_train_epoch_end=True)
-    fit(Regression(), make_loader(), max_epochs=4, enable_checkpointing=True, callbacks=[checkpoint])
-    network = make_network()
-    seen = hand_loop(network, make_mtadam(network), make_loader(), epochs=4)
-    last_of_epochs = [sum(losses.values()) for losses in seen[5::6]]
-    assert float(checkpoint.best_model_score) == pytest.approx(min(last_of_epochs), rel=1e-6)
 
 
 def test_gradients_seen_by_callbacks_are_the_sum_over_the_terms():
@@ -674,17 +486,6 @@ def test_step_after_manual_backward_says_to_use_backward_terms():
 # Resuming
 
 
-class StepwiseRegression(Regression):
-    """Its batches depend on the number of the step only, so that a resumed run sees the same ones."""
-
-    batches = list(make_loader(7, seed=9))
-
-    def training_step(self, batch, batch_idx):
-        x, y = self.batches[self.trainer.global_step % len(self.batches)]
-        dtype = self.network[0].weight.dtype
-        return three_losses(self.network, (x.to(dtype), y.to(dtype)))
-
-
 def resume(tmp_path, steps, **options):
     """An uninterrupted run of 12 steps that saves on its way, and one that goes on from the checkpoint."""
     options = {"max_steps": 12, "max_epochs": -1, "enable_checkpointing": True, **options}
@@ -837,21 +638,6 @@ def test_backward_terms_checks_its_losses(losses, error, message):
 # Mixed precision
 
 
-@pytest.mark.parametrize("clip", [None, 1e-3])
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("make_optimizer", [make_mtadam, lambda network: make_mtadam(network, eps=1e-2)])
-def test_half_precision_with_a_scaler_stays_near_single_precision(make_optimizer, clip, accumulate):
-    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    half, single = (Regression(make_optimizer, dtype=torch.float32) for _ in range(2))
-    loader = make_loader(dtype=torch.float32)
-    trainer = fit(half, loader, plugins=[half_precision(16.0)], **options)
-    reference = fit(single, loader, **options)
-    assert 0 < largest_difference(half.network, single.network) < 2e-3
-    weights, expected = (t.optimizers[0].balance_weights() for t in (trainer, reference))
-    for layer in expected:
-        torch.testing.assert_close(weights[layer], expected[layer], rtol=1e-2, atol=1e-4, equal_nan=True)
-
-
 class Snapshots(pl.Callback):
     """Parameters and optimizer state after every batch."""
 
@@ -914,14 +700,6 @@ def test_a_scale_that_overflows_at_the_first_step_is_halved_until_training_start
     assert not any(tensor.any() for entry in state.values() for tensor in entry.values())
     assert trainer.precision_plugin.scaler.get_scale() < 2.0**14
     assert largest_difference(module.network, make_network(torch.float32)) > 0.01
-
-
-def test_bfloat16_stays_near_single_precision():
-    bfloat, single = (Regression(dtype=torch.float32) for _ in range(2))
-    loader = make_loader(dtype=torch.float32)
-    fit(bfloat, loader, precision="bf16-mixed")
-    fit(single, loader)
-    assert 0 < largest_difference(bfloat.network, single.network) < 2e-2
 
 
 def test_manual_optimization_under_a_scaler_stays_near_single_precision():

@@ -1,0 +1,34 @@
+"""The README's support table, made from the rows of the matrix: ``python -m tests.support_table`` writes it there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tests.trainer_matrix  # noqa: F401  (fills ROWS)
+from tests.trainer_matrix.table import REFUSED, ROWS
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- support table: python -m tests.support_table -->\n"
+END = "<!-- end of support table -->\n"
+
+
+def support_table() -> str:
+    """A line of Markdown for each group and result, what is refused last."""
+    features: dict[tuple[str, str], dict[str, None]] = {}
+    for row in sorted(ROWS, key=lambda row: row.result == REFUSED):
+        features.setdefault((row.group, row.result), {})[row.feature] = None
+    lines = [f"| {group} | {'; '.join(words)} | {result} |" for (group, result), words in features.items()]
+    return "\n".join(["| | | |", "|---|---|---|", *lines, ""])
+
+
+def with_table(text: str) -> str:
+    """The text with today's table between the two markers."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"There must be a line {BEGIN!r} and after it a line {END!r}.")
+    return f"{before}{BEGIN}{support_table()}{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))

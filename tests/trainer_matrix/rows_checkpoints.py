@@ -1,0 +1,105 @@
+"""What is saved when."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import nn
+
+from lightning_mtadam import NonFiniteError
+from tests.lightning_models import (
+    Regression,
+    StepwiseRegression,
+    assert_same,
+    fit,
+    hand_loop,
+    make_loader,
+    make_mtadam,
+    make_network,
+    make_trainer,
+)
+from tests.trainer_matrix.table import HAND_LOOP, row
+
+GROUP = "Checkpoints"
+MODEL_CHECKPOINT = "`ModelCheckpoint`: best k by `train/loss`, last, every n steps"
+
+
+def saved(path: Path) -> nn.Module:
+    """The network in a checkpoint."""
+    module = Regression()
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return module.network
+
+
+def after(batches: int, data=None):
+    """The network that the hand-written loop has after so many batches, and the sum of the last losses."""
+    network, data = make_network(), list(make_loader()) if data is None else data
+    seen = hand_loop(network, make_mtadam(network), [*data, *data, *data, *data][:batches], epochs=1)
+    return network, sum(seen[-1].values())
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.ckpt")}
+
+
+@row(GROUP, MODEL_CHECKPOINT, HAND_LOOP, cases=["min", "max"])
+def the_best_epochs_are_kept(folder: Path, mode: str) -> None:
+    checkpoint = ModelCheckpoint(folder, "{epoch}", "train/loss", save_top_k=2, mode=mode, save_on_train_epoch_end=True)
+    fit(Regression(), make_loader(), max_epochs=4, enable_checkpointing=True, callbacks=[checkpoint])
+    losses = {epoch: after(6 * epoch + 6)[1] for epoch in range(4)}
+    best = sorted(losses, key=losses.__getitem__, reverse=mode == "max")[:2]
+    assert names(folder) == {f"epoch={epoch}.ckpt" for epoch in best}
+    assert float(checkpoint.best_model_score) == pytest.approx(losses[best[0]], rel=1e-6)
+    for epoch in best:
+        assert_same(saved(folder / f"epoch={epoch}.ckpt"), after(6 * epoch + 6)[0])
+
+
+@row(GROUP, MODEL_CHECKPOINT, HAND_LOOP)
+def the_last_is_kept(folder: Path) -> None:
+    checkpoint = ModelCheckpoint(folder, save_top_k=0, save_last=True)
+    fit(Regression(), make_loader(), enable_checkpointing=True, callbacks=[checkpoint])
+    assert names(folder) == {"last.ckpt"}
+    assert_same(saved(folder / "last.ckpt"), after(12)[0])
+
+
+@row(GROUP, MODEL_CHECKPOINT, HAND_LOOP)
+def every_fourth_step_is_kept(folder: Path) -> None:
+    checkpoint = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    fit(Regression(), make_loader(), enable_checkpointing=True, callbacks=[checkpoint])
+    assert names(folder) == {"step=4.ckpt", "step=8.ckpt", "step=12.ckpt"}
+    for step in (4, 8, 12):
+        assert_same(saved(folder / f"step={step}.ckpt"), after(step)[0])
+
+
+class Diverging(StepwiseRegression):
+    """One loss is not finite at the ninth step, if it is so told."""
+
+    diverges = True
+
+    def training_step(self, batch, batch_idx):
+        losses = super().training_step(batch, batch_idx)
+        return (
+            {**losses, "size": losses["size"] * float("nan")}
+            if self.diverges and self.trainer.global_step == 8
+            else losses
+        )
+
+
+@row(
+    GROUP,
+    "`OnExceptionCheckpoint`, resumed",
+    HAND_LOOP,
+    ignored=["`?.fit.ckpt_path", ".*resuming from a checkpoint that ended before the epoch ended"],
+)
+def what_an_exception_saves_can_be_resumed(folder: Path) -> None:
+    callbacks = [OnExceptionCheckpoint(folder, "interrupted")]
+    with pytest.raises(NonFiniteError, match=r"losses\['size'\] is nan"):
+        fit(Diverging(), make_loader(), callbacks=callbacks, enable_checkpointing=True)
+    batches = StepwiseRegression.batches
+    assert_same(saved(folder / "interrupted.ckpt"), after(8, batches)[0])
+    module, trainer = Diverging(), make_trainer()
+    module.diverges = False
+    trainer.fit(module, make_loader(), ckpt_path=folder / "interrupted.ckpt")
+    assert trainer.global_step == 12
+    assert_same(module.network, after(12, batches)[0])
