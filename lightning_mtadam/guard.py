@@ -31,11 +31,10 @@ class Guard(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the other ranks, which would wait for this one."""
-        if isinstance(exception, Exception):
-            with contextlib.suppress(ValueError):  # the strategy is none under which anyone waits
-                group = _processes(trainer).group
-                if group is not None:
-                    tell(exception, group)
+        with contextlib.suppress(ValueError):  # the strategy is none under which anyone waits
+            group = _processes(trainer).group
+            if group is not None:
+                tell(exception, group)
 
 
 def _processes(trainer: pl.Trainer) -> Processes:

@@ -15,6 +15,7 @@ from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_ter
 from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import Losses, check_losses
 
 
@@ -42,6 +43,7 @@ class TermOptimizer(Optimizer):
         """The names of the loss terms, in order; empty until they are known."""
         return tuple(self.param_groups[0]["terms"])
 
+    @uninterrupted()
     def backward(
         self,
         losses: Losses,

@@ -26,6 +26,7 @@ from lightning_mtadam.optim.options import (
 )
 from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
+from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import NonFiniteError
 
 
@@ -137,20 +138,10 @@ class MTAdam(TermOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._pending.gradients:
-            self._check_nothing_to_do(skipped=closure is not None and loss is None)
-            self._pending.clear()
-            return loss
-        self._allocate()
-        stepper = self._stepper()
-        try:
-            scales = stepper.step(self._pending)
-        except NonFiniteError as error:
-            if self._options.on_nonfinite == "raise":
-                raise
-            self._warn_of_skip(error)
+        if self._pending.gradients:
+            self._consume()
         else:
-            self._last_scales.update(zip(stepper.layers.names, scales.unbind(), strict=True))
+            self._check_nothing_to_do(skipped=closure is not None and loss is None)
         self._pending.clear()
         return loss
 
@@ -199,10 +190,23 @@ class MTAdam(TermOptimizer):
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
 
+    @uninterrupted()
+    def _consume(self) -> None:
+        self._allocate()
+        stepper = self._stepper()
+        try:
+            scales = stepper.step(self._pending)
+        except NonFiniteError as error:
+            if self._options.on_nonfinite == "raise":
+                raise
+            self._warn_of_skip(error)
+        else:
+            self._last_scales.update(zip(stepper.layers.names, scales.unbind(), strict=True))
+
     def _warn_of_skip(self, error: NonFiniteError) -> None:
         if not self._pending.warned:
             self._pending.warned = True
-            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=5)
+            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=7)
 
     def _stepper(self) -> Stepper:
         layers = self._book.layers(self.param_groups)

@@ -1,7 +1,7 @@
 """How much of the communication hides behind the backward passes: ``python -m tests.benchmarks.overlap``.
 
-Two gloo ranks of one thread each train an MLP on four terms. Each all-reduce is followed by a wait that makes it take as
-long as one term's backward pass, times --ratio. Reported is the time of a step with the overlap over that without it.
+Two gloo ranks of one thread each train an MLP on four terms. Each all-reduce is made to take as long as one term's
+backward pass, times --ratio. Reported is the time of a step with the overlap over that without it.
 """
 
 from __future__ import annotations

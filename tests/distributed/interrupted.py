@@ -95,6 +95,13 @@ def start(folder: Path) -> Run:
         )
 
 
+def start_again(folder: Path) -> Run:
+    """Start what may have been stopped before."""
+    for file in folder.glob("started*"):
+        file.unlink()
+    return start(folder)
+
+
 def started(folder: Path, run: Run) -> None:
     """Return once both ranks train."""
     while run.poll() is None and not all((folder / f"started{rank}").exists() for rank in range(2)):
@@ -120,9 +127,7 @@ def kill_while_writing(folder: Path, run: Run, checkpoint: int) -> None:
 
 def finish(folder: Path) -> None:
     """Run to the end, or go on to it."""
-    for file in folder.glob("started*"):
-        file.unlink()
-    run = start(folder)
+    run = start_again(folder)
     assert run.wait(300) == 0, (folder / "stderr.txt").read_text()
 
 
