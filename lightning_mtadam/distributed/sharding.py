@@ -47,7 +47,7 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
 def zeros(shape: Sequence[int], dtype: torch.dtype, parameter: Tensor) -> Tensor:
     """Zeros cut as the parameter is; ``shape`` is the parameter's, after any leading dimensions."""
     if not is_sharded(parameter):
-        return torch.zeros(*shape, dtype=dtype, device=parameter.device)
+        return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
     from torch.distributed.tensor import zeros as sharded_zeros
 
     mesh, placements = _shifted(parameter, len(shape) - parameter.dim())
