@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,8 +23,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-PATIENCE = timedelta(seconds=10)
-"""How long a process that has failed waits for the others to hear of it."""
+PATIENCE = 10.0
+"""How many seconds a process that has failed waits for the others to hear of it."""
 
 Parameters: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -112,7 +113,7 @@ def reached_anywhere(reached: Sequence[Sequence[bool]], group: ProcessGroup) -> 
     return [[bool(flag) for flag in row] for row in flags.tolist()]
 
 
-def _exchange(mine: Announcement, group: ProcessGroup, patience: timedelta | None = None) -> Everyone:
+def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = None) -> Everyone:
     """The announcements of all ranks. If they are the same, only digests travel."""
     ranks = dist.get_process_group_ranks(group)
     digest, message = _encode(mine)
@@ -125,14 +126,22 @@ def _exchange(mine: Announcement, group: ProcessGroup, patience: timedelta | Non
     return dict(zip(ranks, announcements, strict=True))
 
 
-def _gather(tensor: Tensor, group: ProcessGroup, patience: timedelta | None) -> list[Tensor]:
+def _gather(tensor: Tensor, group: ProcessGroup, patience: float | None) -> list[Tensor]:
     found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     work = dist.all_gather(found, tensor, group=group, async_op=True)
-    if patience is None:
-        work.wait()
-    else:
-        work.wait(patience)
+    _wait(work, patience)
     return found
+
+
+def _wait(work: dist.Work, patience: float | None) -> None:
+    """Wait for the other ranks, in Python: signals get through, such as the one by which Lightning ends a run."""
+    end, pause = time.monotonic() + (math.inf if patience is None else patience), 2e-5
+    while not work.is_completed():
+        if time.monotonic() > end:
+            raise RuntimeError(f"The other ranks did not come within {patience} s.")
+        time.sleep(pause)
+        pause = min(2 * pause, 1e-3)
+    work.wait()  # raises what went wrong
 
 
 @lru_cache(maxsize=16)

@@ -48,11 +48,15 @@ class Model(MultiTermLightningModule):
 
 
 class Started(pl.Callback):
-    """Leaves a file once there is something to interrupt."""
+    """Leaves a file once there is something to interrupt; ends its own process if it finds a file that says so."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        (Path(trainer.default_root_dir) / f"started{trainer.global_rank}").touch()
+        folder = Path(trainer.default_root_dir)
+        (folder / f"started{trainer.global_rank}").touch()
         time.sleep(0.02)
+        if trainer.is_global_zero and (folder / "terminate").exists():
+            (folder / "terminate").unlink()
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(folder: Path) -> None:
@@ -112,7 +116,7 @@ def kill_after(folder: Path, run: Run, delay: float) -> None:
     """Kill both ranks some time after the first step."""
     started(folder, run)
     time.sleep(delay)
-    _kill(run)
+    kill(run)
 
 
 def kill_while_writing(folder: Path, run: Run, checkpoint: int) -> None:
@@ -122,7 +126,7 @@ def kill_while_writing(folder: Path, run: Run, checkpoint: int) -> None:
     while run.poll() is None and changes <= checkpoint:
         if _listing(folder) != seen:
             seen, changes = _listing(folder), changes + 1
-    _kill(run)
+    kill(run)
 
 
 def finish(folder: Path) -> None:
@@ -159,7 +163,8 @@ def _listing(folder: Path) -> set[tuple[str, int]]:
     return found
 
 
-def _kill(run: Run) -> None:
+def kill(run: Run) -> None:
+    """Kill both ranks, if they run."""
     if run.poll() is None:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()

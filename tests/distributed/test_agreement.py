@@ -2,7 +2,6 @@
 
 import os
 import re
-from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -122,7 +121,7 @@ def test_a_rank_that_fails_tells_the_others(name, first, tmp_path):
 
 
 def wherever_it_stands(rank, make_module):
-    agreement.PATIENCE = timedelta(seconds=1)  # how long the failing rank waits for a rank that does not listen
+    agreement.PATIENCE = 1  # how long the failing rank waits for a rank that does not listen
     fit_differently(rank, 2, make_module)
 
 
