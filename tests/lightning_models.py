@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -139,21 +140,59 @@ def discriminator_losses(generator: nn.Module, discriminator: nn.Module, batch: 
     }
 
 
-class GAN(MultiTermLightningModule):
-    """Manual optimization with one optimizer for each network."""
+def gan_by_hand(
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_mtadam,
+    clip: tuple[float, str] | None = None,
+    batches: Iterable[Batch] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[nn.Module, nn.Module]:
+    """The loop that ``GAN`` is held to; two epochs of ``make_loader`` if no batches are given."""
+    networks = make_gan_parts(dtype)
+    optimizers = [make_optimizer(network) for network in networks]
+    for batch in list(make_loader()) * 2 if batches is None else batches:
+        for network, optimizer, losses in zip(
+            networks, optimizers, (generator_losses, discriminator_losses), strict=True
+        ):
+            optimizer.zero_grad()
+            found = losses(*networks, batch)
+            if isinstance(optimizer, MTAdam):
+                optimizer.backward(found)
+            else:
+                total(found).backward(inputs=list(network.parameters()))
+            if clip is not None:
+                clip_by_hand(optimizer, *clip)
+            optimizer.step()
+    return networks
 
-    def __init__(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_mtadam) -> None:
+
+class GAN(MultiTermLightningModule):
+    """Manual optimization with one optimizer for each network.
+
+    Args:
+        make_optimizer: makes an optimizer from a network.
+        dtype: of the networks.
+        toggle: whether only the parameters of the optimizer in use require gradients.
+    """
+
+    def __init__(
+        self,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_mtadam,
+        dtype: torch.dtype = torch.float64,
+        toggle: bool = False,
+    ) -> None:
         super().__init__()
+        self.toggle = toggle
         self.automatic_optimization = False
-        self.generator, self.discriminator = make_gan_parts()
+        self.generator, self.discriminator = make_gan_parts(dtype)
         self.make_optimizer = make_optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         for optimizer, losses in zip(self.optimizers(), (generator_losses, discriminator_losses), strict=True):
-            optimizer.zero_grad()
-            self.backward_terms(losses(self.generator, self.discriminator, batch), optimizer)
-            self.after_backward(optimizer)
-            optimizer.step()
+            with optimizer.toggle_model() if self.toggle else nullcontext():
+                optimizer.zero_grad()
+                self.backward_terms(losses(self.generator, self.discriminator, batch), optimizer)
+                self.after_backward(optimizer)
+                optimizer.step()
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         """For tests that look at, or change, the gradients."""

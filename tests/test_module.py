@@ -22,9 +22,8 @@ from tests.lightning_models import (
     assert_same,
     assert_same_state,
     by_hand,
-    clip_by_hand,
-    discriminator_losses,
     fit,
+    gan_by_hand,
     generator_losses,
     half_precision,
     hand_loop,
@@ -410,37 +409,10 @@ def test_a_training_step_on_the_loaders_iterator_logs_its_terms():
 # Manual optimization
 
 
-def gan_by_hand(make_optimizer=make_mtadam, clip=None, epochs=2):
-    networks = make_gan_parts()
-    optimizers = [make_optimizer(network) for network in networks]
-    for batch in list(make_loader()) * epochs:
-        for network, optimizer, losses in zip(
-            networks, optimizers, (generator_losses, discriminator_losses), strict=True
-        ):
-            optimizer.zero_grad()
-            found = losses(*networks, batch)
-            if isinstance(optimizer, MTAdam):
-                optimizer.backward(found)
-            else:
-                total(found).backward(inputs=list(network.parameters()))
-            if clip is not None:
-                clip_by_hand(optimizer, *clip)
-            optimizer.step()
-    return networks
-
-
 @pytest.mark.parametrize("toggle", [False, True])
 @pytest.mark.parametrize("make_optimizer", [make_mtadam, adam])
 def test_a_gan_in_manual_optimization_equals_the_hand_written_loop(make_optimizer, toggle):
-    class Toggling(GAN):
-        def training_step(self, batch, batch_idx):
-            for optimizer, losses in zip(self.optimizers(), (generator_losses, discriminator_losses), strict=True):
-                with optimizer.toggle_model():
-                    optimizer.zero_grad()
-                    self.backward_terms(losses(self.generator, self.discriminator, batch), optimizer)
-                    optimizer.step()
-
-    module = (Toggling if toggle else GAN)(make_optimizer)
+    module = GAN(make_optimizer, toggle=toggle)
     trainer = fit(module, make_loader())
     generator, discriminator = gan_by_hand(make_optimizer)
     assert trainer.global_step == 24

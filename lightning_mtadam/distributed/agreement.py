@@ -11,7 +11,7 @@ import hashlib
 import math
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
@@ -48,6 +48,10 @@ class Announcement:
     error: str | None = None
 
 
+Everyone: TypeAlias = Mapping[int, Announcement]
+"""What each rank has announced; ranks are counted over all processes, in the order of the group."""
+
+
 @lru_cache(maxsize=16)
 def host_group(group: ProcessGroup) -> ProcessGroup:
     """The gloo group over which the processes of ``group`` agree; the first call must come from all of them."""
@@ -81,19 +85,19 @@ def agree(mine: Announcement, group: ProcessGroup, error: Exception | None = Non
         raise RuntimeError(
             "Another process of this training has stopped without a word. Look for its own message."
         ) from lost
-    failed = [f"rank {rank}: {other.error}" for rank, other in enumerate(everyone) if other.error is not None]
+    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
     if failed:
         raise RuntimeError("Stopped, because another rank has failed. " + "; ".join(failed))
     _check_terms(everyone)
     _check_parameters(everyone)
-    if len({other.averages for other in everyone}) > 1:
-        averaging = [rank for rank, other in enumerate(everyone) if other.averages]
+    if len({other.averages for other in everyone.values()}) > 1:
+        averaging = [rank for rank, other in everyone.items() if other.averages]
         raise ValueError(
             f"Only the ranks {averaging} average gradients in this batch, the others accumulate them. Accumulate the"
             " same number of batches on every rank."
         )
     _check_constant(everyone)
-    return everyone[0].terms
+    return _first(everyone).terms
 
 
 def tell(error: BaseException, group: ProcessGroup) -> None:
@@ -109,15 +113,17 @@ def reached_anywhere(reached: Sequence[Sequence[bool]], group: ProcessGroup) -> 
     return [[bool(flag) for flag in row] for row in flags.tolist()]
 
 
-def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = None) -> list[Announcement]:
+def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = None) -> Everyone:
     """The announcements of all ranks. If they are the same, only digests travel."""
+    ranks = dist.get_process_group_ranks(group)
     digest, message = _encode(mine)
     heads = _gather(torch.tensor([digest, len(message)]), group, patience)
     if all(int(head[0]) == digest for head in heads):
-        return [mine] * len(heads)
+        return dict.fromkeys(ranks, mine)
     longest = max(int(head[1]) for head in heads)
     padded = torch.frombuffer(bytearray(message.ljust(longest, b"\0")), dtype=torch.uint8)
-    return [pickle.loads(bytes(found.tolist())) for found in _gather(padded, group, patience)]
+    announcements = [pickle.loads(bytes(found.tolist())) for found in _gather(padded, group, patience)]
+    return dict(zip(ranks, announcements, strict=True))
 
 
 def _gather(tensor: Tensor, group: ProcessGroup, patience: float | None) -> list[Tensor]:
@@ -144,20 +150,24 @@ def _encode(announcement: Announcement) -> tuple[int, bytes]:
     return int.from_bytes(hashlib.sha256(repr(announcement).encode()).digest()[:7], "big"), message
 
 
-def _check_terms(everyone: Sequence[Announcement]) -> None:
-    if len({frozenset(other.terms) for other in everyone}) > 1:
-        found = "; ".join(f"rank {rank} has {other.terms}" for rank, other in enumerate(everyone))
+def _first(everyone: Everyone) -> Announcement:
+    return next(iter(everyone.values()))
+
+
+def _check_terms(everyone: Everyone) -> None:
+    if len({frozenset(other.terms) for other in everyone.values()}) > 1:
+        found = "; ".join(f"rank {rank} has {other.terms}" for rank, other in everyone.items())
         raise ValueError(
             f"The ranks have different terms: {found}. Every rank must return the same terms in every step. Where a"
             " batch has nothing for a term, return a loss of zero, e.g. torch.zeros(())."
         )
 
 
-def _check_parameters(everyone: Sequence[Announcement]) -> None:
-    common = frozenset.intersection(*(frozenset(other.parameters) for other in everyone))
+def _check_parameters(everyone: Everyone) -> None:
+    common = frozenset.intersection(*(frozenset(other.parameters) for other in everyone.values()))
     own = {
         rank: ", ".join(f"{name} {shape}" for name, shape in other.parameters if (name, shape) not in common)
-        for rank, other in enumerate(everyone)
+        for rank, other in everyone.items()
     }
     if any(own.values()):
         found = "; ".join(f"rank {rank} has {mine or 'nothing else'}" for rank, mine in own.items())
@@ -165,15 +175,15 @@ def _check_parameters(everyone: Sequence[Announcement]) -> None:
             f"The ranks train different parameters: beside what they share, {found}. Build the same network, and"
             " freeze the same part of it, on every rank."
         )
-    if len({other.parameters for other in everyone}) > 1:
+    if len({other.parameters for other in everyone.values()}) > 1:
         raise ValueError(
             "The ranks give the same parameters to the optimizer in another order. Build it alike on every rank."
         )
 
 
-def _check_constant(everyone: Sequence[Announcement]) -> None:
-    for name in everyone[0].terms:
-        if all(name in other.constant for other in everyone):
+def _check_constant(everyone: Everyone) -> None:
+    for name in _first(everyone).terms:
+        if all(name in other.constant for other in everyone.values()):
             raise ValueError(
                 f"losses[{name!r}] has no graph on any rank, so it reaches no parameter. Compute it from the network's"
                 " output without .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."

@@ -206,7 +206,7 @@ class MTAdam(TermOptimizer):
     def _warn_of_skip(self, error: NonFiniteError) -> None:
         if not self._pending.warned:
             self._pending.warned = True
-            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=2)
+            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=7)
 
     def _stepper(self) -> Stepper:
         layers = self._book.layers(self.param_groups)

@@ -21,7 +21,7 @@ class Outcome:
 
     Attributes:
         result: what its function returned.
-        error: the error it raised, as "Type: message"; ``None`` if it returned.
+        error: the error it raised, as "Type: message"; ``None`` if it returned; "gone" if it ended without a word.
         seconds: how long it took.
     """
 
@@ -62,7 +62,7 @@ def run_ranks(
         process.join()
     if hanging:
         raise TimeoutError(f"ranks {hanging} hung for {timeout} s")
-    return [torch.load(folder / f"outcome{rank}", weights_only=False) for rank in range(ranks)]
+    return [_outcome(folder / f"outcome{rank}") for rank in range(ranks)]
 
 
 def results(outcomes: list[Outcome]) -> list[Any]:
@@ -70,6 +70,10 @@ def results(outcomes: list[Outcome]) -> list[Any]:
     for rank, outcome in enumerate(outcomes):
         assert outcome.error is None, f"rank {rank}: {outcome.error}"
     return [outcome.result for outcome in outcomes]
+
+
+def _outcome(file: Path) -> Outcome:
+    return torch.load(file, weights_only=False) if file.exists() else Outcome(None, "gone", 0)
 
 
 def _child(function: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: tuple[Any, ...]) -> None:

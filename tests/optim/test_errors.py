@@ -186,6 +186,7 @@ BAD_OPTIONS = {
     "norm_init": ({"norm_init": "zero"}, ValueError, "norm_init must be one of"),
     "denominator": ({"denominator": "min"}, ValueError, "denominator must be one of"),
     "update": ({"update": "max"}, ValueError, "update must be one of"),
+    "on_nonfinite": ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of"),
     "max_scale": ({"max_scale": 0.0}, ValueError, "max_scale must be"),
 }
 
