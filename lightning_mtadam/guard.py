@@ -6,7 +6,7 @@ import contextlib
 
 import lightning.pytorch as pl
 
-from lightning_mtadam import trainer_internals
+from lightning_mtadam import lightning_internals
 from lightning_mtadam.distributed.agreement import host_group, tell
 from lightning_mtadam.distributed.processes import ALONE, Processes, processes_of
 from lightning_mtadam.optim import MTAdam
@@ -24,7 +24,7 @@ class Guard(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if the strategy is none under which MTAdam works."""
         if any(isinstance(optimizer, MTAdam) for optimizer in trainer.optimizers):
-            trainer_internals.check_strategy(trainer)
+            lightning_internals.check_strategy(trainer)
             group = _processes(trainer).group
             if group is not None:
                 host_group(group)

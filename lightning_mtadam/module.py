@@ -12,7 +12,7 @@ from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mtadam import trainer_internals
+from lightning_mtadam import lightning_internals
 from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import Losses, check_losses
@@ -82,7 +82,7 @@ class MultiTermLightningModule(pl.LightningModule):
     def trainer(self, trainer: pl.Trainer | None) -> None:
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
-            trainer_internals.set_result_reader(trainer, self._read_training_step)
+            lightning_internals.set_result_reader(trainer, self._read_training_step)
             Guard.watch(trainer)
 
     def backward_terms(self, losses: Losses, optimizer: Optimizer) -> None:
@@ -102,7 +102,7 @@ class MultiTermLightningModule(pl.LightningModule):
                 self.backward_terms({"l1": l1, "gan": gan}, generator)
                 generator.step()
         """
-        optimizer = trainer_internals.unwrap(optimizer)
+        optimizer = lightning_internals.unwrap(optimizer)
         self._check(losses, optimizer)
         total = _sum(losses)
         self._pending = _PendingLosses(losses, total, 1, optimizer)
@@ -132,7 +132,7 @@ class MultiTermLightningModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the balanced gradient of MTAdam; the gradients of other optimizers as in every LightningModule."""
-        mtadam = trainer_internals.unwrap(optimizer)
+        mtadam = lightning_internals.unwrap(optimizer)
         if not isinstance(mtadam, MTAdam):
             return super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         limit = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
@@ -164,7 +164,7 @@ class MultiTermLightningModule(pl.LightningModule):
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
         self._check(losses, optimizer)
         total = _sum(losses) if named else losses["loss"]
-        if not trainer_internals.skips_backward(self.trainer):
+        if not lightning_internals.skips_backward(self.trainer):
             self._pending = _PendingLosses(losses, total, accumulated, optimizer)
         elif isinstance(optimizer, MTAdam):
             optimizer.skip_step()
@@ -185,10 +185,10 @@ class MultiTermLightningModule(pl.LightningModule):
         values = {f"train/{name}": loss.detach() for name, loss in losses.items()}
         if total is not None and "loss" not in losses:
             values["train/loss"] = total.detach()
-        with trainer_internals.logging_as(self, hook):
+        with lightning_internals.logging_as(self, hook):
             for name, value in values.items():
                 # In manual optimization the user may have logged the same name in the same hook: that one counts.
-                if name in self._logged or not trainer_internals.has_logged(self.trainer, hook, name):
+                if name in self._logged or not lightning_internals.has_logged(self.trainer, hook, name):
                     self._logged.add(name)
                     self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
 

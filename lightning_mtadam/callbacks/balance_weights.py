@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_mtadam import trainer_internals
+from lightning_mtadam import lightning_internals
 from lightning_mtadam.callbacks import tensorboard
 from lightning_mtadam.optim import MTAdam
 
@@ -75,13 +75,13 @@ class BalanceWeightMonitor(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Log after an optimizer step."""
-        if self.logging_interval != "epoch" and trainer_internals.should_log(trainer):
-            self._log(trainer, trainer_internals.logging_step(trainer))
+        if self.logging_interval != "epoch" and lightning_internals.should_log(trainer):
+            self._log(trainer, lightning_internals.logging_step(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log at the end of an epoch."""
         if self.logging_interval == "epoch":
-            self._log(trainer, trainer_internals.logging_step(trainer) - 1)
+            self._log(trainer, lightning_internals.logging_step(trainer) - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """How often it has logged, so that heatmaps go on in their rhythm."""

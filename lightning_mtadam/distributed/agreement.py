@@ -38,6 +38,8 @@ class Announcement:
         constant: those of them that have no graph in this batch.
         parameters: the names and shapes of what it trains.
         averages: whether it averages the gradients now.
+        synchronises_norms: whether its network has ``SyncBatchNorm``; said only if one of its terms has no graph.
+        reached: which terms reach which parameters, [I][P]; known, and announced, after the backward passes.
         error: what it failed with.
     """
 
@@ -45,6 +47,8 @@ class Announcement:
     constant: tuple[str, ...] = ()
     parameters: Parameters = ()
     averages: bool = False
+    synchronises_norms: bool = False
+    reached: tuple[tuple[bool, ...], ...] = ()
     error: str | None = None
 
 
@@ -79,15 +83,7 @@ def agree(mine: Announcement, group: ProcessGroup, error: Exception | None = Non
     if error is not None:
         tell(error, group)
         raise error
-    try:
-        everyone = _exchange(mine, host_group(group))
-    except RuntimeError as lost:
-        raise RuntimeError(
-            "Another process of this training has stopped without a word. Look for its own message."
-        ) from lost
-    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
-    if failed:
-        raise RuntimeError("Stopped, because another rank has failed. " + "; ".join(failed))
+    everyone = _hear(mine, group)
     _check_terms(everyone)
     _check_parameters(everyone)
     if len({other.averages for other in everyone.values()}) > 1:
@@ -107,10 +103,28 @@ def tell(error: BaseException, group: ProcessGroup) -> None:
 
 
 def reached_anywhere(reached: Sequence[Sequence[bool]], group: ProcessGroup) -> list[list[bool]]:
-    """Whether any rank's terms reach the parameters: [I][P] of this rank -> [I][P] of all."""
-    flags = torch.tensor(reached, dtype=torch.uint8)
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=host_group(group))
-    return [[bool(flag) for flag in row] for row in flags.tolist()]
+    """Whether any rank's terms reach the parameters: [I][P] of this rank -> [I][P] of all.
+
+    Raises:
+        RuntimeError: another rank has failed in its backward passes, or is gone.
+    """
+    everyone = _hear(Announcement(reached=tuple(map(tuple, reached))), group)
+    by_rank = [other.reached for other in everyone.values()]
+    return [[any(flags) for flags in zip(*rows, strict=True)] for rows in zip(*by_rank, strict=True)]
+
+
+def _hear(mine: Announcement, group: ProcessGroup) -> Everyone:
+    """What everyone announces, unless one of them has failed."""
+    try:
+        everyone = _exchange(mine, host_group(group))
+    except RuntimeError as lost:
+        raise RuntimeError(
+            "Another process of this training has stopped without a word. Look for its own message."
+        ) from lost
+    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
+    if failed:
+        raise RuntimeError("Stopped, because another rank has failed. " + "; ".join(failed))
+    return everyone
 
 
 def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = None) -> Everyone:
@@ -187,4 +201,11 @@ def _check_constant(everyone: Everyone) -> None:
             raise ValueError(
                 f"losses[{name!r}] has no graph on any rank, so it reaches no parameter. Compute it from the network's"
                 " output without .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
+            )
+    for rank, other in everyone.items():
+        if other.synchronises_norms:
+            raise ValueError(
+                f"losses[{other.constant[0]!r}] has no graph on rank {rank}, but the network has SyncBatchNorm, of"
+                " which every backward pass needs all ranks. Return a loss of zero that hangs on the graph instead,"
+                " e.g. 0.0 * output.sum()."
             )

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_mtadam.distributed.agreement import Announcement, agree
+from lightning_mtadam.distributed.agreement import Announcement, agree, tell
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.distributed.processes import Processes, processes_of
-from lightning_mtadam.fabric_internals import as_fabric_backward
 from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
+from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
@@ -78,7 +78,7 @@ class TermOptimizer(Optimizer):
         parameters = self._parameters()
         self._pending.start_anew_if_reset(parameters)
         processes = processes_of(model, parameters)
-        order = self._check(losses, loss_scale, processes)
+        order = self._check(losses, loss_scale, processes, model)
         present = {name: losses[name] for name in order if name in losses}
         averaging, replicated = None, processes.group is not None and not processes.sharded
         if replicated:
@@ -90,8 +90,15 @@ class TermOptimizer(Optimizer):
             found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
         else:
             found = term_gradients(present, parameters, grad_output=grad_output)
-        with as_fabric_backward():
-            self._pending.collect(found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated)
+        try:
+            with as_fabric_backward():
+                self._pending.collect(
+                    found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated
+                )
+        except Exception as error:
+            if averaging is not None:
+                tell(error, averaging.group)
+            raise
         self._set_terms(self.terms or order)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -149,7 +156,9 @@ class TermOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _check(self, losses: Losses, loss_scale: Tensor | None, processes: Processes) -> tuple[str, ...]:
+    def _check(
+        self, losses: Losses, loss_scale: Tensor | None, processes: Processes, model: nn.Module | None
+    ) -> tuple[str, ...]:
         """Raise, on all processes, unless the losses are good on all of them.
 
         Returns:
@@ -168,7 +177,9 @@ class TermOptimizer(Optimizer):
             if group is None:
                 return names
             constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
-            mine = Announcement(names, constant, self._trained(), processes.averages)
+            modules = model.modules() if constant and model is not None else ()
+            synchronises_norms = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
+            mine = Announcement(names, constant, self._trained(), processes.averages, synchronises_norms)
         except (TypeError, ValueError) as found:
             if group is None:
                 raise

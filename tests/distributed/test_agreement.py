@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_mtadam import MTAdam
@@ -91,8 +92,17 @@ def test_a_rank_that_freezes_other_parameters_raises_on_every_rank(bad, first, t
         assert error.startswith(f"ValueError: The ranks train different parameters: beside what they share, {found}.")
 
 
+def fails_in_backward(network, losses):
+    def fail(gradient):
+        raise OSError("the disk is full")
+
+    losses["size"].register_hook(fail)
+    return losses
+
+
 FAILING = {
     "an error of the user's": (raising, "OSError: the disk is full"),
+    "an error in a backward pass": (fails_in_backward, "OSError: the disk is full"),
     "an unreduced loss": (
         lambda network, losses: losses | {"fit": torch.ones(4, requires_grad=True)},
         "ValueError: losses['fit'] must be a scalar tensor, but has shape (4,)",
@@ -125,14 +135,6 @@ def wherever_it_stands(rank, make_module):
     fit_differently(rank, 2, make_module)
 
 
-def fails_in_backward(network, losses):
-    def fail(gradient):
-        raise OSError("the disk is full")
-
-    losses["size"].register_hook(fail)
-    return losses
-
-
 def is_killed(network, losses):
     os._exit(1)
 
@@ -148,7 +150,6 @@ class FailingBeforeTheNorm(Differing):
 
 ELSEWHERE = {
     "killed": (partial(Differing, change=is_killed), "gone"),
-    "fails in backward": (partial(Differing, change=fails_in_backward), "OSError: the disk is full"),
     "fails while the others are in a collective": (
         partial(FailingBeforeTheNorm, change=raising, case=Case(network=make_synced)),
         "OSError: the disk is full",
@@ -237,3 +238,15 @@ def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path
     for outcome in run_ranks(accumulate_differently, tmp_path, timeout=30):
         assert outcome.error.startswith("ValueError: Only the ranks [0] average gradients in this batch")
         assert outcome.seconds < SECONDS
+
+
+def announce_a_constant(rank):
+    mine = agreement.Announcement(("fit",), ("fit",) if rank else (), synchronises_norms=rank == 1)
+    agreement.agree(mine, dist.group.WORLD)
+
+
+def test_a_constant_term_beside_sync_batch_norm_raises_on_every_rank(tmp_path):
+    for outcome in run_ranks(announce_a_constant, tmp_path):
+        assert outcome.error.startswith(
+            "ValueError: losses['fit'] has no graph on rank 1, but the network has SyncBatchNorm"
+        )

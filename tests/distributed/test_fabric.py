@@ -9,7 +9,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import nn
 
-from lightning_mtadam.fabric_internals import as_fabric_backward
+from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim import MTAdam
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.sharded import (

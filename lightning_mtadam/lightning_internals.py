@@ -1,17 +1,15 @@
 """Every private attribute of Lightning that the package relies on, in one place.
 
-``tests/test_trainer_internals.py`` fails by name when one of them moves.
+``tests/test_lightning_internals.py`` fails by name when one of them moves. Lightning is imported where it is needed
+only: the optimizer, which uses this file too, works without it.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
 from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
+    from lightning.pytorch.loops.optimization.automatic import ClosureResult
 
 
 def set_result_reader(trainer: pl.Trainer, read: Callable[[Any, int], ClosureResult]) -> None:
@@ -56,6 +55,8 @@ def has_logged(trainer: pl.Trainer, hook: str, name: str) -> bool:
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
     """The optimizer that Lightning wrapped, or the one given."""
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
@@ -65,6 +66,9 @@ def check_strategy(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: with the reason, and what to do instead.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(FSDP1)
@@ -99,3 +103,21 @@ def should_log(trainer: pl.Trainer) -> bool:
 def logging_step(trainer: pl.Trainer) -> int:
     """The step under which ``self.log`` files a batch, when it ends; one more than that when the epoch ends."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+@contextmanager
+def as_fabric_backward() -> Iterator[None]:
+    """Count as ``fabric.backward``: under mixed precision the modules of Fabric refuse any other backward pass.
+
+    Beside that it would scale the loss, which is the caller's to do, and nothing else.
+    """
+    wrappers = sys.modules.get("lightning.fabric.wrappers")
+    if wrappers is None:
+        yield
+        return
+    before = wrappers._in_fabric_backward
+    wrappers._in_fabric_backward = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        wrappers._in_fabric_backward = before  # type: ignore[attr-defined]

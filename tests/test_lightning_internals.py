@@ -1,4 +1,4 @@
-"""Lightning's private attributes are where trainer_internals.py looks for them, and mean what it takes them to mean.
+"""Lightning's private attributes are where lightning_internals.py looks for them, and mean what it takes them to mean.
 
 A test here that fails with "Lightning has moved ..." says which attribute to look for in the new release.
 """
@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import wrappers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_mtadam import trainer_internals
+from lightning_mtadam import lightning_internals
 from tests.lightning_models import (
     Regression,
     SumRegression,
@@ -39,7 +40,7 @@ def require(owner, path):
     """The attribute at a dotted path, or a failure that names the first part that is gone."""
     name = type(owner).__name__
     for part in path.split("."):
-        assert hasattr(owner, part), f"Lightning has moved {name}.{part}: adapt lightning_mtadam/trainer_internals.py"
+        assert hasattr(owner, part), f"Lightning has moved {name}.{part}: adapt lightning_mtadam/lightning_internals.py"
         owner, name = getattr(owner, part), f"{name}.{part}"
     return owner
 
@@ -74,7 +75,7 @@ def test_set_result_reader_makes_the_result_of_every_automatic_training_step():
     trainer = make_trainer(max_epochs=1, accumulate_grad_batches=2)
     loop = require(trainer, "fit_loop.epoch_loop.automatic_optimization")
     require(loop, "output_result_cls.from_training_step_output")
-    trainer_internals.set_result_reader(trainer, reader)
+    lightning_internals.set_result_reader(trainer, reader)
     trainer.fit(module, make_loader(4))
     assert [accumulated for _, accumulated in read] == [2, 2, 2, 2]
     assert all(value > 0 for value, _ in read)
@@ -82,7 +83,7 @@ def test_set_result_reader_makes_the_result_of_every_automatic_training_step():
 
 
 def test_set_result_reader_leaves_other_trainers_alone():
-    trainer_internals.set_result_reader(make_trainer(), lambda output, accumulated: pytest.fail("read"))
+    lightning_internals.set_result_reader(make_trainer(), lambda output, accumulated: pytest.fail("read"))
     loop = make_trainer().fit_loop.epoch_loop.automatic_optimization
     assert loop.output_result_cls is ClosureResult
 
@@ -99,7 +100,7 @@ def test_skips_backward_tells_whether_lightning_will_run_backward(skip):
         told, backwards = (), 0
 
         def training_step(self, batch, batch_idx):
-            self.told += (trainer_internals.skips_backward(self.trainer),)
+            self.told += (lightning_internals.skips_backward(self.trainer),)
             return super().training_step(batch, batch_idx)
 
         def backward(self, loss, *args, **kwargs):
@@ -119,7 +120,7 @@ def test_logging_as_files_what_is_logged_under_the_hook():
             require(self, "_current_fx_name")
             assert self._current_fx_name == "training_step"
             self.log("loss", 1.0, prog_bar=False)
-            with trainer_internals.logging_as(self, "on_before_backward"):
+            with lightning_internals.logging_as(self, "on_before_backward"):
                 self.log("loss", 2.0, prog_bar=True)  # the same hook would refuse other arguments
             assert self._current_fx_name == "training_step"
             return super().training_step(batch, batch_idx)
@@ -135,7 +136,7 @@ def test_logging_as_restores_the_hook_after_an_error():
     module = SumRegression(sgd)
     require(module, "_current_fx_name")
     module._current_fx_name = "training_step"
-    with pytest.raises(KeyError, match="lost"), trainer_internals.logging_as(module, "on_before_backward"):
+    with pytest.raises(KeyError, match="lost"), lightning_internals.logging_as(module, "on_before_backward"):
         raise KeyError("lost")
     assert module._current_fx_name == "training_step"
 
@@ -146,7 +147,7 @@ def test_unwrap_gives_the_optimizer_that_lightning_wrapped():
             wrapped = self.optimizers()
             assert isinstance(wrapped, LightningOptimizer)
             require(wrapped, "optimizer")
-            assert trainer_internals.unwrap(wrapped) is self.trainer.optimizers[0]
+            assert lightning_internals.unwrap(wrapped) is self.trainer.optimizers[0]
             self.unwrapped = True
 
     module = Manual(sgd)
@@ -157,11 +158,11 @@ def test_unwrap_gives_the_optimizer_that_lightning_wrapped():
 
 def test_unwrap_gives_back_a_bare_optimizer():
     optimizer = sgd(make_network())
-    assert trainer_internals.unwrap(optimizer) is optimizer
+    assert lightning_internals.unwrap(optimizer) is optimizer
 
 
 class LogTimes(pl.Callback):
-    """At which batches, and under which steps, trainer_internals would log."""
+    """At which batches, and under which steps, lightning_internals would log."""
 
     def __init__(self):
         self.batches, self.steps, self.steps_at_epoch_ends = [], [], []
@@ -170,12 +171,12 @@ class LogTimes(pl.Callback):
         require(trainer, "_logger_connector.should_update_logs")
         require(trainer, "fit_loop._should_accumulate")
         require(trainer, "fit_loop.epoch_loop._batches_that_stepped")
-        if trainer_internals.should_log(trainer):
+        if lightning_internals.should_log(trainer):
             self.batches.append(trainer.current_epoch * trainer.num_training_batches + batch_idx)
-            self.steps.append(trainer_internals.logging_step(trainer))
+            self.steps.append(lightning_internals.logging_step(trainer))
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.steps_at_epoch_ends.append(trainer_internals.logging_step(trainer))
+        self.steps_at_epoch_ends.append(lightning_internals.logging_step(trainer))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_should_log_is_false_where_logging_is_off():
 )
 def test_a_strategy_that_cannot_work_is_refused_with_the_reason_and_the_alternative(strategy, message):
     with pytest.raises(MisconfigurationException, match=message):
-        trainer_internals.check_strategy(SimpleNamespace(world_size=1, strategy=strategy))
+        lightning_internals.check_strategy(SimpleNamespace(world_size=1, strategy=strategy))
 
 
 def test_a_strategy_of_several_processes_that_is_not_known_is_refused_by_name():
@@ -226,13 +227,13 @@ def test_a_strategy_of_several_processes_that_is_not_known_is_refused_by_name():
         pass
 
     with pytest.raises(MisconfigurationException, match=r"does not support Unknown.*Use strategy='ddp'"):
-        trainer_internals.check_strategy(SimpleNamespace(world_size=2, strategy=Unknown()))
+        lightning_internals.check_strategy(SimpleNamespace(world_size=2, strategy=Unknown()))
 
 
 def test_a_network_of_which_nothing_is_sharded_is_refused():
     trainer = SimpleNamespace(world_size=2, strategy=ModelParallelStrategy(), optimizers=[sgd(make_network())])
     with pytest.raises(MisconfigurationException, match=r"No parameter is sharded.*Call fully_shard"):
-        trainer_internals.check_strategy(trainer)
+        lightning_internals.check_strategy(trainer)
 
 
 def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
@@ -242,6 +243,13 @@ def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
 ROOT = Path(__file__).parents[1]
 # Not Lightning's: torch's multi-tensor functions, and the hooks of torch's DistributedDataParallel.
 OF_TORCH = re.compile(r"_foreach_\w+|_comm_hooks")
+
+
+def test_fabric_still_notes_its_backward_passes_where_they_are_noted():
+    require(wrappers, "_in_fabric_backward")
+    with lightning_internals.as_fabric_backward():
+        assert wrappers._in_fabric_backward
+    assert not wrappers._in_fabric_backward
 
 
 def private_attributes(file):
@@ -259,14 +267,14 @@ def private_attributes(file):
 
 def test_no_other_file_uses_a_private_attribute_of_lightning():
     files = [file for folder in ("lightning_mtadam", "example_projects") for file in (ROOT / folder).rglob("*.py")]
-    files.remove(ROOT / "lightning_mtadam" / "trainer_internals.py")
+    files.remove(ROOT / "lightning_mtadam" / "lightning_internals.py")
     assert len(files) > 20
     found = [f"{file.relative_to(ROOT)}:{line}: {name}" for file in files for name, line in private_attributes(file)]
-    assert not found, "move these to lightning_mtadam/trainer_internals.py"
+    assert not found, "move these to lightning_mtadam/lightning_internals.py"
 
 
 def test_every_private_attribute_is_required_by_name_here():
-    used = {name for name, _ in private_attributes(ROOT / "lightning_mtadam" / "trainer_internals.py")}
+    used = {name for name, _ in private_attributes(ROOT / "lightning_mtadam" / "lightning_internals.py")}
     assert {"_skip_backward", "_ddp_comm_hook"} <= used
     required = re.findall(r'require\([\w()]+, "([\w.]+)"\)', Path(__file__).read_text())
     assert used <= {part for path in required for part in path.split(".")}
