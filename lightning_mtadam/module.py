@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -82,7 +84,7 @@ class MultiTermLightningModule(pl.LightningModule):
     def trainer(self, trainer: pl.Trainer | None) -> None:
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
-            lightning_internals.set_result_reader(trainer, self._read_training_step)
+            lightning_internals.set_result_reader(trainer, partial(self._read_training_step, trainer))
             Guard.watch(trainer)
 
     def backward_terms(self, losses: Losses, optimizer: Optimizer) -> None:
@@ -117,10 +119,15 @@ class MultiTermLightningModule(pl.LightningModule):
         pending, self._pending = self._pending, None
         if pending is None:
             return super().backward(loss, *args, **kwargs)
-        if not isinstance(pending.optimizer, MTAdam):
-            inputs = {} if self.automatic_optimization else {"inputs": _trainable(pending.optimizer)}
-            return super().backward(loss, *args, **inputs, **kwargs)
-        self._backward_terms(pending, pending.optimizer, loss)
+        if isinstance(pending.optimizer, MTAdam):
+            self._backward_terms(pending, pending.optimizer, loss)
+        elif self.automatic_optimization:
+            super().backward(loss, *args, **kwargs)
+        elif self.trainer.world_size == 1:
+            super().backward(loss, *args, inputs=_trainable(pending.optimizer), **kwargs)
+        else:  # the hooks that average want a pass through everything
+            with self._keeping_gradients_of_others(pending.optimizer):
+                super().backward(loss, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pending": None}
@@ -152,10 +159,21 @@ class MultiTermLightningModule(pl.LightningModule):
             loss_scale=factor * pending.accumulated if scaled else None,
         )
 
-    def _read_training_step(self, output: Any, accumulated: int) -> ClosureResult:
+    @contextmanager
+    def _keeping_gradients_of_others(self, optimizer: Optimizer) -> Iterator[None]:
+        own = {id(parameter) for parameter in _trainable(optimizer)}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in own]
+        before = [parameter.grad for parameter in others]
+        for parameter in others:
+            parameter.grad = None
+        yield
+        for parameter, gradient in zip(others, before, strict=True):
+            parameter.grad = gradient
+
+    def _read_training_step(self, trainer: pl.Trainer, output: Any, accumulated: int) -> ClosureResult:
         """Make of a training step's output what the automatic loop goes on with, and keep its losses for backward."""
         self._pending = None
-        if self.trainer.lightning_module is not self:  # it trains another module now, which may hold this one
+        if trainer.lightning_module is not self:  # it trains another module now, which may hold this one
             return ClosureResult.from_training_step_output(output, accumulated)
         optimizer = self.trainer.optimizers[0]
         named = isinstance(output, Mapping) and "loss" not in output
@@ -177,7 +195,10 @@ class MultiTermLightningModule(pl.LightningModule):
 
     def _check(self, losses: Losses, optimizer: Optimizer) -> None:
         terms = optimizer.terms if isinstance(optimizer, MTAdam) else None
-        check_losses(losses, terms or None, finite=False, graph=self.trainer.world_size == 1)
+        alone = self.trainer.world_size == 1
+        check_losses(losses, terms or None, finite=False, graph=alone)
+        if not alone and not isinstance(optimizer, MTAdam) and not any(loss.requires_grad for loss in losses.values()):
+            check_losses(losses, finite=False)  # MTAdam's ranks agree on terms without a graph, DDP's reducer does not
 
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
         if not self.log_terms or self.trainer.barebones:

@@ -759,6 +759,17 @@ def test_a_trainer_that_has_trained_ours_is_an_ordinary_one(tmp_path):
         trainer.fit(PlainDict(), make_loader())
 
 
+def test_a_trainer_reads_the_losses_of_its_own_module_also_if_another_trains_ours_since(tmp_path):
+    ours = Regression(make_mtadam)
+    first, second = make_trainer(default_root_dir=tmp_path), make_trainer(default_root_dir=tmp_path)
+    first.fit(ours, make_loader())
+    second.fit(ours, make_loader())
+    first.fit_loop.max_epochs += 1
+    plain = SumRegression(adam)
+    first.fit(plain, make_loader())
+    assert largest_difference(plain.network, make_network()) > 0
+
+
 def test_a_module_can_be_copied_after_a_step_that_was_cut_short(tmp_path):
     class CutShort(Regression):
         def on_before_zero_grad(self, optimizer):

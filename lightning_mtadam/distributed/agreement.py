@@ -13,7 +13,7 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -38,7 +38,7 @@ class Announcement:
         constant: those of them that have no graph in this batch.
         parameters: the names and shapes of what it trains.
         averages: whether it averages the gradients now.
-        synchronises_norms: whether its network has ``SyncBatchNorm``; said only if one of its terms has no graph.
+        has_sync_batch_norm: whether its network has ``SyncBatchNorm``; said only if one of its terms has no graph.
         reached: which terms reach which parameters, [I][P]; known, and announced, after the backward passes.
         error: what it failed with.
     """
@@ -47,16 +47,20 @@ class Announcement:
     constant: tuple[str, ...] = ()
     parameters: Parameters = ()
     averages: bool = False
-    synchronises_norms: bool = False
+    has_sync_batch_norm: bool = False
     reached: tuple[tuple[bool, ...], ...] = ()
     error: str | None = None
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, or is gone."""
 
 
 Everyone: TypeAlias = Mapping[int, Announcement]
 """What each rank has announced; ranks are counted over all processes, in the order of the group."""
 
 
-@lru_cache(maxsize=16)
+@cache  # to make one is a collective: no rank may forget what another remembers
 def host_group(group: ProcessGroup) -> ProcessGroup:
     """The gloo group over which the processes of ``group`` agree; the first call must come from all of them."""
     ranks = dist.get_process_group_ranks(group)
@@ -65,24 +69,20 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
     return made
 
 
-def agree(mine: Announcement, group: ProcessGroup, error: Exception | None = None) -> tuple[str, ...]:
+def agree(mine: Announcement, group: ProcessGroup) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Compare the announcements of all ranks; one small collective where they are the same.
 
     Args:
         mine: this rank's.
         group: the processes.
-        error: what this rank found wrong. It is raised here, after the other ranks were told.
 
     Returns:
-        The terms in the order of the group's first rank.
+        The terms in the order of the group's first rank; those of them that have no graph on any rank.
 
     Raises:
         ValueError: the ranks differ; the message says which rank has what.
-        RuntimeError: another rank has failed, or is gone.
+        RankError: another rank has failed, or is gone.
     """
-    if error is not None:
-        tell(error, group)
-        raise error
     everyone = _hear(mine, group)
     _check_terms(everyone)
     _check_parameters(everyone)
@@ -92,12 +92,17 @@ def agree(mine: Announcement, group: ProcessGroup, error: Exception | None = Non
             f"Only the ranks {averaging} average gradients in this batch, the others accumulate them. Accumulate the"
             " same number of batches on every rank."
         )
-    _check_constant(everyone)
-    return _first(everyone).terms
+    return _first(everyone).terms, _constant_everywhere(everyone)
 
 
 def tell(error: BaseException, group: ProcessGroup) -> None:
-    """Tell the other ranks, at their next agreement, that this one has failed; wait for them a few seconds at most."""
+    """Tell the other ranks, at their next agreement, that this one has failed; wait for them a few seconds at most.
+
+    An error that was told already, or that another rank told, is not told again.
+    """
+    if isinstance(error, RankError) or getattr(error, "told_to_the_other_ranks", False):
+        return
+    error.told_to_the_other_ranks = True  # type: ignore[attr-defined]
     with contextlib.suppress(RuntimeError):  # they are gone, or elsewhere
         _exchange(Announcement(error=f"{type(error).__name__}: {error}"), host_group(group), PATIENCE)
 
@@ -106,7 +111,7 @@ def reached_anywhere(reached: Sequence[Sequence[bool]], group: ProcessGroup) -> 
     """Whether any rank's terms reach the parameters: [I][P] of this rank -> [I][P] of all.
 
     Raises:
-        RuntimeError: another rank has failed in its backward passes, or is gone.
+        RankError: another rank has failed in its backward passes, or is gone.
     """
     everyone = _hear(Announcement(reached=tuple(map(tuple, reached))), group)
     by_rank = [other.reached for other in everyone.values()]
@@ -118,12 +123,13 @@ def _hear(mine: Announcement, group: ProcessGroup) -> Everyone:
     try:
         everyone = _exchange(mine, host_group(group))
     except RuntimeError as lost:
-        raise RuntimeError(
-            "Another process of this training has stopped without a word. Look for its own message."
+        raise RankError(
+            "Another process of this training has stopped without a word, or has not come for half an hour. Look for"
+            " its own message."
         ) from lost
     failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
     if failed:
-        raise RuntimeError("Stopped, because another rank has failed. " + "; ".join(failed))
+        raise RankError("Stopped, because another rank has failed. " + "; ".join(failed))
     return everyone
 
 
@@ -131,7 +137,7 @@ def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = 
     """The announcements of all ranks. If they are the same, only digests travel."""
     ranks = dist.get_process_group_ranks(group)
     digest, message = _encode(mine)
-    heads = _gather(torch.tensor([digest, len(message)]), group, patience)
+    heads = _gather(torch.tensor([digest, len(message)], device="cpu"), group, patience)
     if all(int(head[0]) == digest for head in heads):
         return dict.fromkeys(ranks, mine)
     longest = max(int(head[1]) for head in heads)
@@ -195,17 +201,13 @@ def _check_parameters(everyone: Everyone) -> None:
         )
 
 
-def _check_constant(everyone: Everyone) -> None:
-    for name in _first(everyone).terms:
-        if all(name in other.constant for other in everyone.values()):
-            raise ValueError(
-                f"losses[{name!r}] has no graph on any rank, so it reaches no parameter. Compute it from the network's"
-                " output without .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
-            )
+def _constant_everywhere(everyone: Everyone) -> tuple[str, ...]:
+    """The terms that have no graph on any rank."""
     for rank, other in everyone.items():
-        if other.synchronises_norms:
+        if other.has_sync_batch_norm:
             raise ValueError(
                 f"losses[{other.constant[0]!r}] has no graph on rank {rank}, but the network has SyncBatchNorm, of"
                 " which every backward pass needs all ranks. Return a loss of zero that hangs on the graph instead,"
                 " e.g. 0.0 * output.sum()."
             )
+    return tuple(name for name in _first(everyone).terms if all(name in other.constant for other in everyone.values()))

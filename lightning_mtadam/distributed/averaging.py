@@ -66,7 +66,7 @@ class Averaging:
         self._sent: dict[str, tuple[FlatGradients, list[bool], list[Work]]] = {}
 
     def send(self, name: str, gradients: Sequence[Tensor | None], memory: FlatGradients) -> None:
-        """Start to add up a term's gradients.
+        """Divide a term's gradients by the number of ranks, and start to add them up.
 
         Args:
             name: the term's.
@@ -76,16 +76,16 @@ class Averaging:
         for gradient, view in zip(gradients, memory.views, strict=True):
             if view is not None and gradient is not view:
                 view.zero_() if gradient is None else view.copy_(gradient)
+        torch._foreach_div_(memory.flats, float(dist.get_world_size(self.group)))  # first: sums overflow in fp16
         work = [dist.all_reduce(flat, group=self.group, async_op=True) for flat in memory.flats]
         self._sent[name] = memory, [gradient is not None for gradient in gradients], work
 
     def receive(self) -> TermGradients:
-        """Wait for what was sent, and divide by the number of ranks."""
+        """Wait for what was sent."""
         reached = reached_anywhere([reached for _, reached, _ in self._sent.values()], self.group)
         averaged: TermGradients = {}
         for (name, (memory, _, work)), anywhere in zip(self._sent.items(), reached, strict=True):
             for one in work:
                 one.wait()
-            torch._foreach_div_(memory.flats, float(dist.get_world_size(self.group)))
             averaged[name] = [view if flag else None for view, flag in zip(memory.views, anywhere, strict=True)]
         return averaged

@@ -62,12 +62,15 @@ def processes_of(model: nn.Module | None, parameters: Sequence[Tensor]) -> Proce
             " optimizer.backward(losses, model=model) with the network wrapped by DistributedDataParallel; with the"
             " bare network each process trains alone."
         )
+    trained = {id(parameter) for parameter in parameters}
     for module in () if model is None else model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(FSDP1)
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel) and trained & {id(p) for p in module.parameters()}:
             if getattr(module, "_comm_hooks", []):
                 raise ValueError(COMM_HOOK)
+            if module._join_config.enable:
+                raise ValueError(JOIN)
             if dist.get_world_size(module.process_group) == 1:
                 return ALONE
             return Processes(module.process_group, averages=module.require_backward_grad_sync)
@@ -86,5 +89,9 @@ FSDP1 = (
 )
 COMM_HOOK = (
     "A DDP communication hook (ddp_comm_hook) would not be applied to the gradients of the terms, which are averaged"
-    " apart from DDP's own. Leave it out; for half the traffic, train in bf16 (Trainer(precision='bf16-true'))."
+    " apart from DDP's own. Leave it out."
+)
+JOIN = (
+    "model.join() cannot stand in for a rank that has run out of batches: the terms' averages are not DDP's own. Give"
+    " every rank the same number of batches, e.g. with torch.utils.data.DistributedSampler."
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mtadam.optim.layers import clean_name
+from lightning_mtadam.optim.layers import clean_names
 from lightning_mtadam.optim.state import expected_shapes
 
 
@@ -55,8 +55,9 @@ def check_checkpoint(
 def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
     for group, saved in zip(groups, saved_groups, strict=True):
         if "param_names" in group and "param_names" in saved:
-            for name, saved_name in zip(group["param_names"], saved["param_names"], strict=True):
-                if clean_name(name) != clean_name(saved_name):
+            ours, theirs = clean_names(group["param_names"]), clean_names(saved["param_names"])
+            for name, saved_name in zip(ours, theirs, strict=True):
+                if name != saved_name:
                     raise ValueError(
                         f"The checkpoint has the parameter {saved_name!r} where the optimizer has {name!r}. Give the"
                         " optimizer its parameters in the order they had when the checkpoint was written."

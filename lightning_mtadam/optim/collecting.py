@@ -78,13 +78,11 @@ class TermOptimizer(Optimizer):
         parameters = self._parameters()
         self._pending.start_anew_if_reset(parameters)
         processes = processes_of(model, parameters)
-        order = self._check(losses, loss_scale, processes, model)
-        present = {name: losses[name] for name in order if name in losses}
-        averaging, replicated = None, processes.group is not None and not processes.sharded
-        if replicated:
-            self._pending.use_flat_memory(order, parameters)
-        if processes.group is not None and processes.averages:
-            averaging = Averaging(processes.group)
+        terms, absent = self._check(losses, loss_scale, processes, model)
+        present = {name: losses[name] for name in terms if name in losses and name not in absent}
+        order = [name for name in terms if name in present or name in self._pending.gradients]
+        replicated = processes.group is not None and not processes.sharded
+        averaging = Averaging(processes.group) if processes.group is not None and processes.averages else None
         if processes.sharded:
             assert model is not None
             found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
@@ -92,6 +90,8 @@ class TermOptimizer(Optimizer):
             found = term_gradients(present, parameters, grad_output=grad_output)
         try:
             with as_fabric_backward():
+                if replicated:
+                    self._pending.use_flat_memory(order, parameters)
                 self._pending.collect(
                     found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated
                 )
@@ -99,10 +99,13 @@ class TermOptimizer(Optimizer):
             if averaging is not None:
                 tell(error, averaging.group)
             raise
-        self._set_terms(self.terms or order)
+        self._set_terms(self.terms or terms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does."""
+        """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does.
+
+        ``model.zero_grad()`` does the same; with ``set_to_none=False`` it goes unnoticed.
+        """
         probed, self._pending.probed = self._pending.probed, False
         self._pending.clear()
         super().zero_grad(set_to_none)
@@ -158,13 +161,14 @@ class TermOptimizer(Optimizer):
 
     def _check(
         self, losses: Losses, loss_scale: Tensor | None, processes: Processes, model: nn.Module | None
-    ) -> tuple[str, ...]:
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Raise, on all processes, unless the losses are good on all of them.
 
         Returns:
-            The names of these losses and of what is pending, in an order on which all ranks agree.
+            The names of these losses and of what is pending, in an order on which all ranks agree; those of them that
+            have no graph on any rank, so that they count as absent.
         """
-        group, error, mine = processes.group, None, Announcement()
+        group = processes.group
         graph = group is None or processes.sharded  # of replicated processes, one may have a constant term
         try:
             finite = loss_scale is None and self._options.on_nonfinite == "raise"
@@ -175,16 +179,24 @@ class TermOptimizer(Optimizer):
                 refuse_reentrant_checkpoints(losses)
             names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
             if group is None:
-                return names
+                return names, ()
             constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
             modules = model.modules() if constant and model is not None else ()
-            synchronises_norms = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
-            mine = Announcement(names, constant, self._trained(), processes.averages, synchronises_norms)
-        except (TypeError, ValueError) as found:
-            if group is None:
-                raise
-            error = found
-        return agree(mine, group, error)
+            has_sync_batch_norm = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
+            mine = Announcement(names, constant, self._trained(), processes.averages, has_sync_batch_norm)
+        except Exception as error:
+            if group is not None:
+                tell(error, group)
+            raise
+        terms, absent = agree(mine, group)
+        unknown = [name for name in absent if name not in self.terms]
+        if unknown or len(absent) == len(terms):
+            raise ValueError(
+                f"losses[{(unknown or absent)[0]!r}] has no graph on any rank, so it reaches no parameter. Compute it"
+                " from the network's output without .detach(), .data or torch.no_grad(), or leave it out of the losses"
+                " and log it instead."
+            )
+        return terms, absent
 
     def _trained(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         named = zip(self._book.labels, self._parameters(), strict=True)

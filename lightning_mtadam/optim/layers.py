@@ -42,13 +42,15 @@ class LayerBook:
     def add(self, group: Mapping[str, Any]) -> None:
         """Note the parameters of a new group."""
         names = group.get("param_names", [PLACEHOLDER] * len(group["params"]))
-        self.names += [None if name.startswith(PLACEHOLDER) else clean_name(name) for name in names]
+        self.names += [None if name.startswith(PLACEHOLDER) else name for name in clean_names(names)]
         self._layers = None
 
     def name(self, named_parameters: Iterable[tuple[str, Tensor]], parameters: Sequence[Tensor]) -> None:
         """Name those of ``parameters`` that have no name yet."""
         if None in self.names:
-            known = {id(parameter): clean_name(name) for name, parameter in named_parameters}
+            named = list(named_parameters)
+            names = clean_names([name for name, _ in named])
+            known = {id(parameter): name for name, (_, parameter) in zip(names, named, strict=True)}
             self.names = [name or known.get(id(p)) for name, p in zip(self.names, parameters, strict=True)]
             self._layers = None
 
@@ -68,9 +70,11 @@ class LayerBook:
         return self._layers
 
 
-def clean_name(name: str) -> str:
-    """A name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
+def clean_names(names: Sequence[str]) -> list[str]:
+    """Names without what ``torch.compile`` puts into them, and ``DistributedDataParallel`` before all of them."""
+    names = [name.replace("_orig_mod.", "") for name in names]
+    wrapped = all(name.startswith(("module.", PLACEHOLDER)) for name in names)
+    return [name.removeprefix("module.") for name in names] if wrapped else names
 
 
 def named_alike(group: Mapping[str, Any], known: int) -> dict[str, Any]:

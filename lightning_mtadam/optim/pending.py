@@ -99,6 +99,8 @@ class PendingGradients:
         except BaseException:
             found.close()  # lets it clean up now, not when the traceback is gone
             self.clear()
+            self.flats.clear()  # a transfer may not have ended
+            self.buffers.clear()
             raise
         total: list[Tensor | None] = [None] * len(parameters)
         for term in gradients.values():
@@ -111,7 +113,7 @@ class PendingGradients:
 
     def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
         """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
-        if all(parameter.grad is None for parameter in parameters):
+        if any(self.touched) and all(parameter.grad is None for parameter in parameters):
             self.gradients = {}
 
     def extend(self, count: int) -> None:
@@ -177,5 +179,5 @@ def add_into(total: list[Tensor | None], gradients: Gradients) -> None:
 def divide(gradients: Gradients, divisor: Tensor) -> list[Tensor | None]:
     """Divide every entry, out of place."""
     present = [gradient for gradient in gradients if gradient is not None]
-    quotients = iter(torch._foreach_mul(present, divisor.to(present[0]).reciprocal()) if present else ())
+    quotients = iter(torch._foreach_mul(present, divisor.reciprocal().to(present[0])) if present else ())
     return [None if gradient is None else next(quotients) for gradient in gradients]

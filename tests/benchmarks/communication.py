@@ -46,7 +46,7 @@ def main() -> None:
         f"|theta| = {options.parameters:g}, {options.terms} terms, backward {1000 * options.backward:g} ms a term,"
         f" forward {1000 * options.forward:g} ms\n"
     )
-    print("| link | ranks | all-reduce of a term | step | of it communication | without overlap |")
+    print("| link | ranks | all-reduce of a term | step | communication in it | in it without overlap |")
     print("| --- | --- | --- | --- | --- | --- |")
     for link, speed in LINKS.items():
         for ranks in (8, 64):

@@ -126,7 +126,7 @@ def test_a_rank_that_fails_tells_the_others(name, first, tmp_path):
     change, message = FAILING[name]
     others, own = errors(tmp_path, partial(Differing, change=change, bad=1, first=first))
     assert message in own
-    assert others.startswith("RuntimeError: Stopped, because another rank has failed. rank 1: ")
+    assert others.startswith("RankError: Stopped, because another rank has failed. rank 1: ")
     assert message in others
 
 
@@ -164,7 +164,9 @@ def test_a_rank_that_is_lost_does_not_leave_the_others_waiting(name, first, tmp_
     outcomes = run_ranks(wherever_it_stands, tmp_path, partial(make_module, bad=1, first=first), timeout=30)
     others, own = outcomes
     assert own.error == own_error
-    assert re.match("RuntimeError: (Another process of this training has stopped|.*Connection closed)", others.error)
+    assert re.match(
+        "(Rank|Runtime)Error: (Another process of this training has stopped|.*Connection closed)", others.error
+    )
     assert others.seconds < SECONDS
 
 
@@ -241,7 +243,7 @@ def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path
 
 
 def announce_a_constant(rank):
-    mine = agreement.Announcement(("fit",), ("fit",) if rank else (), synchronises_norms=rank == 1)
+    mine = agreement.Announcement(("fit",), ("fit",) if rank else (), has_sync_batch_norm=rank == 1)
     agreement.agree(mine, dist.group.WORLD)
 
 

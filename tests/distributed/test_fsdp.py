@@ -234,7 +234,7 @@ def test_what_cannot_work_is_refused_on_all_processes(tmp_path):
     assert "ValueError: Some parameters of the optimizer are sharded and some are not" in first["partly"]
     assert "ValueError: The network is sharded, but the optimizer's parameters are not" in first["before"]
     assert first["rest"] == first["before"]
-    assert "RuntimeError: Stopped, because another rank has failed. rank 1: ValueError" in first.pop("one rank")
+    assert "RankError: Stopped, because another rank has failed. rank 1: ValueError" in first.pop("one rank")
     assert "ValueError: losses['fit'] must be a scalar tensor, but has shape (4, 5)" in second.pop("one rank")
     assert first == second
 

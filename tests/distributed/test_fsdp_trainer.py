@@ -228,7 +228,7 @@ def hooked():
 @pytest.mark.parametrize(
     ("make_module", "make_strategy", "reason", "alternative"),
     [
-        (Model, hooked, "A DDP communication hook", "precision='bf16-true'"),
+        (Model, hooked, "A DDP communication hook", "Leave it out"),
         (partial(Model, cut=False), partial(ModelParallelStrategy, RANKS, 1), "No parameter is sharded", "'ddp'"),
         (HalfModel, partial(ModelParallelStrategy, RANKS, 1), "some are not", "the root module last"),
     ],

@@ -152,7 +152,14 @@ def hooked(network):
     return model
 
 
+def joined(network):
+    model = Wrapped(network)
+    model._join_config = model._join_config._replace(enable=True)  # as within model.join()
+    return model
+
+
 REFUSED = {
+    "join": (joined, r"model.join\(\) cannot stand in for a rank that has run out of batches"),
     "forgotten": (lambda network: None, "2 processes are running, but nothing says whether they train together"),
     "communication hook": (hooked, "A DDP communication hook .* would not be applied to the gradients of the terms"),
     "FSDP1": (FullyShardedDataParallel, r"FullyShardedDataParallel \(FSDP1\) hides the parameters .* Use FSDP2"),
@@ -183,3 +190,57 @@ def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path
     for outcome in run_ranks(train_with_other_accumulation, tmp_path, timeout=30):
         assert outcome.error.startswith("ValueError: Only the ranks [0] average gradients in this batch")
         assert outcome.seconds < 10
+
+
+def train_rarely(rank):
+    network = make_network()
+    model, optimizer = Wrapped(network), make_mtadam(network)
+    clocks = []
+    for step, batch in enumerate(parts[rank] for parts in rounds(2, 4, torch.float64)):
+        losses = three_losses(model, batch)
+        if (step, rank) in ((1, 1), (2, 0), (2, 1)):
+            losses["size"] = torch.zeros((), dtype=torch.float64)
+        optimizer.backward(losses, model=model)
+        optimizer.step()
+        optimizer.zero_grad()
+        clocks.append(optimizer.gradient_norms()["0.weight"][1])
+    return parameters_of(network), clocks
+
+
+def test_a_term_that_no_rank_has_anything_for_counts_as_absent(tmp_path):
+    (first, norms), (second, _) = results(run_ranks(train_rarely, tmp_path))
+    assert all_equal(first, second)
+    assert norms[0] != norms[1], "one rank had something"
+    assert norms[1] == norms[2], "none had: the norm is frozen"
+    assert norms[2] != norms[3]
+
+
+def average_large_numbers(rank):
+    network = nn.Linear(1, 1, bias=False).half()
+    model, optimizer = DistributedDataParallel(network), make_mtadam(network)
+    optimizer.backward({"large": 40000 * model(torch.ones(1, 1).half()).sum()}, model=model)
+    return network.weight.grad
+
+
+def test_the_average_of_large_half_precision_numbers_does_not_overflow(tmp_path):
+    for gradient in results(run_ranks(average_large_numbers, tmp_path)):
+        assert gradient.item() == 40000
+
+
+def save_wrapped(rank, file):
+    model = Wrapped(make_network())
+    optimizer = make_mtadam(model)
+    train(model, optimizer, [parts[rank] for parts in rounds(2, 2, torch.float64)])
+    if rank == 0:
+        torch.save(optimizer.state_dict(), file)
+    return list(optimizer.balance_weights())
+
+
+def test_a_checkpoint_of_a_wrapped_network_fits_the_bare_one(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    for layers in results(run_ranks(save_wrapped, tmp_path / "ranks", tmp_path / "saved")):
+        assert layers == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    optimizer = make_mtadam(make_network())
+    optimizer.load_state_dict(torch.load(tmp_path / "saved"))
+    assert optimizer.terms == ("fit", "size", "decay")
+    assert all(bool(norms.any()) for norms in optimizer.gradient_norms().values())
