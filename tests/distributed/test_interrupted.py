@@ -23,8 +23,8 @@ def interrupt(folder):
 def terminate(folder):
     """End rank 0 by SIGTERM between two batches.
 
-    Lightning (2.6) answers SIGTERM with a collective from within the signal's handler: its ranks may hang there, with
-    any optimizer, once the checkpoint is written.
+    Lightning (2.6) answers SIGTERM with a collective from within the signal's handler: sent at any moment, it may leave
+    the ranks hanging, with any optimizer; sent here, once the checkpoint is written.
     """
     (folder / "on_exception.ckpt").unlink()
     (folder / "terminate").touch()
