@@ -66,7 +66,7 @@ def processes_of(model: nn.Module | None, parameters: Sequence[Tensor]) -> Proce
     for module in () if model is None else model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(FSDP1)
-        if isinstance(module, DistributedDataParallel) and trained & {id(p) for p in module.parameters()}:
+        if isinstance(module, DistributedDataParallel) and not trained.isdisjoint(map(id, module.parameters())):
             if getattr(module, "_comm_hooks", []):
                 raise ValueError(COMM_HOOK)
             if module._join_config.enable:
