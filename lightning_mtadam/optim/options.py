@@ -14,7 +14,7 @@ from lightning_mtadam.balancing import NormInit, Reference, reference_norms
 from lightning_mtadam.terms import check_names, unknown_name_message
 
 LayerRule: TypeAlias = str | Callable[[str], str]
-Denominator: TypeAlias = Literal["max", "mean", "own"]
+Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
 Update: TypeAlias = Literal["sum", "mean"]
 OnNonfinite: TypeAlias = Literal["raise", "skip"]
 
@@ -34,6 +34,7 @@ class Options:
     update: Update = "sum"
     max_scale: float = math.inf
     on_nonfinite: OnNonfinite = "raise"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("norm_init", self.norm_init, get_args(NormInit))
@@ -79,6 +80,10 @@ class Options:
         if self.anchor is None:
             return None
         return norms.new_ones(len(norms), 1) if self.anchor == "unit" else reference_norms(norms, self.reference(terms))
+
+    def moments(self, terms: int) -> tuple[int, int]:
+        """How many first and second moments there are of each element."""
+        return (terms if self.denominator == "own" else 1), (1 if self.denominator == "sum" else terms)
 
     @property
     def state_meaning(self) -> dict[str, str]:
