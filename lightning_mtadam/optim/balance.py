@@ -14,6 +14,7 @@ from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import Gradients, norms_of
+from lightning_mtadam.optim.schedule import decay_of_norms
 from lightning_mtadam.optim.state import BalanceTable, State, balance_dtype
 
 
@@ -144,7 +145,8 @@ class Balance:
 
     def _beta3(self) -> Tensor:
         """Scalar; or [L, 1] where groups differ: a layer that spans groups takes the largest."""
-        decays = [float(group["betas"][2]) for group in self.groups]
+        every = self.options.balance_every
+        decays = [decay_of_norms(float(group["betas"][2]), every) for group in self.groups]
         if len(set(decays)) == 1:
             return torch.tensor(decays[0], dtype=torch.float64)
         return self._by_layer(self.constant(decays)[:, None])

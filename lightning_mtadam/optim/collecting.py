@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.layout import TermMemory
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.optim.schedule import SUM, weighted_sum
 from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -83,7 +84,10 @@ class TermOptimizer(Optimizer):
         processes = processes_of(model, parameters)
         terms, absent = self._check(losses, loss_scale, processes, model)
         rows = self.terms or terms
-        present = {name: losses[name] for name in rows if name in losses and name not in absent}
+        present: Losses = {name: losses[name] for name in rows if name in losses and name not in absent}
+        factors = self._factors(terms, agreed=processes.group is None or processes.averages)
+        if factors is not None:
+            present, rows = weighted_sum(present, factors), (SUM,)
         replicated = processes.group is not None and not processes.sharded
         averaging = Averaging(processes.group) if processes.group is not None and processes.averages else None
         if processes.sharded:
@@ -93,7 +97,8 @@ class TermOptimizer(Optimizer):
             found = term_gradients(present, parameters, grad_output=grad_output)
         try:
             with as_fabric_backward():
-                self._pending.use(self._memory(len(rows)), rows)
+                memory = self._memory(len(self.terms or terms))
+                self._pending.use(memory if factors is None else memory.first_row(), rows)
                 self._pending.collect(
                     found, tuple(present), rows, parameters, loss_scale, averaging, may_miss=replicated
                 )
@@ -101,6 +106,7 @@ class TermOptimizer(Optimizer):
             if averaging is not None:
                 tell(error, averaging.group)
             raise
+        self._pending.terms = terms
         self._set_terms(self.terms or terms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -158,6 +164,15 @@ class TermOptimizer(Optimizer):
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
 
+    def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
+        """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself.
+
+        Args:
+            terms: the terms of this batch and of what is pending.
+            agreed: whether they are those of all processes.
+        """
+        return None
+
     def _memory(self, rows: int) -> TermMemory:
         """The memory that is there, if it fits."""
         parameters = [sharding.local(parameter) for parameter in self._parameters()]
@@ -193,7 +208,7 @@ class TermOptimizer(Optimizer):
             self._book.layers(self.param_groups)
             if not self._last_scales:  # a walk over the whole graph: before the first step only
                 refuse_reentrant_checkpoints(losses)
-            names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
+            names = tuple(dict.fromkeys((*self._pending.terms, *losses)))
             if group is None:
                 return names, ()
             constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)

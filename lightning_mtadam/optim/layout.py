@@ -7,6 +7,7 @@ one operation serves many.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -190,4 +191,11 @@ class TermMemory:
         ]
         if stale:
             torch._foreach_zero_(stale)
-        self._clean[row] = [not now for now in reached]
+        self._clean[row][:] = [not now for now in reached]
+
+    def first_row(self) -> TermMemory:
+        """The same memory, seen as that of one term."""
+        only = copy(self)
+        only.count, only.rows, only.views = 1, [rows[:1] for rows in self.rows], self.views[:1]
+        only._clean = self._clean[:1]
+        return only

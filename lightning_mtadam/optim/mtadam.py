@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -25,6 +25,7 @@ from lightning_mtadam.optim.options import (
     check_group,
     check_terms,
 )
+from lightning_mtadam.optim.schedule import SUM, is_measured
 from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
 from lightning_mtadam.optim.uninterrupted import uninterrupted
@@ -57,12 +58,13 @@ class MTAdam(TermOptimizer):
         anchor: whose magnitude the others are brought to: "first" (the first term), a term's name, "mean" (the
             geometric mean), "max", "unit" (scale to norm one), or ``None`` (no balancing).
         importance: wanted ratios after balancing, by term; 1 by default.
-        layers: the unit that is balanced: "parameter", "module" (a module's weight and bias together), "group",
-            "global", or a callable from a parameter's name to a layer's name.
+        layers: the unit that is balanced: "parameter" (the default), "module" (a module's weight and bias together),
+            "group", "global", or a callable from a parameter's name to a layer's name.
         norm_init: the gradient norms' average starts from the "first" one, is "unbiased" (corrected for its start at
-            zero), or starts at "one" (the paper's Algorithm 1).
-        denominator: which second moments divide the step: the "max" over the terms, their "mean", each term's "own",
-            or one of the "sum" of the balanced terms, as in Adam.
+            zero), or starts at "one" (the paper's Algorithm 1). By default "first", or "unbiased" with
+            ``balance_every`` above 1.
+        denominator: which second moments divide the step: the "max" over the terms (the default), their "mean", each
+            term's "own", or the one of the "sum" of the balanced terms, as in Adam.
         update: the "sum" of the terms, or their "mean", divided by the number of terms that reach the parameter.
         max_scale: cap on ``n_anchor / n_i``.
         amsgrad: divide by the largest second moments so far.
@@ -70,6 +72,11 @@ class MTAdam(TermOptimizer):
         on_nonfinite: what :meth:`step` does where a term's gradient is inf or nan: "raise", or "skip" the step, which
             then changes nothing, and warn at the first. On an accelerator, which the host does not wait for, this
             happens one step later.
+        balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
+            pass per term, and take a single backward pass of the sum in the steps between, each loss multiplied by its
+            last scale. This is no longer the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``,
+            and costs little more than Adam. A term that was never measured is measured in the step it comes in; under
+            accumulation over several processes, in the next measured step.
         compile: join the update to one kernel by :func:`torch.compile`, which takes some seconds at the first step.
 
     Raises:
@@ -105,24 +112,35 @@ class MTAdam(TermOptimizer):
         terms: Iterable[str] | None = None,
         anchor: str | None = "first",
         importance: Mapping[str, float] | None = None,
-        layers: LayerRule = "parameter",
-        norm_init: balancing.NormInit = "first",
-        denominator: Denominator = "max",
+        layers: LayerRule | None = None,
+        norm_init: balancing.NormInit | None = None,
+        denominator: Denominator | None = None,
         update: Update = "sum",
         max_scale: float = math.inf,
         amsgrad: bool = False,
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "raise",
         compile: bool = False,
+        balance_every: int = 1,
     ) -> None:
+        seldom = balance_every != 1
         options = Options(
-            anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale, on_nonfinite, compile
+            anchor=anchor,
+            importance=dict(importance or {}),
+            layers=layers or ("global" if seldom else "parameter"),
+            norm_init=norm_init or ("unbiased" if seldom else "first"),
+            denominator=denominator or ("sum" if seldom else "max"),
+            update=update,
+            max_scale=max_scale,
+            on_nonfinite=on_nonfinite,
+            compile=compile,
+            balance_every=balance_every,
         )
         given = () if terms is None else check_terms(terms)
         if given:
             options.check_terms(given)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "amsgrad": amsgrad, "maximize": maximize}, options, given)
+        super().__init__(params, {**defaults, "amsgrad": amsgrad, "maximize": maximize, "steps": 0, "measured": ()}, options, given)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -207,7 +225,24 @@ class MTAdam(TermOptimizer):
                 raise
             self._warn_of_skip(error)
         else:
+            self._count_step()
             self._last_scales.update(zip(stepper.balance.layers.names, scales.unbind(), strict=True))
+
+    def _count_step(self) -> None:
+        light = SUM in self._pending.gradients
+        measured = () if light else tuple(term for term in self.terms if term in self._pending.gradients)
+        for group in self.param_groups:
+            group["steps"] += 1
+            group["measured"] = tuple(dict.fromkeys((*group["measured"], *measured)))
+
+    def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
+        group = self.param_groups[0]
+        if self._pending.gradients:
+            light = SUM in self._pending.gradients
+        else:
+            unmeasured = agreed and not set(terms) <= set(group["measured"])
+            light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
+        return dict(zip(self.terms, self._stepper().balance.scales()[0].unbind(), strict=True)) if light else None
 
     def _reset_transient(self) -> None:
         super()._reset_transient()

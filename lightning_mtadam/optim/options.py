@@ -35,8 +35,17 @@ class Options:
     max_scale: float = math.inf
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
+    balance_every: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.balance_every, int) or self.balance_every < 1:
+            raise ValueError(f"balance_every must be a whole number of at least 1, but got {self.balance_every!r}.")
+        if self.balance_every > 1 and (self.layers, self.denominator) != ("global", "sum"):
+            raise ValueError(
+                f"balance_every={self.balance_every} differentiates one weighted sum in most steps: each term has one"
+                " weight for the whole network, and the sum one second moment. Leave out layers and denominator, or"
+                f" give layers='global' and denominator='sum'; got {self.layers!r} and {self.denominator!r}."
+            )
         _check_choice("norm_init", self.norm_init, get_args(NormInit))
         _check_choice("denominator", self.denominator, get_args(Denominator))
         _check_choice("update", self.update, get_args(Update))

@@ -28,6 +28,7 @@ class PendingGradients:
 
     Attributes:
         gradients: of every term, accumulated; views into the memory.
+        terms: the names of the losses they come from.
         norms: of the gradients of those terms whose norms are known already, [P] each.
         memory: what holds the gradients; ``None`` before the first backward pass.
         clip: how the balanced gradient is to be clipped in the next step.
@@ -37,6 +38,7 @@ class PendingGradients:
     """
 
     gradients: TermGradients = field(default_factory=dict)
+    terms: tuple[str, ...] = ()
     norms: dict[str, list[Tensor | None]] = field(default_factory=dict)
     memory: TermMemory | None = None
     clip: tuple[ClipAlgorithm, float] | None = None
@@ -46,9 +48,13 @@ class PendingGradients:
 
     def clear(self) -> None:
         """Forget everything but the memory."""
-        self.gradients, self.norms = {}, {}
+        self.drop_gradients()
         self.clip = None
         self.skip = False
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients."""
+        self.gradients, self.norms, self.terms = {}, {}, ()
 
     @property
     def touched(self) -> list[bool]:
@@ -58,14 +64,11 @@ class PendingGradients:
 
     def use(self, memory: TermMemory, rows: Sequence[str]) -> None:
         """Collect into this memory, whose rows are these terms; what is pending moves there."""
-        if memory is self.memory:
-            return
         for name, gradients in self.gradients.items():
             views = memory.views[rows.index(name)]
             for index, (gradient, view) in enumerate(zip(gradients, views, strict=True)):
-                if gradient is not None and view is not None:
+                if gradient is not None and view is not None and gradient is not view:
                     gradients[index] = view.copy_(gradient)
-            memory.wrote(rows.index(name), [gradient is not None for gradient in gradients])
         self.memory = memory
 
     def collect(
@@ -127,7 +130,7 @@ class PendingGradients:
     def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
         """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
         if any(self.touched) and all(parameter.grad is None for parameter in parameters):
-            self.gradients, self.norms = {}, {}
+            self.drop_gradients()
 
     def extend(self, count: int) -> None:
         """Note that there are more parameters, without gradients."""
@@ -147,7 +150,7 @@ class PendingGradients:
         if loss_scale is not None:
             new = divide(new, loss_scale)
         kept = list(self.gradients.get(name, [None] * len(new)))
-        norms: list[Tensor | None] = [None] * len(new)
+        norms = list(self.norms.get(name, [None] * len(new)))
         for chunk in _chunks(new):
             copied, added = [], []
             for index, gradient in chunk:
@@ -163,10 +166,7 @@ class PendingGradients:
                 torch._foreach_copy_([view for view, _ in copied], [gradient for _, gradient in copied])
             for (index, _), norm in zip(chunk, norms_of([kept[index] for index, _ in chunk]), strict=True):
                 norms[index] = norm
-        if name in self.gradients:
-            self.norms.pop(name, None)
-        else:
-            self.norms[name] = norms
+        self.norms[name] = norms
         return kept
 
     def _show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:

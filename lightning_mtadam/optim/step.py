@@ -18,6 +18,7 @@ from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.layout import BLOCK, Block, Span, TermMemory
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import Gradients, PendingGradients
+from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import State, join_moments
 
 
@@ -87,20 +88,26 @@ class Stepper:
         """
         memory = pending.memory
         assert memory is not None
-        gradients = [self._of_members(pending.gradients.get(term)) for term in self.terms]
+        light = SUM in pending.gradients
+        terms = (SUM,) if light else self.terms
+        gradients = [self._of_members(pending.gradients.get(term)) for term in terms]
         touched = [any(gradient is not None for gradient in column) for column in zip(*gradients, strict=True)]
-        known = [self._of_members(pending.norms[term]) if term in pending.norms else None for term in self.terms]
+        known = [self._of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
         observed = self.balance.observe(gradients, known)
-        finite = watch.check(observed, self.names, self.terms)
-        self.balance.average(observed, touched, [term in pending.gradients for term in self.terms], finite)
-        self.balance.tick(observed > 0, touched, finite)
-        scales = self.balance.scales()
+        finite = watch.check(observed, self.names, terms)
+        if light:
+            self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
+            scales = torch.ones_like(observed[: len(self.balance.layers.names)])
+        else:
+            self.balance.average(observed, touched, [term in pending.gradients for term in terms], finite)
+            self.balance.tick(observed > 0, touched, finite)
+            scales = self.balance.scales()
         blocks = list(self._blocks(memory, touched))
         if pending.clip is not None and pending.clip[0] == "norm":
             scales = scales * self._clip_factor(memory, blocks, scales, pending.clip[1])
         clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
         self._update(memory, blocks, scales, clip_value, finite)
-        return scales
+        return self.balance.scales() if light else scales
 
     def _update(
         self,
@@ -131,7 +138,7 @@ class Stepper:
         wanted = [False] * len(self._all)
         for member, flag in zip(self.members, touched, strict=True):
             wanted[member] = flag
-        limit = max(1, BLOCK // len(self.terms)) if not self.options.compile else 1 << 62
+        limit = max(1, BLOCK // memory.count) if not self.options.compile else 1 << 62
         return [block for span in memory.spans for block in span.runs(wanted, limit)]
 
     def _clip_factor(self, memory: TermMemory, blocks: Sequence[Block], scales: Tensor, limit: float) -> Tensor:
