@@ -1,0 +1,197 @@
+"""Ten class terms of the MNIST network: ``python -m tests.benchmarks.partition``. Ratios of medians, interleaved.
+
+A step is ``zero_grad``, forward, backward and the optimizer's ``step``, without Lightning.
+
+1. The step with ten backward passes over the batch, over that with ``partitioned_losses``.
+2. The step with ``partitioned_losses``, over plain ``torch.optim.Adam(fused=True)`` on the mean loss.
+3. Of that, the forward and backward passes, over Adam's.
+4. Of that, what the optimizer adds: copying the gradients, their sum and ``MTAdam.step``, over Adam's whole step.
+5. Forward and backward passes in the other way, over those with ``partitioned_losses``: one forward and one backward
+   pass over the whole batch, in which each layer's weight gradient is computed from the rows of each term.
+6. What the refusal of coupled samples costs: ``partitioned_losses`` over itself without that check.
+
+Run by hand: timings are no tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from example_projects.mnist.module import CLASSES, TERMS, class_losses
+from example_projects.mnist.network import Net
+from lightning_mtadam import MTAdam, partition, partitioned_losses
+from lightning_mtadam.gradients import term_gradients
+from tests.benchmarks.step_cost import describe
+
+BATCH = 64
+WARM_UP = 3
+
+Gradients = dict[str, list[Tensor]]
+
+
+class Run:
+    """A network, its parameters, and one batch in which every class has rows."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.network = Net()
+        self.parameters = list(self.network.parameters())
+        self.images = torch.randn(BATCH, 1, 28, 28)
+        self.target = torch.randperm(BATCH) % CLASSES
+
+    def nll(self, images: Tensor, target: Tensor) -> Tensor:
+        """One loss per row."""
+        return F.nll_loss(self.network(images), target, reduction="none")
+
+    def ten(self) -> dict[str, Tensor]:
+        """Terms of one graph."""
+        return class_losses(self.network(self.images), self.target, torch.ones(CLASSES))
+
+    def ours(self) -> dict[str, Tensor]:
+        """Terms with graphs of their own."""
+        return partitioned_losses(self.nll, (self.images, self.target), self.target, TERMS)
+
+    def mean(self) -> Tensor:
+        """The plain loss."""
+        return self.nll(self.images, self.target).mean()
+
+    def by_rows(self) -> Gradients:
+        """The gradients of all terms from one forward and one backward pass over the batch."""
+        order, counts = partition._in_order(self.target, TERMS)
+        with watching(self.network) as calls:
+            loss = self.nll(self.images.index_select(0, order), self.target.index_select(0, order)).mean()
+        outer = torch.autograd.grad(loss, [output for _, _, output in calls])
+        gradients: Gradients = {name: [] for name in TERMS}
+        for (layer, inner, _), gradient in zip(calls, outer, strict=True):
+            pieces = zip(TERMS, torch.split(inner, counts), torch.split(gradient, counts), strict=True)
+            for name, rows, gradient_rows in pieces:
+                gradients[name] += weight_gradients(layer, rows, gradient_rows)
+        return gradients
+
+
+@contextmanager
+def watching(network: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
+    """Collect every layer that has weights, with its input and output, in the order of the calls."""
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calls.append((layer, inputs[0].detach(), output))
+
+    hooks = [
+        layer.register_forward_hook(note)
+        for layer in network.modules()
+        if any(True for _ in layer.parameters(recurse=False))
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def weight_gradients(layer: nn.Module, rows: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Of weight and bias, from rows of a layer's input and of the gradient at its output."""
+    if isinstance(layer, nn.Linear):
+        return [gradient.T @ rows, gradient.sum(0)]
+    assert isinstance(layer, nn.Conv2d)
+    _, weight, bias = torch.ops.aten.convolution_backward(
+        gradient, rows, layer.weight, [layer.out_channels], layer.stride, layer.padding, layer.dilation,
+        False, [0, 0], layer.groups, [False, True, True],
+    )  # fmt: skip
+    return [weight, bias]
+
+
+def with_mtadam(losses: Callable[[Run], dict[str, Tensor]]) -> Callable[[], object]:
+    """A whole step."""
+    run = Run()
+    optimizer = MTAdam(run.network.named_parameters(), terms=TERMS, anchor="mean")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        optimizer.backward(losses(run))
+        optimizer.step()
+
+    return step
+
+
+def with_adam() -> Callable[[], object]:
+    """A whole step of the plain mean."""
+    run = Run()
+    optimizer = torch.optim.Adam(run.parameters, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        run.mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def unchecked(losses: Callable[[], object]) -> Callable[[], object]:
+    """Without looking for coupled samples."""
+
+    @contextmanager
+    def nothing() -> Iterator[None]:
+        yield
+
+    def call() -> object:
+        with mock.patch.object(partition, "refusing_coupled_samples", nothing):
+            return losses()
+
+    return call
+
+
+def measure(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats + WARM_UP):
+        for name, call in work.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: found[WARM_UP:] for name, found in times.items()}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, CPU, batch {BATCH}, {CLASSES} terms")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        run = Run()
+        work: dict[str, Callable[[], object]] = {
+            "ten": with_mtadam(Run.ten),
+            "ours": with_mtadam(Run.ours),
+            "adam": with_adam(),
+            "passes": lambda run=run: list(term_gradients(run.ours(), run.parameters)),
+            "adam's passes": lambda run=run: torch.autograd.grad(run.mean(), run.parameters),
+            "by rows": run.by_rows,
+            "checked": run.ours,
+            "unchecked": unchecked(run.ours),
+        }
+        seconds = measure(work, options.repeats)
+        added = [step - passes for step, passes in zip(seconds["ours"], seconds["passes"], strict=True)]
+        print(f"threads: {threads}")
+        print(
+            "  1. step with ten backward passes / with partitioned_losses:", describe(seconds["ten"], seconds["ours"])
+        )
+        print("  2. step with partitioned_losses / Adam:", describe(seconds["ours"], seconds["adam"]))
+        print("  3. forward and backward passes / Adam's:", describe(seconds["passes"], seconds["adam's passes"]))
+        print("  4. what MTAdam adds / Adam's step:", describe(added, seconds["adam"]))
+        print("  5. passes by rows of one graph / ours:", describe(seconds["by rows"], seconds["passes"]))
+        print("  6. forward pass with the check / without:", describe(seconds["checked"], seconds["unchecked"]))
+
+
+if __name__ == "__main__":
+    main()
