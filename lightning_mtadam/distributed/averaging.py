@@ -49,7 +49,8 @@ class Averaging:
         """Wait for what was sent."""
         reached = reached_anywhere([reached for _, _, reached, _ in self._sent.values()], self.group)
         averaged: TermGradients = {}
-        for (name, (memory, row, _, work)), anywhere in zip(self._sent.items(), reached, strict=True):
+        sent, self._sent = self._sent, {}
+        for (name, (memory, row, _, work)), anywhere in zip(sent.items(), reached, strict=True):
             for one in work:
                 one.wait()
             averaged[name] = [view if flag else None for view, flag in zip(memory.views[row], anywhere, strict=True)]

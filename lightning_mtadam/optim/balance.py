@@ -75,30 +75,39 @@ class Balance:
                 rows[index] = sharding.join_norms(rows[index], cut)
         return rows
 
-    def average(self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool], finite: Tensor | None) -> None:
-        """Average the observed norms into the moving averages.
+    def foresee(self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """The layers' norms and counts as they are after this step: [L, I] each.
 
         Args:
             observed: [P, I].
             touched: per parameter, whether any term's graph reached it.
             present: per term, whether it is in this step's losses.
-            finite: whether the step may change anything; ``None`` if it may.
         """
         layer_touched = self._by_layer(self.constant(touched)[:, None]) > 0
-        norms, counts = balancing.update_norms(
+        return balancing.update_norms(
             *self.norms(),
             observed if self.single else balancing.layer_norms(observed, self.layer_of, len(self.layers.names)),
             layer_touched & self.constant(present, torch.bool),
             self._beta3(),
             self.options.norm_init,
         )
+
+    def average(
+        self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool], finite: Tensor | None
+    ) -> None:
+        """Average the observed norms into the moving averages; ``finite``: whether they may change, ``None`` if so."""
+        norms, counts = self.foresee(observed, touched, present)
         for kept, moved in ((self.table.norms, norms), (self.table.counts, counts)):
             moved = moved if self.single else moved[self.layer_of]
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
 
     def scales(self) -> Tensor:
         """What multiplies each term's gradient: [L, I]   (Alg. 1)."""
-        norms = self.corrected_norms()
+        return self.scales_of(*self.norms())
+
+    def scales_of(self, norms: Tensor, counts: Tensor) -> Tensor:
+        """The scales that follow from norms and counts: [L, I] each."""
+        norms = balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init)
         return balancing.balance_scales(
             norms,
             self.options.target_norms(norms, self.terms),
@@ -110,6 +119,11 @@ class Balance:
         """Advance the clocks: ``reaching`` is [P, I] bool, ``touched`` per parameter."""
         clocks = balancing.tick(self.table.clocks, reaching, self.constant(touched, torch.bool)[:, None])
         self.table.clocks.copy_(clocks if finite is None else torch.where(finite, clocks, self.table.clocks))
+
+    def weights(self, clocks: Tensor) -> Tensor:
+        """``(1 - beta2) / (1 - beta2^clock)``, zero where the clock has not started: [P, k] -> [P, k]."""
+        correction = self.correction(clocks, 1)
+        return self.with_betas(1, lambda beta: torch.where(clocks > 0, (1 - beta) / correction, 0))
 
     def correction(self, clocks: Tensor, which: int) -> Tensor:
         """``1 - beta^clock`` with the betas of each parameter's group: [P, k] -> [P, k]."""

@@ -18,7 +18,7 @@ from lightning_mtadam.optim.finite import is_host
 from lightning_mtadam.optim.layers import LayerBook
 from lightning_mtadam.optim.layout import TermMemory
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.optim.pending import ClipAlgorithm, Found, PendingGradients
 from lightning_mtadam.optim.schedule import SUM, weighted_sum
 from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import Losses, check_losses
@@ -81,10 +81,15 @@ class TermOptimizer(Optimizer):
         """
         parameters = self._parameters()
         self._pending.start_anew_if_reset(parameters)
+        if loss_scale is not None:
+            self._refuse_if_streaming("a gradient scaler")
+        if self._pending.streaming is not None:
+            self._refuse_if_streaming("accumulation over several backward passes")
         processes = processes_of(model, parameters)
         terms, absent = self._check(losses, loss_scale, processes, model)
         rows = self.terms or terms
-        present: Losses = {name: losses[name] for name in rows if name in losses and name not in absent}
+        order = self._in_order(rows)
+        present: Losses = {name: losses[name] for name in order if name in losses and name not in absent}
         factors = self._factors(terms, agreed=processes.group is None or processes.averages)
         if factors is not None:
             present, rows = weighted_sum(present, factors), (SUM,)
@@ -97,11 +102,7 @@ class TermOptimizer(Optimizer):
             found = term_gradients(present, parameters, grad_output=grad_output)
         try:
             with as_fabric_backward():
-                memory = self._memory(len(self.terms or terms))
-                self._pending.use(memory if factors is None else memory.first_row(), rows)
-                self._pending.collect(
-                    found, tuple(present), rows, parameters, loss_scale, averaging, may_miss=replicated
-                )
+                self._collect(found, tuple(present), rows, loss_scale, averaging, may_miss=replicated)
         except Exception as error:
             if averaging is not None:
                 tell(error, averaging.group)
@@ -146,6 +147,7 @@ class TermOptimizer(Optimizer):
             raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
         if not limit > 0:
             raise ValueError(f"limit must be above 0, but got {limit!r}.")
+        self._refuse_if_streaming("clipping")
         self._pending.clip = (algorithm, float(limit))
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -163,6 +165,28 @@ class TermOptimizer(Optimizer):
     def _reset_transient(self) -> None:
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
+
+    def _collect(
+        self,
+        found: Found,
+        names: tuple[str, ...],
+        rows: tuple[str, ...],
+        loss_scale: Tensor | None,
+        averaging: Averaging | None,
+        *,
+        may_miss: bool,
+    ) -> None:
+        """Hold the gradients that are found. The arguments are those of ``PendingGradients.collect``."""
+        memory = self._memory(len(rows) if rows != (SUM,) else len(self.terms))
+        self._pending.use(memory if rows != (SUM,) else memory.first_row(), rows)
+        self._pending.collect(found, names, rows, self._parameters(), loss_scale, averaging, may_miss)
+
+    def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:
+        """The terms in the order in which they are differentiated."""
+        return terms
+
+    def _refuse_if_streaming(self, what: str) -> None:
+        """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""
 
     def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself.

@@ -136,8 +136,8 @@ def _kernel(
     Raises:
         RuntimeError: torch.compile does not work here.
     """
-    named = _update_rows.__code__.replace(co_name=f"update_{terms}_terms")  # a code of its own: recompiles are counted by code
-    function = FunctionType(named, globals(), argdefs=None)
+    own_code = _update_rows.__code__.replace(co_name=f"update_{terms}_terms")  # torch counts recompilations by code
+    function = FunctionType(own_code, globals())
     options = {"dtype": wide, "denominator": denominator, "clips": clips, "no_eps": no_eps}
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -150,8 +150,8 @@ def _kernel(
     own = terms if denominator == "own" else 1
     width = TRIAL if packed else 1
     coefficients = [
-        torch.ones(rows, width, dtype=wide, device=device) if needed else None
-        for rows, needed in ((terms, True), (squares, True), (own, True), (1, denominator == "mean"), (squares, amsgrad))
+        torch.ones(count, width, dtype=wide, device=device) if count else None
+        for count in (terms, squares, own, int(denominator == "mean"), squares * amsgrad)
     ]
     rows = [zeros(1), zeros(terms), zeros(own), zeros(squares), zeros(squares if amsgrad else 0)]
     for tensor in (tensor for group in rows for tensor in group):

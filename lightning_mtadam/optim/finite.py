@@ -44,7 +44,7 @@ class FiniteWatch:
         finite = norms.isfinite().all()
         if is_host(norms.device):
             if not bool(finite):
-                raise _error(norms, layers, terms)
+                raise non_finite(norms, layers, terms)
             return None
         copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=torch.cuda.is_available())
         copy.copy_(finite, non_blocking=True)
@@ -63,7 +63,7 @@ class FiniteWatch:
         if event is not None:
             event.synchronize()
         if not copy.numpy():  # memory of the host
-            raise _error(norms, layers, terms)
+            raise non_finite(norms, layers, terms)
 
 
 def _event(device: torch.device) -> Any:
@@ -74,10 +74,13 @@ def _event(device: torch.device) -> Any:
     return event
 
 
-def _error(norms: Tensor, layers: Sequence[str], terms: Sequence[str]) -> NonFiniteError:
+def non_finite(
+    norms: Tensor, layers: Sequence[str], terms: Sequence[str], left: str = "Nothing was changed."
+) -> NonFiniteError:
+    """The error that names the first norm [P, I] that is inf or nan, and says in what state all is left."""
     row, column = (int(index) for index in (~norms.isfinite()).nonzero()[0])
     return NonFiniteError(
         f"The gradient of the term {terms[column]!r} at the layer {layers[row]!r} is not finite: its norm is"
-        f" {float(norms[row, column])} in {norms.dtype}. Nothing was changed. Look for a division by zero or a root of"
-        " zero in that loss, or lower the learning rate."
+        f" {float(norms[row, column])} in {norms.dtype}. {left} Look for a division by zero or a root of zero in that"
+        " loss, or lower the learning rate."
     )

@@ -106,14 +106,65 @@ def update(
         first.add_(row, alpha=1 - hyper.beta1)
     # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
     second = moments.exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), local.weights)
+    _apply(parameter, first, second, moments, local, hyper)
+
+
+def absorb(
+    total: Tensor, gradient: Tensor, exp_avg_sq: Tensor | None, scale: Tensor, weight: Tensor, scratch: Tensor
+) -> None:
+    """Consume one term's gradient: add it, balanced, to the sum, and its square to the term's second moment.
+
+    Args:
+        total: [b], the sum over the terms.
+        gradient: [b].
+        exp_avg_sq: [b]; ``None`` where the terms have none.
+        scale: [1], what multiplies the gradient.
+        weight: [1], as of ``Coefficients``.
+        scratch: [b], in the dtype of the arithmetic.
+    """
+    balanced = torch.mul(gradient, scale.to(scratch.dtype), out=scratch)
+    total.add_(balanced)
+    if exp_avg_sq is not None:
+        second = exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), weight.to(balanced.dtype))
+        store(second, exp_avg_sq)
+
+
+def finish(
+    parameter: Tensor, total: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters, missed: Tensor
+) -> None:
+    """The rest of ``update``, after ``absorb``.
+
+    Args:
+        parameter: [b].
+        total: [b], the balanced gradient.
+        moments: of the block.
+        local: its coefficients.
+        hyper: the numbers of its group.
+        missed: [I, 1] bool: the terms that had no gradient here, of which the second moments shrink only.
+    """
+    wide = local.scales.dtype
+    balanced = total.to(wide)
+    first = moments.exp_avg.to(wide).mul_(hyper.beta1).add_(balanced, alpha=1 - hyper.beta1)
+    second = moments.exp_avg_sq.to(wide)
+    if hyper.denominator == "sum":
+        second.lerp_((balanced * balanced)[None], local.weights)
+    else:
+        second.mul_(torch.where(missed, 1 - local.weights, 1))
+    _apply(parameter, first, second, moments, local, hyper)
+
+
+def _apply(
+    parameter: Tensor, first: Tensor, second: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters
+) -> None:
+    """Keep the new moments, and move the parameters."""
     store(first, moments.exp_avg)
     store(second, moments.exp_avg_sq)
     if moments.max_exp_avg_sq is not None:
         assert local.correction is not None
-        largest = torch.maximum(moments.max_exp_avg_sq.to(balanced.dtype), second * local.correction)
+        largest = torch.maximum(moments.max_exp_avg_sq.to(second.dtype), second * local.correction)
         moments.max_exp_avg_sq.copy_(largest)
         second = largest.div_(local.correction)
-    moved = parameter.to(balanced.dtype)
+    moved = parameter.to(second.dtype)
     if isinstance(hyper.decay, Tensor) or hyper.decay != 1:
         moved.mul_(hyper.decay)  # decoupled, as in AdamW
     move(moved, first, denominators(second, local, hyper), hyper)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Block:
         if self.last - self.first == 1:
             return [self.end - self.begin]
         bounds = self.span.bounds[self.first : self.last + 1]
-        return [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        return [end - begin for begin, end in pairwise(bounds)]
 
 
 def lay_out(parameters: Sequence[Tensor], keys: Sequence[Hashable | None]) -> list[Span]:
@@ -109,7 +110,7 @@ def lay_out(parameters: Sequence[Tensor], keys: Sequence[Hashable | None]) -> li
             spans.append(mine[-1])
         mine[-1].append(index)
     widths = [0] * len(memories)
-    placed = []
+    placed = list[Span]()
     for members in spans:
         first = parameters[members[0]]
         memory = memories[first.device, first.dtype]
@@ -119,6 +120,13 @@ def lay_out(parameters: Sequence[Tensor], keys: Sequence[Hashable | None]) -> li
         placed.append(Span(tuple(members), tuple(bounds), memory, widths[memory]))
         widths[memory] += bounds[-1]
     return placed
+
+
+def place(parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None]) -> list[Span]:
+    """As ``lay_out``, of those parameters that are trained; their indices are those among all."""
+    chosen = [index for index, flag in enumerate(trained) if flag]
+    spans = lay_out([parameters[index] for index in chosen], [keys[index] for index in chosen])
+    return [replace(span, members=tuple(chosen[member] for member in span.members)) for span in spans]
 
 
 class TermMemory:
@@ -143,20 +151,20 @@ class TermMemory:
         self, parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None], count: int
     ) -> None:
         self.parameters, self.trained, self.keys, self.count = list(parameters), list(trained), list(keys), count
-        chosen = [index for index, flag in enumerate(trained) if flag]
-        self.spans = [
-            Span(tuple(chosen[member] for member in span.members), span.bounds, span.memory, span.start)
-            for span in lay_out([parameters[index] for index in chosen], [keys[index] for index in chosen])
-        ]
+        self.spans = place(parameters, trained, keys)
         self.rows: list[Tensor] = []
         for memory in range(1 + max((span.memory for span in self.spans), default=-1)):
             mine = [span for span in self.spans if span.memory == memory]
             like = parameters[mine[0].members[0]]
             self.rows.append(torch.zeros(count, sum(span.size for span in mine), dtype=like.dtype, device=like.device))
-        self.views: list[list[Tensor | None]] = [self.shaped([row[index] for row in self.rows]) for index in range(count)]
+        self.views: list[list[Tensor | None]] = [
+            self.shaped([row[index] for row in self.rows]) for index in range(count)
+        ]
         self._clean = [[True] * len(self.parameters) for _ in range(count)]
 
-    def fits(self, parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None], count: int) -> bool:
+    def fits(
+        self, parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None], count: int
+    ) -> bool:
         """Whether it was made for these."""
         return (
             (self.trained, self.keys, self.count) == (trained, keys, count)
@@ -171,7 +179,7 @@ class TermMemory:
         """Views of the parameters' shapes into one flat tensor for each memory."""
         views: list[Tensor | None] = [None] * len(self.parameters)
         for span in self.spans:
-            sizes = [end - begin for begin, end in zip(span.bounds, span.bounds[1:], strict=False)]
+            sizes = [end - begin for begin, end in pairwise(span.bounds)]
             flat = flats[span.memory][span.start : span.start + span.size]
             for member, piece in zip(span.members, torch.split(flat, sizes), strict=True):
                 views[member] = piece.view(self.parameters[member].shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
+from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.optim.checkpoint import check_checkpoint
 from lightning_mtadam.optim.collecting import TermOptimizer
 from lightning_mtadam.optim.finite import FiniteWatch
@@ -25,9 +26,11 @@ from lightning_mtadam.optim.options import (
     check_group,
     check_terms,
 )
+from lightning_mtadam.optim.pending import Found, check_reached
 from lightning_mtadam.optim.schedule import SUM, is_measured
 from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
+from lightning_mtadam.optim.streaming import Streaming
 from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import NonFiniteError
 
@@ -77,6 +80,9 @@ class MTAdam(TermOptimizer):
             last scale. This is no longer the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``,
             and costs little more than Adam. A term that was never measured is measured in the step it comes in; under
             accumulation over several processes, in the next measured step.
+        low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
+            the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
+            refused; and if the gradient of a later term is inf or nan, second moments have seen those before it.
         compile: join the update to one kernel by :func:`torch.compile`, which takes some seconds at the first step.
 
     Raises:
@@ -122,6 +128,7 @@ class MTAdam(TermOptimizer):
         on_nonfinite: OnNonfinite = "raise",
         compile: bool = False,
         balance_every: int = 1,
+        low_memory: bool = False,
     ) -> None:
         seldom = balance_every != 1
         options = Options(
@@ -135,12 +142,15 @@ class MTAdam(TermOptimizer):
             on_nonfinite=on_nonfinite,
             compile=compile,
             balance_every=balance_every,
+            low_memory=low_memory,
         )
         given = () if terms is None else check_terms(terms)
         if given:
             options.check_terms(given)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "amsgrad": amsgrad, "maximize": maximize, "steps": 0, "measured": ()}, options, given)
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params, {**defaults, "amsgrad": amsgrad, "maximize": maximize, "steps": 0, "measured": ()}, options, given
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -161,7 +171,7 @@ class MTAdam(TermOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._pending.gradients:
+        if self._pending.gradients or self._pending.streaming is not None:
             self._consume()
         else:
             self._check_nothing_to_do(skipped=closure is not None and loss is None)
@@ -219,7 +229,10 @@ class MTAdam(TermOptimizer):
         stepper = self._stepper()
         try:
             self._watch.recall()
-            scales = stepper.step(self._pending, self._watch)
+            if self._pending.streaming is not None:
+                scales = self._pending.streaming.finish()
+            else:
+                scales = stepper.step(self._pending, self._watch)
         except NonFiniteError as error:
             if self._options.on_nonfinite == "raise":
                 raise
@@ -234,6 +247,65 @@ class MTAdam(TermOptimizer):
         for group in self.param_groups:
             group["steps"] += 1
             group["measured"] = tuple(dict.fromkeys((*group["measured"], *measured)))
+
+    def _collect(
+        self,
+        found: Found,
+        names: tuple[str, ...],
+        rows: tuple[str, ...],
+        loss_scale: Tensor | None,
+        averaging: Averaging | None,
+        *,
+        may_miss: bool,
+    ) -> None:
+        if not self._options.low_memory:
+            return super()._collect(found, names, rows, loss_scale, averaging, may_miss=may_miss)
+        self._set_terms(rows)
+        self._allocate()
+        streaming = Streaming(self._stepper())
+        try:
+            for name in names:
+                streaming.absorb(name, self._one(found, name, averaging, may_miss))
+            next(found, None)
+        except BaseException:
+            found.close()
+            raise
+        streaming.absorb_late()
+        streaming.show_sum()
+        self._pending.streaming = streaming
+
+    def _one(self, found: Found, name: str, averaging: Averaging | None, may_miss: bool) -> list[Tensor | None]:
+        """The next term's gradients, averaged."""
+        _, gradients = next(found)
+        if not may_miss:
+            check_reached(name, gradients)
+        if averaging is None:
+            return gradients
+        memory = self._memory(1)
+        self._pending.memory = memory
+        for view, gradient in zip(memory.views[0], gradients, strict=True):
+            if view is not None and gradient is not None:
+                view.copy_(gradient)
+        memory.wrote(0, [gradient is not None for gradient in gradients])
+        averaging.send(name, gradients, memory, 0)
+        averaged = averaging.receive()[name]
+        check_reached(name, averaged)
+        memory.wrote(0, [gradient is not None for gradient in averaged])
+        return averaged
+
+    def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:
+        reference = self._options.reference(terms)
+        if self._options.low_memory and isinstance(reference, int):  # its norms are needed first
+            return tuple(dict.fromkeys((terms[reference], *terms)))
+        return terms
+
+    def _refuse_if_streaming(self, what: str) -> None:
+        """Raise if each gradient is consumed at once."""
+        if self._options.low_memory:
+            raise ValueError(
+                f"low_memory=True consumes each term's gradient as soon as it is there, but {what} needs those of all"
+                " terms at once. Leave out low_memory=True, or do without."
+            )
 
     def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
         group = self.param_groups[0]

@@ -36,6 +36,7 @@ class Options:
     on_nonfinite: OnNonfinite = "raise"
     compile: bool = False
     balance_every: int = 1
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.balance_every, int) or self.balance_every < 1:
@@ -46,6 +47,8 @@ class Options:
                 " weight for the whole network, and the sum one second moment. Leave out layers and denominator, or"
                 f" give layers='global' and denominator='sum'; got {self.layers!r} and {self.denominator!r}."
             )
+        if self.low_memory:
+            self._check_low_memory()
         _check_choice("norm_init", self.norm_init, get_args(NormInit))
         _check_choice("denominator", self.denominator, get_args(Denominator))
         _check_choice("update", self.update, get_args(Update))
@@ -60,6 +63,22 @@ class Options:
         for name, value in self.importance.items():
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"importance[{name!r}] must be a finite number of at least 0, but got {value!r}.")
+
+    def _check_low_memory(self) -> None:
+        """Raise if something needs the gradients of all terms at once."""
+        needing = {
+            f"anchor={self.anchor!r}": self.anchor in ("mean", "max"),
+            "denominator='own'": self.denominator == "own",
+            "on_nonfinite='skip'": self.on_nonfinite == "skip",
+            "compile=True": self.compile,
+            f"balance_every={self.balance_every}": self.balance_every > 1,
+        }
+        for option, given in needing.items():
+            if given:
+                raise ValueError(
+                    f"low_memory=True consumes each term's gradient as soon as it is there, but {option} needs those of"
+                    " all terms at once. Leave out one of the two."
+                )
 
     def check_terms(self, terms: Sequence[str]) -> None:
         """Raise unless the anchor and the importances name ``terms``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.optim.layout import TermMemory
 from lightning_mtadam.terms import TermGradients
+
+if TYPE_CHECKING:
+    from lightning_mtadam.optim.streaming import Streaming
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 Gradients: TypeAlias = Sequence[Tensor | None]
@@ -31,6 +34,7 @@ class PendingGradients:
         terms: the names of the losses they come from.
         norms: of the gradients of those terms whose norms are known already, [P] each.
         memory: what holds the gradients; ``None`` before the first backward pass.
+        streaming: what has consumed the gradients already, with ``low_memory``.
         clip: how the balanced gradient is to be clipped in the next step.
         skip: whether the next step is to do nothing.
         warned: whether it was said that a step was skipped.
@@ -41,6 +45,7 @@ class PendingGradients:
     terms: tuple[str, ...] = ()
     norms: dict[str, list[Tensor | None]] = field(default_factory=dict)
     memory: TermMemory | None = None
+    streaming: Streaming | None = None
     clip: tuple[ClipAlgorithm, float] | None = None
     skip: bool = False
     warned: bool = False
@@ -55,6 +60,7 @@ class PendingGradients:
     def drop_gradients(self) -> None:
         """Forget the gradients."""
         self.gradients, self.norms, self.terms = {}, {}, ()
+        self.streaming = None
 
     @property
     def touched(self) -> list[bool]:
@@ -129,7 +135,9 @@ class PendingGradients:
 
     def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
         """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
-        if any(self.touched) and all(parameter.grad is None for parameter in parameters):
+        if (any(self.touched) or self.streaming is not None) and all(
+            parameter.grad is None for parameter in parameters
+        ):
             self.drop_gradients()
 
     def extend(self, count: int) -> None:

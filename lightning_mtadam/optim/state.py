@@ -61,7 +61,11 @@ def new_state(parameter: Tensor, options: Options, terms: int, *, amsgrad: bool)
 
 
 def allocate(
-    state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], needed: Sequence[bool], options: Options, terms: int
+    state: dict[Tensor, State],
+    groups: Sequence[Mapping[str, Any]],
+    needed: Sequence[bool],
+    options: Options,
+    terms: int,
 ) -> None:
     """Make the state of those parameters that need one and have none.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,13 +49,13 @@ class Stepper:
     ) -> None:
         self.options, self.terms = options, terms
         owners = [(parameter, group) for group in groups for parameter in group["params"]]
-        self._all = [parameter for parameter, _ in owners]
-        self.members = [index for index, parameter in enumerate(self._all) if state.get(parameter)]
-        self._row = {member: row for row, member in enumerate(self.members)}
-        self.states = [state[self._all[member]] for member in self.members]
+        self.all = [parameter for parameter, _ in owners]
+        self.members = [index for index, parameter in enumerate(self.all) if state.get(parameter)]
+        self.row = {member: row for row, member in enumerate(self.members)}
+        self.states = [state[self.all[member]] for member in self.members]
         self.groups = [owners[member][1] for member in self.members]
         self.names = [parameter_names[member] for member in self.members]
-        whole = [self._all[member] for member in self.members]
+        whole = [self.all[member] for member in self.members]
         self.balance = Balance(options, self.groups, self.states, whole, layers, self.members, terms)
         self._moments: dict[Span, tuple[Moments, list[dict[str, Tensor]]]] = {}
         self._owners: dict[Span, Tensor] = {}
@@ -73,7 +74,7 @@ class Stepper:
         return (
             self.balance.layers is layers
             and self.terms == terms
-            and list(map(id, parameters)) == list(map(id, self._all))
+            and list(map(id, parameters)) == list(map(id, self.all))
             and self.balance.table.belongs_to(states)
         )
 
@@ -90,9 +91,9 @@ class Stepper:
         assert memory is not None
         light = SUM in pending.gradients
         terms = (SUM,) if light else self.terms
-        gradients = [self._of_members(pending.gradients.get(term)) for term in terms]
+        gradients = [self.of_members(pending.gradients.get(term)) for term in terms]
         touched = [any(gradient is not None for gradient in column) for column in zip(*gradients, strict=True)]
-        known = [self._of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
+        known = [self.of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
         observed = self.balance.observe(gradients, known)
         finite = watch.check(observed, self.names, terms)
         if light:
@@ -118,24 +119,24 @@ class Stepper:
         finite: Tensor | None,
     ) -> None:
         update = compiled.update if self.options.compile else kernels.update
-        table = self._coefficients(scales, finite)
-        numbers = {id(group): self._hyperparameters(group, clip_value, finite) for group in self.groups}
+        table = self.coefficients(scales, finite)
+        numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.groups}
         for block in blocks:
-            group = self.groups[self._row[block.members[0]]]
+            group = self.groups[self.row[block.members[0]]]
             columns = memory.columns(block)
-            flat = self._parameters(block)
+            flat = self.elements(block)
             update(
                 flat,
                 columns,
-                self._moments_of(block),
-                self._local(block, table, columns),
+                self.moments_of(block),
+                self.local(block, table, columns),
                 numbers[id(group)],
-                self._scratch_like(columns),
+                self.scratch_like(columns),
             )
-            self._put_back(block, flat)
+            self.put_back(block, flat)
 
     def _blocks(self, memory: TermMemory, touched: Sequence[bool]) -> list[Block]:
-        wanted = [False] * len(self._all)
+        wanted = [False] * len(self.all)
         for member, flag in zip(self.members, touched, strict=True):
             wanted[member] = flag
         limit = max(1, BLOCK // memory.count) if not self.options.compile else 1 << 62
@@ -147,20 +148,20 @@ class Stepper:
         for block in blocks:
             columns = memory.columns(block)
             local = self._spread(block, rows).to(columns.device)
-            norm = kernels.balanced_norm(columns, local, self._scratch_like(columns))
-            cut = self.balance.shardings[self._row[block.members[0]]]
+            norm = kernels.balanced_norm(columns, local, self.scratch_like(columns))
+            cut = self.balance.shardings[self.row[block.members[0]]]
             parts.append(sharding.join_norms(norm, cut).to(scales))
         factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(parts)) + 1e-6)
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
 
-    def _coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
+    def coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
         """The coefficients of all parameters: [P, I] or [P, 1] each."""
         balance = self.balance
         shared, own = balance.table.clocks[:, :1], balance.table.clocks[:, 1:]
         own_moments = self.options.denominator == "own"
         squares = shared if self.options.denominator == "sum" else own
         correction = balance.correction(squares, 1)
-        weights = balance.with_betas(1, lambda beta: torch.where(squares > 0, (1 - beta) / correction, 0))
+        weights = balance.weights(squares)
         reaching = (own > 0).sum(1, keepdim=True).clamp(min=1).to(scales)
         factor = balance.correction(own if own_moments else shared, 0)
         if self.options.update == "mean":
@@ -175,10 +176,10 @@ class Stepper:
             correction=correction,
         )
 
-    def _local(self, block: Block, table: Coefficients, like: Tensor) -> Coefficients:
+    def local(self, block: Block, table: Coefficients, like: Tensor) -> Coefficients:
         """The coefficients of a block, on its device and in the dtype of its arithmetic."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        amsgrad = "max_exp_avg_sq" in self.states[self._row[block.members[0]]]
+        amsgrad = "max_exp_avg_sq" in self.states[self.row[block.members[0]]]
 
         def local(rows: Tensor) -> Tensor:
             return self._spread(block, rows).to(like.device, dtype)
@@ -194,19 +195,20 @@ class Stepper:
     def _spread(self, block: Block, rows: Tensor) -> Tensor:
         """Give each element the row of its parameter, [P, k] -> [k, elements]; one parameter's for all, [k, 1]."""
         if len(block.span.members) == 1:
-            return rows[self._row[block.members[0]]][:, None]
+            return rows[self.row[block.members[0]]][:, None]
         return rows.T.index_select(1, self._owner(block.span)[block.begin : block.end])
 
     def _owner(self, span: Span) -> Tensor:
         if span not in self._owners:
-            sizes = [end - begin for begin, end in zip(span.bounds, span.bounds[1:], strict=False)]
-            rows = torch.tensor([self._row[member] for member in span.members])
+            sizes = [end - begin for begin, end in pairwise(span.bounds)]
+            rows = torch.tensor([self.row[member] for member in span.members])
             self._owners[span] = rows.repeat_interleave(torch.tensor(sizes)).to(self.balance.device)
         return self._owners[span]
 
-    def _hyperparameters(
+    def hyperparameters(
         self, group: Mapping[str, Any], clip_value: float | None, finite: Tensor | None
     ) -> Hyperparameters:
+        """The numbers of a group."""
         lr = float(group["lr"])
         decay: float | Tensor = 1 - lr * group["weight_decay"]
         if finite is not None:
@@ -221,16 +223,16 @@ class Stepper:
             finite=finite,
         )
 
-    def _parameters(self, block: Block) -> Tensor:
+    def elements(self, block: Block) -> Tensor:
         """The elements of a block, flat; a view if they are one parameter's and contiguous."""
-        members = [sharding.local(self._all[member]) for member in block.members]
+        members = [sharding.local(self.all[member]).detach() for member in block.members]
         if len(members) > 1:
             return torch.cat([member.reshape(-1) for member in members])
         return members[0].reshape(-1)[block.begin - block.span.bounds[block.first] :][: block.end - block.begin]
 
-    def _put_back(self, block: Block, flat: Tensor) -> None:
+    def put_back(self, block: Block, flat: Tensor) -> None:
         """Write to the parameters what was not a view of them."""
-        members = [sharding.local(self._all[member]) for member in block.members]
+        members = [sharding.local(self.all[member]).detach() for member in block.members]
         if len(members) > 1:
             pieces = torch.split(flat, block.sizes)
             torch._foreach_copy_(members, [piece.view_as(one) for piece, one in zip(pieces, members, strict=True)])
@@ -240,10 +242,10 @@ class Stepper:
             whole[start : start + len(flat)] = flat
             members[0].copy_(whole.view_as(members[0]))
 
-    def _moments_of(self, block: Block) -> Moments:
+    def moments_of(self, block: Block) -> Moments:
         """Views into the moments of the block's span, which are brought together if they are not."""
         span = block.span
-        states = [self.states[self._row[member]] for member in span.members]
+        states = [self.states[self.row[member]] for member in span.members]
         moments, seen = self._moments.get(span, (None, []))
         if moments is None or any(
             state[key] is not one[key] for state, one in zip(states, seen, strict=True) for key in one
@@ -260,7 +262,7 @@ class Stepper:
         )
 
     def _join_moments(self, span: Span, states: Sequence[State]) -> tuple[Moments, list[dict[str, Tensor]]]:
-        sizes = [end - begin for begin, end in zip(span.bounds, span.bounds[1:], strict=False)]
+        sizes = [end - begin for begin, end in pairwise(span.bounds)]
         leading = dict(zip(("exp_avg", "exp_avg_sq"), self.options.moments(len(self.terms)), strict=True))
         if "max_exp_avg_sq" in states[0]:
             leading["max_exp_avg_sq"] = leading["exp_avg_sq"]
@@ -268,14 +270,18 @@ class Stepper:
         moments = Moments(joined["exp_avg"], joined["exp_avg_sq"], joined.get("max_exp_avg_sq"))
         return moments, [{key: state[key] for key in leading} for state in states]
 
-    def _scratch_like(self, columns: Tensor) -> Tensor:
-        """Memory for the block's balanced gradients: fresh memory for every block would cost more than their product."""
+    def scratch_like(self, columns: Tensor) -> Tensor:
+        """Memory for balanced gradients; fresh memory for every block would cost more than what is done with it."""
         dtype = torch.promote_types(columns.dtype, torch.float32)
         if self.options.compile:
-            return columns.new_empty((len(columns), 0), dtype=dtype)
-        if (self._scratch.dtype, self._scratch.device) != (dtype, columns.device) or self._scratch.numel() < columns.numel():
+            return columns.new_empty(0, dtype=dtype)
+        if (self._scratch.dtype, self._scratch.device) != (
+            dtype,
+            columns.device,
+        ) or self._scratch.numel() < columns.numel():
             self._scratch = torch.empty(columns.numel(), dtype=dtype, device=columns.device)
         return self._scratch[: columns.numel()].view(columns.shape)
 
-    def _of_members(self, gradients: Gradients | None) -> list[Tensor | None]:
+    def of_members(self, gradients: Gradients | None) -> list[Tensor | None]:
+        """Those of the parameters that have a state."""
         return [None if gradients is None else gradients[member] for member in self.members]

@@ -4,7 +4,6 @@ import os
 import signal
 
 import pytest
-import torch
 
 from lightning_mtadam import balancing
 from lightning_mtadam.optim.uninterrupted import uninterrupted
