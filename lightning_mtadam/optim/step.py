@@ -144,14 +144,16 @@ class Stepper:
 
     def _clip_factor(self, memory: TermMemory, blocks: Sequence[Block], scales: Tensor, limit: float) -> Tensor:
         rows = self.balance.by_parameter(scales)
-        parts = []
+        parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.balance.shardings}
         for block in blocks:
             columns = memory.columns(block)
             local = self._spread(block, rows).to(columns.device)
             norm = kernels.balanced_norm(columns, local, self.scratch_like(columns))
-            cut = self.balance.shardings[self.row[block.members[0]]]
-            parts.append(sharding.join_norms(norm, cut).to(scales))
-        factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(parts)) + 1e-6)
+            parts[self.balance.shardings[self.row[block.members[0]]]].append(norm.to(scales))
+        zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
+        norms = [torch.linalg.vector_norm(torch.stack([zero, *mine])) for mine in parts.values()]
+        joined = [sharding.join_norms(norm, cut) for norm, cut in zip(norms, parts, strict=True)]
+        factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(joined)) + 1e-6)
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
 
     def coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
