@@ -14,6 +14,7 @@ from example_projects.mnist.module import CLASSES, class_losses
 from example_projects.mnist.network import Net
 
 Losses = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,25 @@ class Task:
 
     Attributes:
         network: what is trained.
-        losses: a forward pass; the terms.
+        batch: input and target.
+        make_losses: the terms, from output and target.
         shared: the last weight that all terms share, where GradNorm takes its norms.
     """
 
     network: nn.Module
-    losses: Callable[[], Losses]
+    batch: Batch
+    make_losses: Callable[[Tensor, Tensor], Losses]
     shared: Tensor
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return list(self.network.parameters())
+
+    def losses(self, batch: Batch | None = None) -> Losses:
+        """A forward pass, of the task's own batch or another."""
+        data, target = self.batch if batch is None else batch
+        return self.make_losses(self.network(data), target)
 
 
 def size_of(network: nn.Module) -> int:
@@ -83,7 +91,7 @@ def image_losses(output: Tensor, target: Tensor) -> Losses:
     error = output - target
     return {
         "l1": error.abs().mean(),
-        "edges": (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()),
+        "edges": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
         "coarse": F.avg_pool2d(error, 4).square().mean(),
         "spectrum": torch.fft.rfft2(error).abs().mean(),
         "smooth": output.diff(dim=2).square().mean() + output.diff(dim=3).square().mean(),
@@ -103,10 +111,9 @@ def logit_losses(logits: Tensor, target: Tensor) -> Losses:
 
 def mnist_task(batch: int = 64) -> Task:
     """The network of the PyTorch MNIST example, a loss per class."""
-    network = Net()
-    images, target = torch.randn(batch, 1, 28, 28), torch.arange(batch) % CLASSES
-    weights = torch.ones(CLASSES)
-    return Task(network, lambda: class_losses(network(images), target, weights), network.fc2.weight)
+    network, weights = Net(), torch.ones(CLASSES)
+    data = torch.randn(batch, 1, 28, 28), torch.arange(batch) % CLASSES
+    return Task(network, data, lambda output, target: class_losses(output, target, weights), network.fc2.weight)
 
 
 def resnet18() -> nn.Module:
@@ -119,8 +126,8 @@ def resnet18() -> nn.Module:
 def resnet_task(batch: int = 16, pixels: int = 64) -> Task:
     """ResNet-18 on small images, three terms."""
     network = resnet18()
-    images, target = torch.randn(batch, 3, pixels, pixels), torch.arange(batch) % 10
-    return Task(network, lambda: logit_losses(network(images), target), network.fc.weight)
+    data = torch.randn(batch, 3, pixels, pixels), torch.arange(batch) % 10
+    return Task(network, data, logit_losses, network.fc.weight)
 
 
 def unet_task(terms: int, width: int = 32, batch: int = 4, pixels: int = 64) -> Task:
@@ -128,20 +135,19 @@ def unet_task(terms: int, width: int = 32, batch: int = 4, pixels: int = 64) -> 
     network = UNet(width)
     images, target = torch.randn(2, batch, 3, pixels, pixels)
 
-    def losses() -> Losses:
-        return dict(list(image_losses(network(images), target).items())[:terms])
+    def first_losses(output: Tensor, target: Tensor) -> Losses:
+        return dict(list(image_losses(output, target).items())[:terms])
 
-    return Task(network, losses, network.last.weight)
+    return Task(network, (images, target), first_losses, network.last.weight)
 
 
 def mlp_task(terms: int, parameters: float, depth: int = 4, batch: int = 8) -> Task:
     """A multilayer perceptron whose activations are negligible; each term looks at outputs of its own."""
     width = max(terms, round(math.sqrt(parameters / depth)))
     network = nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())])
-    data = torch.randn(batch, width)
 
-    def losses() -> Losses:
-        output = network(data)
-        return {f"term{index}": output[:, index::terms].square().mean() for index in range(terms)}
+    def parts(output: Tensor, target: Tensor) -> Losses:
+        error = output - target
+        return {f"term{index}": error[:, index::terms].square().mean() for index in range(terms)}
 
-    return Task(network, losses, network[-2].weight)
+    return Task(network, (torch.randn(batch, width), torch.randn(batch, width)), parts, network[-2].weight)
