@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from example_projects.mnist.__main__ import parse
-from tests.benchmarks import step_cost
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -73,14 +72,3 @@ def test_links_lead_somewhere():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-
-
-@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
-def test_the_benchmark_prints_its_three_ratios(monkeypatch, capsys):
-    """It is run by hand; here only so that it does not rot."""
-    monkeypatch.setattr(step_cost, "BATCH", 10)
-    monkeypatch.setattr("sys.argv", ["step_cost", "--repeats", "2", "--threads", "1"])
-    step_cost.main()
-    ratios = re.findall(r"^  (\d)\. .*: +(\d+\.\d+) \(quartiles", capsys.readouterr().out, re.MULTILINE)
-    assert [number for number, _ in ratios] == ["1", "2", "3"]
-    assert all(float(ratio) > 0 for _, ratio in ratios)
