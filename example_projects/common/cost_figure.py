@@ -64,7 +64,7 @@ class Axis:
             found = [float(f"{digit}e{decade}") for decade in decades for digit in leading]
         else:
             rough = (self.high - self.low) / 5
-            unit = 10 ** math.floor(math.log10(rough))
+            unit = 10.0 ** math.floor(math.log10(rough))
             step = min((digit * unit for digit in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
             first = math.ceil(self.low / step)
             found = [round(index * step, 10) for index in range(first, math.floor(self.high / step) + 1)]
