@@ -134,8 +134,8 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
     return image
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser("python -m example_projects.common.cost_figure", description=__doc__)
     add = parser.add_argument
     add("--panel", nargs=2, action="append", required=True, metavar=("RESULTS", "COLUMN"),
@@ -143,7 +143,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--logarithmic", nargs="*", default=["relative_error"], metavar="COLUMN", help="columns on a logarithmic scale")
     add("--baseline", default="adam", help="the method whose step takes 1")
     add("--output", type=Path, required=True, help="the PNG file")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    options = parse(arguments)
     panels = [
         draw_panel(column, read(Path(path), column, options.baseline), logarithmic=column in options.logarithmic)
         for path, column in options.panel
