@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_mtadam.module import MultiTermLightningModule
     from lightning_mtadam.optim import MTAdam
+    from lightning_mtadam.partition import partitioned_losses
     from lightning_mtadam.terms import NonFiniteError
 
 __version__ = "0.1.0"
-__all__ = ["MTAdam", "MultiTermLightningModule", "NonFiniteError"]
+__all__ = ["MTAdam", "MultiTermLightningModule", "NonFiniteError", "partitioned_losses"]
 
 _HOMES = {
     "MTAdam": "lightning_mtadam.optim",
     "MultiTermLightningModule": "lightning_mtadam.module",
     "NonFiniteError": "lightning_mtadam.terms",
+    "partitioned_losses": "lightning_mtadam.partition",
 }
 
 

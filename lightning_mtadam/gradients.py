@@ -52,8 +52,10 @@ def term_gradients(
             )
             for index, gradient in zip(trainable, found, strict=True):
                 gradients[index] = gradient
+            del found, gradient
         _refuse_sparse(name, gradients)
         yield name, gradients
+        del gradients  # the next term's need the place
 
 
 def sharded_term_gradients(
@@ -82,6 +84,7 @@ def sharded_term_gradients(
             for index in trainable:
                 gradients[index] = local_gradient(parameters[index])
             yield name, gradients
+            del gradients
     finally:
         network.restore()
 

@@ -38,7 +38,9 @@ def test_the_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     assert "MTAdam" in run(python, "-c", code, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("module", ["lightning_mtadam", "lightning_mtadam.optim", "lightning_mtadam.gradients"])
+@pytest.mark.parametrize(
+    "module", ["lightning_mtadam", "lightning_mtadam.optim", "lightning_mtadam.gradients", "lightning_mtadam.partition"]
+)
 def test_the_optimizer_does_not_import_lightning(module):
     loaded = run(sys.executable, "-c", f"import sys, {module}; print(*sys.modules)", cwd=ROOT).split()
     assert module in loaded
@@ -51,6 +53,7 @@ def test_public_names_are_where_they_are_documented():
     assert lightning_mtadam.MTAdam.__name__ == "MTAdam"
     assert lightning_mtadam.MultiTermLightningModule.__name__ == "MultiTermLightningModule"
     assert lightning_mtadam.NonFiniteError.__name__ == "NonFiniteError"
+    assert lightning_mtadam.partitioned_losses.__name__ == "partitioned_losses"
     with pytest.raises(AttributeError, match="no attribute 'MTAdamW'"):
         lightning_mtadam.MTAdamW  # noqa: B018
 

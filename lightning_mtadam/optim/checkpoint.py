@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mtadam.optim.layers import clean_names
+from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.state import expected_shapes
 
 
@@ -15,7 +16,7 @@ def check_checkpoint(
     state_dict: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     names: Sequence[str],
-    meaning: Mapping[str, str],
+    options: Options,
     terms: tuple[str, ...],
 ) -> None:
     """Raise unless ``state_dict`` fits the optimizer, naming what differs.
@@ -24,7 +25,7 @@ def check_checkpoint(
         state_dict: what ``MTAdam.state_dict`` gave.
         groups: the optimizer's parameter groups.
         names: the parameters' names, in order.
-        meaning: the optimizer's options that say what the numbers mean.
+        options: the optimizer's options.
         terms: the optimizer's terms; empty if they are not known yet.
 
     Raises:
@@ -42,14 +43,14 @@ def check_checkpoint(
     _check_names(groups, saved_groups)
     saved_terms = tuple(saved_groups[0]["terms"])
     _check_terms(saved_terms, terms)
-    for option, value in meaning.items():
+    for option, value in options.state_meaning.items():
         saved = saved_groups[0][option]
         if saved != value:
             raise ValueError(
                 f"The checkpoint was written with {option}={saved!r}, the optimizer has {option}={value!r}."
                 f" Its numbers mean something else. Use MTAdam(..., {option}={saved!r}), or start anew."
             )
-    _check_shapes(state_dict, groups, names, meaning, saved_terms)
+    _check_shapes(state_dict, groups, names, options, saved_terms)
 
 
 def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -83,7 +84,7 @@ def _check_shapes(
     state_dict: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     names: Sequence[str],
-    meaning: Mapping[str, str],
+    options: Options,
     terms: tuple[str, ...],
 ) -> None:
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -92,8 +93,7 @@ def _check_shapes(
         state = state_dict["state"].get(index)
         if state is None:
             continue
-        own = meaning["denominator"] == "own"
-        for key, shape in expected_shapes(parameter, len(terms), own=own, amsgrad=group["amsgrad"]).items():
+        for key, shape in expected_shapes(parameter, options, len(terms), amsgrad=group["amsgrad"]).items():
             _check_entry(state.get(key), key, shape, name)
 
 

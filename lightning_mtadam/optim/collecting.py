@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Announcement, agree, tell
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.distributed.processes import Processes, processes_of
 from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
 from lightning_mtadam.lightning_internals import as_fabric_backward
+from lightning_mtadam.optim.finite import is_host
 from lightning_mtadam.optim.layers import LayerBook
+from lightning_mtadam.optim.layout import TermMemory
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.optim.schedule import SUM, weighted_sum
 from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -79,8 +83,11 @@ class TermOptimizer(Optimizer):
         self._pending.start_anew_if_reset(parameters)
         processes = processes_of(model, parameters)
         terms, absent = self._check(losses, loss_scale, processes, model)
-        present = {name: losses[name] for name in terms if name in losses and name not in absent}
-        order = [name for name in terms if name in present or name in self._pending.gradients]
+        rows = self.terms or terms
+        present: Losses = {name: losses[name] for name in rows if name in losses and name not in absent}
+        factors = self._factors(terms, agreed=processes.group is None or processes.averages)
+        if factors is not None:
+            present, rows = weighted_sum(present, factors), (SUM,)
         replicated = processes.group is not None and not processes.sharded
         averaging = Averaging(processes.group) if processes.group is not None and processes.averages else None
         if processes.sharded:
@@ -90,15 +97,16 @@ class TermOptimizer(Optimizer):
             found = term_gradients(present, parameters, grad_output=grad_output)
         try:
             with as_fabric_backward():
-                if replicated:
-                    self._pending.use_flat_memory(order, parameters)
+                memory = self._memory(len(self.terms or terms))
+                self._pending.use(memory if factors is None else memory.first_row(), rows)
                 self._pending.collect(
-                    found, tuple(present), order, parameters, loss_scale, averaging, may_miss=replicated
+                    found, tuple(present), rows, parameters, loss_scale, averaging, may_miss=replicated
                 )
         except Exception as error:
             if averaging is not None:
                 tell(error, averaging.group)
             raise
+        self._pending.terms = terms
         self._set_terms(self.terms or terms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -156,6 +164,29 @@ class TermOptimizer(Optimizer):
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
 
+    def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
+        """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself.
+
+        Args:
+            terms: the terms of this batch and of what is pending.
+            agreed: whether they are those of all processes.
+        """
+        return None
+
+    def _memory(self, rows: int) -> TermMemory:
+        """The memory that is there, if it fits."""
+        parameters = [sharding.local(parameter) for parameter in self._parameters()]
+        trained = [parameter.requires_grad for parameter in self._parameters()]
+        keys = [
+            None if sharding.is_sharded(parameter) else id(group)
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+        memory = self._pending.memory
+        if memory is not None and memory.fits(parameters, trained, keys, rows):
+            return memory
+        return TermMemory(parameters, trained, keys, rows)
+
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
@@ -171,13 +202,13 @@ class TermOptimizer(Optimizer):
         group = processes.group
         graph = group is None or processes.sharded  # of replicated processes, one may have a constant term
         try:
-            finite = loss_scale is None and self._options.on_nonfinite == "raise"
+            finite = loss_scale is None and self._options.on_nonfinite == "raise" and self._is_on_host()
             check_losses(losses, self.terms or None, finite=finite, graph=graph)
             self._options.check_terms(self.terms or tuple(losses))
             self._book.layers(self.param_groups)
             if not self._last_scales:  # a walk over the whole graph: before the first step only
                 refuse_reentrant_checkpoints(losses)
-            names = tuple(dict.fromkeys((*self._pending.gradients, *losses)))
+            names = tuple(dict.fromkeys((*self._pending.terms, *losses)))
             if group is None:
                 return names, ()
             constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
@@ -197,6 +228,10 @@ class TermOptimizer(Optimizer):
                 " and log it instead."
             )
         return terms, absent
+
+    def _is_on_host(self) -> bool:
+        """Whether to look at the losses already: an accelerator would have to be waited for."""
+        return all(is_host(parameter.device) for parameter in self._parameters())
 
     def _trained(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         named = zip(self._book.labels, self._parameters(), strict=True)

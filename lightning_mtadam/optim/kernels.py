@@ -1,172 +1,166 @@
-"""The moments and the update of one block, and the loop over the blocks.
+"""The moments and the update of one block of parameters.
 
-In a block every tensor is flat: parameters ``[b]``, per-term tensors ``[I, b]``; coefficients are spread to ``[I, b]``
-or ``[I, 1]``. The arithmetic is fp32 or better; states are kept in the parameters' dtype.
+In a block every tensor is flat: parameters ``[b]``, per-term tensors ``[I, b]``; coefficients are ``[I, b]``, or
+``[I, 1]`` where they are the same for all of it. ``V`` second moments are kept: I, or one with denominator "sum". The
+arithmetic is fp32 or better; states are kept in the parameters' dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.optim.blocks import Block, plan_blocks
 from lightning_mtadam.optim.options import Denominator
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The numbers of one parameter group that the update needs."""
+    """The numbers of one parameter group that the update needs, and what holds for all groups.
+
+    Attributes:
+        lr: the group's, negative to maximize.
+        beta1: the decay of the first moment.
+        eps: what is added to the denominator.
+        decay: what multiplies the parameters first: ``1 - lr * weight_decay``.
+        denominator: which second moments divide the step.
+        clip_value: the largest magnitude of an entry of the balanced gradient, if it is clipped so.
+        finite: a boolean scalar; where it is false nothing may change. ``None``: it is known to be true.
+    """
 
     lr: float
     beta1: float
-    beta2: float
     eps: float
-    weight_decay: float
-    maximize: bool
+    decay: float | Tensor
     denominator: Denominator
+    clip_value: float | None = None
+    finite: Tensor | None = None
+
+    @property
+    def kept(self) -> float | Tensor:
+        """What multiplies the first moment."""
+        return self.beta1 if self.finite is None else torch.where(self.finite, self.beta1, 1.0)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What differs from parameter to parameter.
+    """What differs from parameter to parameter, for one block.
 
     Attributes:
-        scales: [I, P], what multiplies each term's gradient.
-        first: [P], or [I, P] with denominator "own": one over the first moment's bias correction.
-        second: [I, P], one over the second moment's bias correction; zero where the term has not reached.
-        share: [P], by what the step is divided ("mean": the number of terms that reach the parameter).
-        reaching: [P], that number.
+        scales: [I, 1] or [I, b], what multiplies each term's gradient.
+        weights: likewise, of the square in the average of the squares, ``(1 - beta2) / (1 - beta2^t)``: the average
+            has then its bias corrected. Zero where the term has not reached.
+        factor: [1, 1] or [1, b], or [I, ...] with denominator "own": what multiplies the denominator, the first
+            moment's bias correction, times the number of reaching terms with update "mean".
+        reaching: [1, 1] or [1, b], the number of terms that reach, at least 1; with denominator "mean" only.
+        correction: as ``weights``, the second moments' bias correction, which amsgrad takes out again; only there.
     """
 
     scales: Tensor
-    first: Tensor
-    second: Tensor
-    share: Tensor
-    reaching: Tensor
-
-    def spread(self, block: Block) -> Coefficients:
-        """The coefficients of a block, spread over its elements."""
-        return Coefficients(
-            block.expand(self.scales),
-            block.expand(self.first),
-            block.expand(self.second),
-            block.expand(self.share),
-            block.expand(self.reaching),
-        )
+    weights: Tensor
+    factor: Tensor
+    reaching: Tensor | None
+    correction: Tensor | None
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """The tensors of parameters that share a group, a device and a dtype.
+class Moments:
+    """A block's moments, updated in place.
 
     Attributes:
-        parameters: P tensors.
-        gradients: I lists of P gradients; ``None`` where the term does not reach the parameter.
-        exp_avg: P tensors, each of its parameter's shape, or with denominator "own" a leading dimension of I.
-        exp_avg_sq: P tensors of shape [I, *parameter.shape].
-        max_exp_avg_sq: as ``exp_avg_sq``; empty without amsgrad.
+        exp_avg: [1, b], or [I, b] with denominator "own".
+        exp_avg_sq: [V, b].
+        max_exp_avg_sq: [V, b] with amsgrad.
     """
 
-    parameters: Sequence[Tensor]
-    gradients: Sequence[Sequence[Tensor | None]]
-    exp_avg: Sequence[Tensor]
-    exp_avg_sq: Sequence[Tensor]
-    max_exp_avg_sq: Sequence[Tensor]
-
-    def gather_gradients(self, block: Block, memory: Tensor) -> Tensor:
-        """The block of all terms' gradients, copied to the beginning of ``memory``: [I, b]."""
-        members = block.members(self.parameters)
-        pieces = []
-        for gradients in self.gradients:
-            found = zip(block.members(gradients), members, strict=True)
-            pieces += block.cut([p.new_zeros(()).expand_as(p) if g is None else g for g, p in found])
-        rows = memory[: len(self.gradients) * sum(block.sizes)]
-        return torch.cat(pieces, out=rows).view(len(self.gradients), -1)
-
-    def memory_for(self, plan: Sequence[Block]) -> Tensor:
-        """Memory for the largest block: fresh memory for every block would cost more than what is done with it."""
-        largest = max(sum(block.sizes) for block in plan)
-        return self.parameters[0].new_empty(len(self.gradients) * largest)
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
 
 
-def update(bucket: Bucket, coefficients: Coefficients, hyper: Hyperparameters, clip_value: float | None = None) -> None:
-    """Update moments and parameters of a bucket in place, block after block."""
-    plan = list(plan_blocks(bucket.parameters))
-    memory = bucket.memory_for(plan)
-    for block in plan:
-        local = coefficients.spread(block)
-        # g~_i <- scale_i g_i   (Alg. 1)
-        balanced = bucket.gather_gradients(block, memory).to(local.scales.dtype).mul_(local.scales)
-        if clip_value is not None:
-            balanced = clip_by_value(balanced, clip_value)
-        first, second = _update_moments(bucket, block, balanced, hyper)
-        parameter = block.gather(bucket.parameters)
-        moved = move(parameter.to(balanced.dtype), first, second, local, hyper, scratch=balanced)
-        block.scatter(_store(moved, parameter), bucket.parameters)
+def update(
+    parameter: Tensor, gradients: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters, scratch: Tensor
+) -> None:
+    """Update moments and parameters of a block in place.
 
-
-def _update_moments(bucket: Bucket, block: Block, balanced: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
-    """Return the first moment, [b] or [I, b], and the second moments to divide by, [I, b]."""
-    own = hyper.denominator == "own"
-    exp_avg = block.gather_rows(bucket.exp_avg) if own else block.gather(bucket.exp_avg)
-    exp_avg_sq = block.gather_rows(bucket.exp_avg_sq)
-    wide = balanced.dtype
+    Args:
+        parameter: [b].
+        gradients: [I, b]; they are left as they are.
+        moments: of the block.
+        local: its coefficients.
+        hyper: the numbers of its group.
+        scratch: [I, b], in the dtype of the arithmetic.
+    """
+    # g~_i <- scale_i g_i   (Alg. 1)
+    balanced = torch.mul(gradients, local.scales, out=scratch)
+    if hyper.finite is not None:
+        balanced = torch.where(hyper.finite, balanced, 0)
+    if hyper.clip_value is not None:
+        balanced = clip_by_value(balanced, hyper.clip_value)
+    if hyper.denominator == "sum":
+        balanced = balanced.sum(0, keepdim=True)
     # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, merged; per term with denominator "own")
-    first = exp_avg.to(wide).mul_(hyper.beta1).add_(balanced if own else balanced.sum(0), alpha=1 - hyper.beta1)
-    # v_i <- beta2 v_i + (1 - beta2) g~_i^2   (Alg. 1, line 10)
-    second = exp_avg_sq.to(wide).mul_(hyper.beta2).addcmul_(balanced, balanced, value=1 - hyper.beta2)
-    block.scatter(_store(first, exp_avg), bucket.exp_avg)
-    block.scatter(_store(second, exp_avg_sq), bucket.exp_avg_sq)
-    if bucket.max_exp_avg_sq:
-        largest = block.gather_rows(bucket.max_exp_avg_sq)
-        second = torch.maximum(largest.to(wide), second)
-        block.scatter(largest.copy_(second), bucket.max_exp_avg_sq)
-    return first, second
+    first = moments.exp_avg.to(balanced.dtype).mul_(hyper.kept)
+    for row in (balanced,) if hyper.denominator == "own" else torch.split(balanced, 1):
+        first.add_(row, alpha=1 - hyper.beta1)
+    # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
+    second = moments.exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), local.weights)
+    store(first, moments.exp_avg)
+    store(second, moments.exp_avg_sq)
+    if moments.max_exp_avg_sq is not None:
+        assert local.correction is not None
+        largest = torch.maximum(moments.max_exp_avg_sq.to(balanced.dtype), second * local.correction)
+        moments.max_exp_avg_sq.copy_(largest)
+        second = largest.div_(local.correction)
+    moved = parameter.to(balanced.dtype)
+    if isinstance(hyper.decay, Tensor) or hyper.decay != 1:
+        moved.mul_(hyper.decay)  # decoupled, as in AdamW
+    move(moved, first, denominators(second, local, hyper), hyper)
+    store(moved, parameter)
 
 
-def _store(value: Tensor, where: Tensor) -> Tensor:
-    """Write a value back to the narrower dtype it was kept in; it is there already if the dtypes are the same."""
-    return where if value is where else where.copy_(value)
+def store(value: Tensor, where: Tensor) -> None:
+    """Write a value back to the narrower dtype it is kept in; it is there already if the dtypes are the same."""
+    if value is not where:
+        where.copy_(value)
 
 
-def move(
-    parameter: Tensor, first: Tensor, second: Tensor, local: Coefficients, hyper: Hyperparameters, *, scratch: Tensor
-) -> Tensor:
-    """``theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)``, in place (Alg. 1); ``scratch`` is [I, b]."""
-    corrected = torch.mul(second, local.second, out=scratch)
-    if hyper.denominator == "max":
-        denominator = corrected.amax(0).sqrt_()
-    elif hyper.denominator == "mean":
-        denominator = corrected.sum(0).div_(local.reaching.clamp(min=1)).sqrt_()
-    else:
-        denominator = corrected.sqrt_()
-    direction = (first * local.first).div_(denominator.add_(hyper.eps))
-    if hyper.eps == 0:
-        direction = torch.where(denominator > 0, direction, 0)
+def denominators(second: Tensor, local: Coefficients, hyper: Hyperparameters) -> Tensor:
+    """``(sqrt(max_i v^_i) + eps)`` times the factor (Alg. 1): [V, b] -> [1, b], or [I, b] with denominator "own"."""
     if hyper.denominator == "own":
-        direction = direction.sum(0)
-    if hyper.weight_decay:
-        parameter.mul_(1 - hyper.lr * hyper.weight_decay)  # decoupled, as in AdamW
-    return parameter.addcdiv_(direction, local.share, value=hyper.lr if hyper.maximize else -hyper.lr)
+        root = second.sqrt()
+    elif hyper.denominator == "mean":
+        assert local.reaching is not None
+        root = second.sum(0, keepdim=True).div_(local.reaching).sqrt_()
+    else:
+        root = _largest(second).sqrt_()
+    return root.add_(hyper.eps).mul_(local.factor)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """[V, b] -> [1, b], as a copy."""
+    if len(rows) == 1:
+        return rows.clone()
+    return torch.maximum(rows[:1], rows[1:]) if len(rows) == 2 else rows.amax(0, keepdim=True)
+
+
+def move(parameter: Tensor, first: Tensor, denominator: Tensor, hyper: Hyperparameters) -> None:
+    """``theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)``, in place (Alg. 1)."""
+    for moment, divisor in zip(first.unbind(), denominator.unbind(), strict=True):
+        if hyper.eps == 0:
+            parameter.sub_(torch.where(divisor > 0, moment / divisor, 0), alpha=hyper.lr)
+        else:
+            parameter.addcdiv_(moment, divisor, value=-hyper.lr)
 
 
 def clip_by_value(balanced: Tensor, limit: float) -> Tensor:
     """Clamp the balanced gradient, the sum over the terms, to +-limit; all terms take the same factor. [I, b]."""
     total = balanced.sum(0)
-    factor = torch.where(total.abs() > limit, limit / total.abs(), 1)
-    return balanced * factor
+    return balanced.mul_(torch.where(total.abs() > limit, limit / total.abs(), 1))
 
 
-def balanced_norm(bucket: Bucket, scales: Tensor) -> Tensor:
-    """The L2 norm of the balanced gradient over the bucket, a scalar. ``scales`` is [I, P]."""
-    plan = list(plan_blocks(bucket.parameters))
-    memory = bucket.memory_for(plan)
-    parts: list[Tensor] = [
-        torch.linalg.vector_norm((bucket.gather_gradients(block, memory) * block.expand(scales)).sum(0))
-        for block in plan
-    ]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+def balanced_norm(gradients: Tensor, scales: Tensor, scratch: Tensor) -> Tensor:
+    """The L2 norm of a block's balanced gradient, the sum over the terms; a scalar."""
+    norm: Tensor = torch.linalg.vector_norm(torch.mul(gradients, scales, out=scratch).sum(0))
     return norm

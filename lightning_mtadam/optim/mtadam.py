@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_mtadam import balancing
 from lightning_mtadam.optim.checkpoint import check_checkpoint
 from lightning_mtadam.optim.collecting import TermOptimizer
+from lightning_mtadam.optim.finite import FiniteWatch
 from lightning_mtadam.optim.layers import named_alike
 from lightning_mtadam.optim.options import (
     Denominator,
@@ -24,6 +25,7 @@ from lightning_mtadam.optim.options import (
     check_group,
     check_terms,
 )
+from lightning_mtadam.optim.schedule import SUM, is_measured
 from lightning_mtadam.optim.state import allocate, restore
 from lightning_mtadam.optim.step import Stepper
 from lightning_mtadam.optim.uninterrupted import uninterrupted
@@ -56,17 +58,26 @@ class MTAdam(TermOptimizer):
         anchor: whose magnitude the others are brought to: "first" (the first term), a term's name, "mean" (the
             geometric mean), "max", "unit" (scale to norm one), or ``None`` (no balancing).
         importance: wanted ratios after balancing, by term; 1 by default.
-        layers: the unit that is balanced: "parameter", "module" (a module's weight and bias together), "group",
-            "global", or a callable from a parameter's name to a layer's name.
+        layers: the unit that is balanced: "parameter" (the default), "module" (a module's weight and bias together),
+            "group", "global", or a callable from a parameter's name to a layer's name.
         norm_init: the gradient norms' average starts from the "first" one, is "unbiased" (corrected for its start at
-            zero), or starts at "one" (the paper's Algorithm 1).
-        denominator: which second moments divide the step: the "max" over the terms, their "mean", or each term's "own".
+            zero), or starts at "one" (the paper's Algorithm 1). By default "first", or "unbiased" with
+            ``balance_every`` above 1.
+        denominator: which second moments divide the step: the "max" over the terms (the default), their "mean", each
+            term's "own", or the one of the "sum" of the balanced terms, as in Adam.
         update: the "sum" of the terms, or their "mean", divided by the number of terms that reach the parameter.
         max_scale: cap on ``n_anchor / n_i``.
         amsgrad: divide by the largest second moments so far.
         maximize: maximize the losses.
         on_nonfinite: what :meth:`step` does where a term's gradient is inf or nan: "raise", or "skip" the step, which
-            then changes nothing, and warn at the first.
+            then changes nothing, and warn at the first. On an accelerator, which the host does not wait for, this
+            happens one step later.
+        balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
+            pass per term, and take a single backward pass of the sum in the steps between, each loss multiplied by its
+            last scale. This is no longer the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``,
+            and costs little more than Adam. A term that was never measured is measured in the step it comes in; under
+            accumulation over several processes, in the next measured step.
+        compile: join the update to one kernel by :func:`torch.compile`, which takes some seconds at the first step.
 
     Raises:
         ValueError: an option is out of range, or names a term that is not in ``terms``.
@@ -101,23 +112,35 @@ class MTAdam(TermOptimizer):
         terms: Iterable[str] | None = None,
         anchor: str | None = "first",
         importance: Mapping[str, float] | None = None,
-        layers: LayerRule = "parameter",
-        norm_init: balancing.NormInit = "first",
-        denominator: Denominator = "max",
+        layers: LayerRule | None = None,
+        norm_init: balancing.NormInit | None = None,
+        denominator: Denominator | None = None,
         update: Update = "sum",
         max_scale: float = math.inf,
         amsgrad: bool = False,
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "raise",
+        compile: bool = False,
+        balance_every: int = 1,
     ) -> None:
+        seldom = balance_every != 1
         options = Options(
-            anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale, on_nonfinite
+            anchor=anchor,
+            importance=dict(importance or {}),
+            layers=layers or ("global" if seldom else "parameter"),
+            norm_init=norm_init or ("unbiased" if seldom else "first"),
+            denominator=denominator or ("sum" if seldom else "max"),
+            update=update,
+            max_scale=max_scale,
+            on_nonfinite=on_nonfinite,
+            compile=compile,
+            balance_every=balance_every,
         )
         given = () if terms is None else check_terms(terms)
         if given:
             options.check_terms(given)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "amsgrad": amsgrad, "maximize": maximize}, options, given)
+        super().__init__(params, {**defaults, "amsgrad": amsgrad, "maximize": maximize, "steps": 0, "measured": ()}, options, given)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,7 +208,7 @@ class MTAdam(TermOptimizer):
         Raises:
             ValueError: other terms, shapes, parameters or options; the message names them. Nothing was changed.
         """
-        check_checkpoint(state_dict, self.param_groups, self._book.labels, self._options.state_meaning, self.terms)
+        check_checkpoint(state_dict, self.param_groups, self._book.labels, self._options, self.terms)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
@@ -195,13 +218,36 @@ class MTAdam(TermOptimizer):
         self._allocate()
         stepper = self._stepper()
         try:
-            scales = stepper.step(self._pending)
+            self._watch.recall()
+            scales = stepper.step(self._pending, self._watch)
         except NonFiniteError as error:
             if self._options.on_nonfinite == "raise":
                 raise
             self._warn_of_skip(error)
         else:
-            self._last_scales.update(zip(stepper.layers.names, scales.unbind(), strict=True))
+            self._count_step()
+            self._last_scales.update(zip(stepper.balance.layers.names, scales.unbind(), strict=True))
+
+    def _count_step(self) -> None:
+        light = SUM in self._pending.gradients
+        measured = () if light else tuple(term for term in self.terms if term in self._pending.gradients)
+        for group in self.param_groups:
+            group["steps"] += 1
+            group["measured"] = tuple(dict.fromkeys((*group["measured"], *measured)))
+
+    def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
+        group = self.param_groups[0]
+        if self._pending.gradients:
+            light = SUM in self._pending.gradients
+        else:
+            unmeasured = agreed and not set(terms) <= set(group["measured"])
+            light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
+        return dict(zip(self.terms, self._stepper().balance.scales()[0].unbind(), strict=True)) if light else None
+
+    def _reset_transient(self) -> None:
+        super()._reset_transient()
+        self._watch = FiniteWatch()
+        self._steppers: list[Stepper] = []  # one, or none
 
     def _warn_of_skip(self, error: NonFiniteError) -> None:
         if not self._pending.warned:
@@ -209,8 +255,12 @@ class MTAdam(TermOptimizer):
             warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=7)
 
     def _stepper(self) -> Stepper:
+        """The one of the last step, unless something was added, loaded or replaced."""
         layers = self._book.layers(self.param_groups)
-        return Stepper(self._options, self.param_groups, self.state, layers, self._book.labels, self.terms)
+        if not self._steppers or not self._steppers[0].fits(self.param_groups, self.state, layers, self.terms):
+            names = self._book.labels
+            self._steppers[:] = [Stepper(self._options, self.param_groups, self.state, layers, names, self.terms)]
+        return self._steppers[0]
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         super()._set_terms(terms)
@@ -218,12 +268,15 @@ class MTAdam(TermOptimizer):
             self._allocate()
 
     def _allocate(self) -> None:
-        own = self._options.denominator == "own"
-        allocate(self.state, self.param_groups, self._pending.touched, len(self.terms), own=own)
+        """Make the state of the parameters that are trained, or have gradients pending."""
+        parameters, touched = self._parameters(), self._pending.touched
+        reached = touched + [False] * (len(parameters) - len(touched))
+        needed = [flag or parameter.requires_grad for flag, parameter in zip(reached, parameters, strict=True)]
+        allocate(self.state, self.param_groups, needed, self._options, len(self.terms))
 
     def _read_norms(self, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
         if not any(self.state.values()):
             return {}
         stepper = self._stepper()
-        return dict(zip(stepper.layers.names, read(stepper.corrected_norms()).unbind(), strict=True))
+        return dict(zip(stepper.balance.layers.names, read(stepper.balance.corrected_norms()).unbind(), strict=True))

@@ -14,7 +14,7 @@ from lightning_mtadam.balancing import NormInit, Reference, reference_norms
 from lightning_mtadam.terms import check_names, unknown_name_message
 
 LayerRule: TypeAlias = str | Callable[[str], str]
-Denominator: TypeAlias = Literal["max", "mean", "own"]
+Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
 Update: TypeAlias = Literal["sum", "mean"]
 OnNonfinite: TypeAlias = Literal["raise", "skip"]
 
@@ -34,8 +34,18 @@ class Options:
     update: Update = "sum"
     max_scale: float = math.inf
     on_nonfinite: OnNonfinite = "raise"
+    compile: bool = False
+    balance_every: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.balance_every, int) or self.balance_every < 1:
+            raise ValueError(f"balance_every must be a whole number of at least 1, but got {self.balance_every!r}.")
+        if self.balance_every > 1 and (self.layers, self.denominator) != ("global", "sum"):
+            raise ValueError(
+                f"balance_every={self.balance_every} differentiates one weighted sum in most steps: each term has one"
+                " weight for the whole network, and the sum one second moment. Leave out layers and denominator, or"
+                f" give layers='global' and denominator='sum'; got {self.layers!r} and {self.denominator!r}."
+            )
         _check_choice("norm_init", self.norm_init, get_args(NormInit))
         _check_choice("denominator", self.denominator, get_args(Denominator))
         _check_choice("update", self.update, get_args(Update))
@@ -79,6 +89,10 @@ class Options:
         if self.anchor is None:
             return None
         return norms.new_ones(len(norms), 1) if self.anchor == "unit" else reference_norms(norms, self.reference(terms))
+
+    def moments(self, terms: int) -> tuple[int, int]:
+        """How many first and second moments there are of each element."""
+        return (terms if self.denominator == "own" else 1), (1 if self.denominator == "sum" else terms)
 
     @property
     def state_meaning(self) -> dict[str, str]:

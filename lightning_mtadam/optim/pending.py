@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.averaging import Averaging, FlatGradients
+from lightning_mtadam.distributed.averaging import Averaging
+from lightning_mtadam.optim.layout import TermMemory
 from lightning_mtadam.terms import TermGradients
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 Gradients: TypeAlias = Sequence[Tensor | None]
 Found: TypeAlias = Generator[tuple[str, list[Tensor | None]], None, None]
+
+CHUNK = 1 << 20
+"""Elements that are copied before their norm is taken: they are then still in the cache."""
 
 
 @dataclass
@@ -23,29 +27,34 @@ class PendingGradients:
     """What ``backward`` has collected and ``step`` has not yet consumed.
 
     Attributes:
-        gradients: of every term, accumulated.
+        gradients: of every term, accumulated; views into the memory.
+        terms: the names of the losses they come from.
+        norms: of the gradients of those terms whose norms are known already, [P] each.
+        memory: what holds the gradients; ``None`` before the first backward pass.
         clip: how the balanced gradient is to be clipped in the next step.
         skip: whether the next step is to do nothing.
         warned: whether it was said that a step was skipped.
         probed: whether ``torch.distributed.checkpoint`` has called ``step`` before the terms were known.
-        buffers: memory for the gradients, kept from step to step: fresh memory for all terms at every step would cost
-            more in page faults than the copy.
-        flats: the same where gradients are averaged over processes; ``buffers`` are views into it.
     """
 
     gradients: TermGradients = field(default_factory=dict)
+    terms: tuple[str, ...] = ()
+    norms: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    memory: TermMemory | None = None
     clip: tuple[ClipAlgorithm, float] | None = None
     skip: bool = False
     warned: bool = False
     probed: bool = False
-    buffers: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    flats: dict[str, FlatGradients] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.gradients = {}
+        """Forget everything but the memory."""
+        self.drop_gradients()
         self.clip = None
         self.skip = False
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients."""
+        self.gradients, self.norms, self.terms = {}, {}, ()
 
     @property
     def touched(self) -> list[bool]:
@@ -53,11 +62,20 @@ class PendingGradients:
         columns = zip(*self.gradients.values(), strict=True)
         return [any(gradient is not None for gradient in column) for column in columns]
 
+    def use(self, memory: TermMemory, rows: Sequence[str]) -> None:
+        """Collect into this memory, whose rows are these terms; what is pending moves there."""
+        for name, gradients in self.gradients.items():
+            views = memory.views[rows.index(name)]
+            for index, (gradient, view) in enumerate(zip(gradients, views, strict=True)):
+                if gradient is not None and view is not None and gradient is not view:
+                    gradients[index] = view.copy_(gradient)
+        self.memory = memory
+
     def collect(
         self,
         found: Found,
         names: Sequence[str],
-        order: Sequence[str],
+        rows: Sequence[str],
         parameters: Sequence[Tensor],
         loss_scale: Tensor | None = None,
         averaging: Averaging | None = None,
@@ -70,7 +88,7 @@ class PendingGradients:
         Args:
             found: the terms' gradients, as they come.
             names: their names, in that order.
-            order: those and the names of what is pending, in the order in which they are averaged.
+            rows: the terms that the memory's rows belong to, in the order in which they are averaged.
             parameters: the parameters they belong to.
             loss_scale: divides the terms' gradients, but not ``p.grad``.
             averaging: averages what has accumulated over the processes.
@@ -79,101 +97,121 @@ class PendingGradients:
         Raises:
             ValueError: a term reaches no parameter.
         """
+        memory = self.memory
+        assert memory is not None
         try:
             gradients: TermGradients = {}
-            for name in order:
-                if name not in names:
+            for row, name in enumerate(rows):
+                if name in names:
+                    gradients[name] = self._keep(name, memory.views[row], found, loss_scale, may_miss)
+                elif name in self.gradients:
                     gradients[name] = self.gradients[name]
                 else:
-                    _, new = next(found)
-                    if not may_miss:
-                        _check_reached(name, new)
-                    gradients[name] = self._keep(name, new if loss_scale is None else divide(new, loss_scale))
+                    continue
                 if averaging is not None:
-                    averaging.send(name, gradients[name], self.flats[name])
+                    memory.wrote(row, [gradient is not None for gradient in gradients[name]])
+                    averaging.send(name, gradients[name], memory, row)
             next(found, None)  # lets it clean up behind itself
             if averaging is not None:
+                self.norms.clear()
                 gradients = averaging.receive()
                 for name in names:
-                    _check_reached(name, gradients[name])
+                    check_reached(name, gradients[name])
         except BaseException:
             found.close()  # lets it clean up now, not when the traceback is gone
             self.clear()
-            self.flats.clear()  # a transfer may not have ended
-            self.buffers.clear()
+            self.memory = None  # a transfer may not have ended
             raise
-        total: list[Tensor | None] = [None] * len(parameters)
-        for term in gradients.values():
-            add_into(total, term)
         self.gradients, self.skip = gradients, False
-        for parameter, gradient in zip(parameters, total, strict=True):
-            if gradient is not None and loss_scale is not None:
-                gradient.mul_(loss_scale)
-            parameter.grad = None if gradient is None else sharding.like(gradient, parameter)
+        for row, name in enumerate(rows):
+            memory.wrote(row, [gradient is not None for gradient in gradients.get(name, [None] * len(parameters))])
+        self._show_sum(parameters, loss_scale)
 
     def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
         """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
         if any(self.touched) and all(parameter.grad is None for parameter in parameters):
-            self.gradients = {}
+            self.drop_gradients()
 
     def extend(self, count: int) -> None:
         """Note that there are more parameters, without gradients."""
-        for gradients in (*self.gradients.values(), *self.buffers.values()):
+        for gradients in (*self.gradients.values(), *self.norms.values()):
             gradients += [None] * count
 
-    def use_flat_memory(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-        """Let the gradients of these terms be collected where they can travel from."""
-        if not all(flat.fits(parameters) for flat in list(self.flats.values())[:1]):
-            self.flats.clear()
-        for name in names:
-            if name not in self.flats:
-                self.flats[name] = FlatGradients(parameters)
-            self.buffers[name] = list(self.flats[name].views)
+    def _keep(
+        self, name: str, views: Gradients, found: Found, loss_scale: Tensor | None, may_miss: bool
+    ) -> list[Tensor | None]:
+        """Take a term's next gradients and add them to what is pending, or copy them to the memory.
 
-    def _keep(self, name: str, new: Gradients) -> list[Tensor | None]:
-        """Add a term's gradients to what is pending, or copy them to memory of their own."""
+        What was found is let go before this returns: the next term's gradients need its place.
+        """
+        _, new = next(found)
+        if not may_miss:
+            check_reached(name, new)
+        if loss_scale is not None:
+            new = divide(new, loss_scale)
         kept = list(self.gradients.get(name, [None] * len(new)))
-        buffers = self.buffers.setdefault(name, [None] * len(new))
-        copied, added = [], []
-        for index, (old, gradient) in enumerate(zip(kept, new, strict=True)):
-            if gradient is None:
-                continue
-            if old is not None:
-                added.append((old, gradient))
-                continue
-            buffer = buffers[index]
-            if buffer is None or not _alike(buffer, gradient):
-                buffer = buffers[index] = torch.empty_like(gradient)
-            kept[index] = buffer
-            copied.append((buffer, gradient))
-        if copied:
-            torch._foreach_copy_([buffer for buffer, _ in copied], [gradient for _, gradient in copied])
-        if added:
-            torch._foreach_add_([old for old, _ in added], [gradient for _, gradient in added])
+        norms = list(self.norms.get(name, [None] * len(new)))
+        for chunk in _chunks(new):
+            copied, added = [], []
+            for index, gradient in chunk:
+                old, view = kept[index], views[index]
+                if old is not None:
+                    added.append((old, gradient))
+                elif view is not None:
+                    copied.append((view, gradient))
+                    kept[index] = view
+            if added:
+                torch._foreach_add_([old for old, _ in added], [gradient for _, gradient in added])
+            if copied:
+                torch._foreach_copy_([view for view, _ in copied], [gradient for _, gradient in copied])
+            for (index, _), norm in zip(chunk, norms_of([kept[index] for index, _ in chunk]), strict=True):
+                norms[index] = norm
+        self.norms[name] = norms
         return kept
 
+    def _show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
+        """Set ``p.grad`` to the sum over the terms, for whoever looks at it."""
+        assert self.memory is not None
+        totals = [rows.sum(0) for rows in self.memory.rows]
+        if loss_scale is not None:
+            totals = [total.mul_(loss_scale.to(total)) for total in totals]
+        shaped = self.memory.shaped(totals)
+        for parameter, total, touched in zip(parameters, shaped, self.touched, strict=True):
+            parameter.grad = sharding.like(total, parameter) if touched and total is not None else None
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+def norms_of(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The L2 norm of each, a scalar in fp32 or better."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return []
+    dtype = torch.promote_types(present[0].dtype, torch.float32)
+    return list(torch._foreach_norm(present, 2.0, dtype=dtype))
 
 
-def _check_reached(name: str, gradients: Gradients) -> None:
+def _chunks(gradients: Gradients) -> Iterator[list[tuple[int, Tensor]]]:
+    """The gradients that are there, with their indices, some together."""
+    chunk: list[tuple[int, Tensor]] = []
+    size = 0
+    for index, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        if chunk and size + gradient.numel() > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((index, gradient))
+        size += gradient.numel()
+    if chunk:
+        yield chunk
+
+
+def check_reached(name: str, gradients: Gradients) -> None:
+    """Raise unless there is any gradient."""
     if all(gradient is None for gradient in gradients):
         raise ValueError(
             f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
             " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
         )
-
-
-def add_into(total: list[Tensor | None], gradients: Gradients) -> None:
-    """Add ``gradients`` to ``total`` in place; entries that are ``None`` there become copies."""
-    both = [(a, b) for a, b in zip(total, gradients, strict=True) if a is not None and b is not None]
-    if both:
-        first, second = zip(*both, strict=True)
-        torch._foreach_add_(first, second)
-    for index, gradient in enumerate(gradients):
-        if total[index] is None and gradient is not None:
-            total[index] = gradient.clone()
 
 
 def divide(gradients: Gradients, divisor: Tensor) -> list[Tensor | None]:

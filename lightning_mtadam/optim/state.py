@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.optim.options import Options
 
 State: TypeAlias = dict[str, Any]
 
@@ -24,54 +25,57 @@ def balance_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def expected_shapes(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) -> dict[str, tuple[int, ...]]:
+def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad: bool) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a parameter's state, for I terms.
 
     Returns:
         ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment, or one per
-        term with denominator "own"; ``exp_avg_sq`` [I, *shape]: the second moments; ``max_exp_avg_sq`` with amsgrad;
-        ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving averages of the layer's norms.
+        term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape] with denominator "sum": the second
+        moments, their bias already corrected;
+        ``max_exp_avg_sq`` with amsgrad; ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving averages of the
+        layer's norms.
     """
     shape = tuple(parameter.shape)
+    first, second = options.moments(terms)
     shapes: dict[str, tuple[int, ...]] = {
         "step": (1 + terms,),
-        "exp_avg": (terms, *shape) if own else shape,
-        "exp_avg_sq": (terms, *shape),
+        "exp_avg": (first, *shape) if options.denominator == "own" else shape,
+        "exp_avg_sq": (second, *shape),
         "gradient_norm": (terms,),
         "gradient_norm_count": (terms,),
     }
     if amsgrad:
-        shapes["max_exp_avg_sq"] = (terms, *shape)
+        shapes["max_exp_avg_sq"] = (second, *shape)
     return shapes
 
 
-def new_state(parameter: Tensor, terms: int, *, own: bool, amsgrad: bool) -> State:
+def new_state(parameter: Tensor, options: Options, terms: int, *, amsgrad: bool) -> State:
     """The state before the first step: all zero, on the parameter's device, the moments sharded as the parameter is."""
     wide = balance_dtype([parameter])
     return {
         key: torch.zeros(shape, dtype=wide, device=parameter.device)
         if key in BALANCE_KEYS
         else sharding.zeros(shape, parameter.dtype, parameter)
-        for key, shape in expected_shapes(parameter, terms, own=own, amsgrad=amsgrad).items()
+        for key, shape in expected_shapes(parameter, options, terms, amsgrad=amsgrad).items()
     }
 
 
 def allocate(
-    state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], needed: Sequence[bool], terms: int, *, own: bool
+    state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], needed: Sequence[bool], options: Options, terms: int
 ) -> None:
-    """Make the state of the parameters that have none and are trained, or got a gradient in this step.
+    """Make the state of those parameters that need one and have none.
 
     Args:
         state: the optimizer's state, by parameter.
         groups: its parameter groups.
-        needed: per parameter, whether it got a gradient; may be empty.
+        needed: per parameter.
+        options: the optimizer's options.
         terms: their number.
-        own: whether there is a first moment per term.
     """
     owners = [(parameter, group) for group in groups for parameter in group["params"]]
-    for (parameter, group), reached in zip(owners, needed or [False] * len(owners), strict=True):
-        if (reached or parameter.requires_grad) and not state.get(parameter):
-            state[parameter] = new_state(parameter, terms, own=own, amsgrad=group["amsgrad"])
+    for (parameter, group), wanted in zip(owners, needed, strict=True):
+        if wanted and not state.get(parameter):
+            state[parameter] = new_state(parameter, options, terms, amsgrad=group["amsgrad"])
 
 
 def restore(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -90,11 +94,53 @@ def restore(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], sta
                 state[parameter][key] = placed.to(parameter.dtype, copy=True)
 
 
-def read_rows(states: Sequence[State], key: str, like: Tensor) -> Tensor:
-    """Stack one small entry of all parameters: P tensors [k] -> [P, k], in the dtype and on the device of ``like``."""
-    return torch.stack([state[key].to(like) for state in states])
+class BalanceTable:
+    """The small entries of all states as one tensor each, of which the states hold the rows.
+
+    Args:
+        states: P of them.
+        dtype: of the tensors; fp32 or better.
+        device: where they are kept.
+
+    Attributes:
+        clocks: [P, 1 + I], the entries "step".
+        norms: [P, I], the entries "gradient_norm".
+        counts: [P, I], the entries "gradient_norm_count".
+    """
+
+    def __init__(self, states: Sequence[State], dtype: torch.dtype, device: torch.device) -> None:
+        self.clocks, self.norms, self.counts = (self._join(states, key, dtype, device) for key in BALANCE_KEYS)
+        self._rows = [[state[key] for key in BALANCE_KEYS] for state in states]
+
+    def belongs_to(self, states: Sequence[State]) -> bool:
+        """Whether these states still hold its rows."""
+        return len(states) == len(self._rows) and all(
+            state.get(key) is row
+            for state, rows in zip(states, self._rows, strict=True)
+            for key, row in zip(BALANCE_KEYS, rows, strict=True)
+        )
+
+    @staticmethod
+    def _join(states: Sequence[State], key: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        joined = torch.stack([state[key].to(device, dtype) for state in states])
+        for state, row in zip(states, joined.unbind(), strict=True):
+            state[key] = row
+        return joined
 
 
-def write_rows(states: Sequence[State], key: str, rows: Tensor) -> None:
-    """Write back what ``read_rows`` gave, in place."""
-    torch._foreach_copy_([state[key] for state in states], list(rows.unbind()))
+def join_moments(states: Sequence[State], key: str, leading: int, sizes: Sequence[int]) -> Tensor:
+    """One flat tensor of the moments of all these states, which become views into it: [R, elements].
+
+    Args:
+        states: of parameters that lie side by side.
+        key: the moment's.
+        leading: R, the moments there are of each element.
+        sizes: the parameters' numbers of elements.
+    """
+    if len(states) == 1:
+        states[0][key] = states[0][key].contiguous()
+        return sharding.local(states[0][key]).view(leading, sizes[0])
+    joined = torch.cat([state[key].reshape(leading, size) for state, size in zip(states, sizes, strict=True)], 1)
+    for state, piece in zip(states, torch.split(joined, list(sizes), 1), strict=True):
+        state[key] = piece.view(state[key].shape)
+    return joined

@@ -1,26 +1,32 @@
-"""One step of MTAdam: norms, balance, clocks, then the update of every bucket of parameters."""
+"""One step of MTAdam: norms, balance, clocks, then the update of every block of parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.optim.kernels import Bucket, Coefficients, Hyperparameters, balanced_norm, update
+from lightning_mtadam.optim import compiled, kernels
+from lightning_mtadam.optim.balance import Balance
+from lightning_mtadam.optim.finite import FiniteWatch
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments
 from lightning_mtadam.optim.layers import Layers
+from lightning_mtadam.optim.layout import BLOCK, Block, Span, TermMemory
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import Gradients, PendingGradients
-from lightning_mtadam.optim.state import State, balance_dtype, read_rows, write_rows
-from lightning_mtadam.terms import NonFiniteError
+from lightning_mtadam.optim.schedule import SUM
+from lightning_mtadam.optim.state import State, join_moments
 
 
 class Stepper:
     """The stages of one step over the parameters that have a state: ``P`` of them, in ``L`` layers, with ``I`` terms.
+
+    It is kept from step to step, as long as it fits: moments of parameters that are packed are then views into common
+    tensors, and nothing has to be brought together.
 
     Args:
         options: the optimizer's options.
@@ -40,25 +46,38 @@ class Stepper:
         parameter_names: Sequence[str],
         terms: tuple[str, ...],
     ) -> None:
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        self.options = options
-        self.terms = terms
-        self.members = [index for index, parameter in enumerate(parameters) if state.get(parameter)]
-        whole = [parameters[index] for index in self.members]
-        self.parameters = [sharding.local(parameter) for parameter in whole]
-        self.shardings = [sharding.sharding_of(parameter) for parameter in whole]
-        self.states = [{key: sharding.local(value) for key, value in state[parameter].items()} for parameter in whole]
-        owners = [group for group in groups for _ in group["params"]]
-        self.groups = [owners[index] for index in self.members]
-        self.names = [parameter_names[index] for index in self.members]
-        self.like = torch.empty((), dtype=balance_dtype(self.parameters), device=self.parameters[0].device)
-        self.layers = layers
-        self.single = len(self.members) == len(parameters) == len(layers.names)
-        self.layer_of = layers.layer_of.to(self.like.device)
-        if len(self.members) < len(parameters):
-            self.layer_of = self.layer_of[_constant(tuple(self.members), torch.int64, self.like.device)]
+        self.options, self.terms = options, terms
+        owners = [(parameter, group) for group in groups for parameter in group["params"]]
+        self._all = [parameter for parameter, _ in owners]
+        self.members = [index for index, parameter in enumerate(self._all) if state.get(parameter)]
+        self._row = {member: row for row, member in enumerate(self.members)}
+        self.states = [state[self._all[member]] for member in self.members]
+        self.groups = [owners[member][1] for member in self.members]
+        self.names = [parameter_names[member] for member in self.members]
+        whole = [self._all[member] for member in self.members]
+        self.balance = Balance(options, self.groups, self.states, whole, layers, self.members, terms)
+        self._moments: dict[Span, tuple[Moments, list[dict[str, Tensor]]]] = {}
+        self._owners: dict[Span, Tensor] = {}
+        self._scratch = torch.empty(0)
 
-    def step(self, pending: PendingGradients) -> Tensor:
+    def fits(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, State],
+        layers: Layers,
+        terms: tuple[str, ...],
+    ) -> bool:
+        """Whether it was made for these, and nothing was loaded or replaced since."""
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        states = [state[parameter] for parameter in parameters if state.get(parameter)]
+        return (
+            self.balance.layers is layers
+            and self.terms == terms
+            and list(map(id, parameters)) == list(map(id, self._all))
+            and self.balance.table.belongs_to(states)
+        )
+
+    def step(self, pending: PendingGradients, watch: FiniteWatch) -> Tensor:
         """Consume the pending gradients.
 
         Returns:
@@ -67,161 +86,196 @@ class Stepper:
         Raises:
             NonFiniteError: a gradient is inf or nan; nothing was changed.
         """
-        gradients = [self._of_members(pending.gradients.get(term)) for term in self.terms]
+        memory = pending.memory
+        assert memory is not None
+        light = SUM in pending.gradients
+        terms = (SUM,) if light else self.terms
+        gradients = [self._of_members(pending.gradients.get(term)) for term in terms]
         touched = [any(gradient is not None for gradient in column) for column in zip(*gradients, strict=True)]
-        observed = self.parameter_norms(gradients)
-        self._check_finite(observed)
-        norms, counts = self._update_norms(observed, touched, [term in pending.gradients for term in self.terms])
-        scales = self.scales(norms, counts)
-        buckets = list(self._buckets(gradients, touched))
+        known = [self._of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
+        observed = self.balance.observe(gradients, known)
+        finite = watch.check(observed, self.names, terms)
+        if light:
+            self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
+            scales = torch.ones_like(observed[: len(self.balance.layers.names)])
+        else:
+            self.balance.average(observed, touched, [term in pending.gradients for term in terms], finite)
+            self.balance.tick(observed > 0, touched, finite)
+            scales = self.balance.scales()
+        blocks = list(self._blocks(memory, touched))
         if pending.clip is not None and pending.clip[0] == "norm":
-            scales = scales * self._clip_factor(buckets, scales, pending.clip[1])
-        clocks = read_rows(self.states, "step", self.like)
-        clocks = balancing.tick(clocks, observed > 0, _constant(tuple(touched), torch.bool, self.like.device)[:, None])
-        write_rows(self.states, "step", clocks)
+            scales = scales * self._clip_factor(memory, blocks, scales, pending.clip[1])
         clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
-        for positions, bucket in buckets:
-            group = self.groups[positions[0]]
-            coefficients = self._coefficients(positions, bucket, scales, clocks, group)
-            update(bucket, coefficients, self._hyperparameters(group), clip_value)
-        return scales
+        self._update(memory, blocks, scales, clip_value, finite)
+        return self.balance.scales() if light else scales
 
-    def parameter_norms(self, gradients: Sequence[Gradients]) -> Tensor:
-        """The L2 norms of the gradients, zero where there is none: I lists of P -> [P, I]   (Alg. 1)."""
-        flat = [gradient for column in zip(*gradients, strict=True) for gradient in column]
-        norms = iter(torch._foreach_norm([g for g in flat if g is not None], 2.0, dtype=self.like.dtype))
-        zero = self.like.new_zeros(())
-        rows = torch.stack([zero if gradient is None else next(norms).to(self.like) for gradient in flat])
-        rows = rows.view(len(self.parameters), len(gradients))
-        for cut in dict.fromkeys(self.shardings):  # in one order on all processes
-            if cut is None:
-                continue
-            members = [position for position, other in enumerate(self.shardings) if other == cut]
-            index = _constant(tuple(members), torch.int64, self.like.device)
-            rows[index] = sharding.join_norms(rows[index], cut)
-        return rows
-
-    def scales(self, norms: Tensor, counts: Tensor) -> Tensor:
-        """The scales from the moving averages: [L, I] -> [L, I]   (Alg. 1)."""
-        norms = balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init)
-        importance = [float(self.options.importance.get(term, 1)) for term in self.terms]
-        return balancing.balance_scales(
-            norms,
-            self.options.target_norms(norms, self.terms),
-            _constant(tuple(importance), self.like.dtype, self.like.device),
-            self.options.max_scale,
-        )
-
-    def read_norms(self) -> tuple[Tensor, Tensor]:
-        """The moving averages of the layers' norms, and how many norms they average: [L, I] each."""
-        keys = ("gradient_norm", "gradient_norm_count")
-        norms, counts = (self._by_layer(read_rows(self.states, key, self.like)) for key in keys)
-        return norms, counts
-
-    def corrected_norms(self) -> Tensor:
-        """The gradient norms n_i as the balance uses them: [L, I]."""
-        return balancing.corrected_norms(*self.read_norms(), self._beta3(), self.options.norm_init)
-
-    def _update_norms(
-        self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool]
-    ) -> tuple[Tensor, Tensor]:
-        device = self.like.device
-        layer_touched = self._by_layer(_constant(tuple(touched), self.like.dtype, device)[:, None]) > 0
-        norms, counts = balancing.update_norms(
-            *self.read_norms(),
-            observed if self.single else balancing.layer_norms(observed, self.layer_of, len(self.layers.names)),
-            layer_touched & _constant(tuple(present), torch.bool, device),
-            self._beta3(),
-            self.options.norm_init,
-        )
-        write_rows(self.states, "gradient_norm", norms[self.layer_of])
-        write_rows(self.states, "gradient_norm_count", counts[self.layer_of])
-        return norms, counts
-
-    def _by_layer(self, rows: Tensor) -> Tensor:
-        return balancing.by_layer(rows, self.layer_of, len(self.layers.names))
-
-    def _beta3(self) -> Tensor:
-        """Scalar; or [L, 1] where groups differ: a layer that spans groups takes the largest."""
-        decays = tuple(float(group["betas"][2]) for group in self.groups)
-        if len(set(decays)) == 1:
-            return torch.tensor(decays[0], dtype=torch.float64)
-        return self._by_layer(_constant(decays, self.like.dtype, self.like.device)[:, None])
-
-    def _check_finite(self, observed: Tensor) -> None:
-        if not bool(observed.isfinite().all()):
-            row, column = (int(index) for index in (~observed.isfinite()).nonzero()[0])
-            raise NonFiniteError(
-                f"The gradient of the term {self.terms[column]!r} at the layer {self.names[row]!r} is not finite: its"
-                f" norm is {float(observed[row, column])} in {observed.dtype}. Nothing was changed. Look for a division"
-                " by zero or a root of zero in that loss, or lower the learning rate."
+    def _update(
+        self,
+        memory: TermMemory,
+        blocks: Sequence[Block],
+        scales: Tensor,
+        clip_value: float | None,
+        finite: Tensor | None,
+    ) -> None:
+        update = compiled.update if self.options.compile else kernels.update
+        table = self._coefficients(scales, finite)
+        numbers = {id(group): self._hyperparameters(group, clip_value, finite) for group in self.groups}
+        for block in blocks:
+            group = self.groups[self._row[block.members[0]]]
+            columns = memory.columns(block)
+            flat = self._parameters(block)
+            update(
+                flat,
+                columns,
+                self._moments_of(block),
+                self._local(block, table, columns),
+                numbers[id(group)],
+                self._scratch_like(columns),
             )
+            self._put_back(block, flat)
 
-    def _clip_factor(self, buckets: Sequence[tuple[list[int], Bucket]], scales: Tensor, limit: float) -> Tensor:
-        rows = scales[self.layer_of]
-        parts = [
-            sharding.join_norms(
-                balanced_norm(bucket, self._select(rows, positions, bucket).T), self.shardings[positions[0]]
-            )
-            for positions, bucket in buckets
-        ]
-        norm = torch.linalg.vector_norm(torch.stack([part.to(self.like) for part in parts]))
-        factor: Tensor = limit / (norm + 1e-6)
+    def _blocks(self, memory: TermMemory, touched: Sequence[bool]) -> list[Block]:
+        wanted = [False] * len(self._all)
+        for member, flag in zip(self.members, touched, strict=True):
+            wanted[member] = flag
+        limit = max(1, BLOCK // memory.count) if not self.options.compile else 1 << 62
+        return [block for span in memory.spans for block in span.runs(wanted, limit)]
+
+    def _clip_factor(self, memory: TermMemory, blocks: Sequence[Block], scales: Tensor, limit: float) -> Tensor:
+        rows = self.balance.by_parameter(scales)
+        parts = []
+        for block in blocks:
+            columns = memory.columns(block)
+            local = self._spread(block, rows).to(columns.device)
+            norm = kernels.balanced_norm(columns, local, self._scratch_like(columns))
+            cut = self.balance.shardings[self._row[block.members[0]]]
+            parts.append(sharding.join_norms(norm, cut).to(scales))
+        factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(parts)) + 1e-6)
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
 
-    def _buckets(self, gradients: Sequence[Gradients], touched: Sequence[bool]) -> Iterator[tuple[list[int], Bucket]]:
-        """The touched parameters, joined by what they share, with their positions among the members."""
-        together: dict[tuple[object, ...], list[int]] = {}
-        for position, parameter in enumerate(self.parameters):
-            if touched[position]:
-                key = (id(self.groups[position]), parameter.device, parameter.dtype, self.shardings[position])
-                together.setdefault(key, []).append(position)
-        for positions in together.values():
-            states = [self.states[position] for position in positions]
-            yield (
-                positions,
-                Bucket(
-                    parameters=[self.parameters[position] for position in positions],
-                    gradients=[[row[position] for position in positions] for row in gradients],
-                    exp_avg=[state["exp_avg"] for state in states],
-                    exp_avg_sq=[state["exp_avg_sq"] for state in states],
-                    max_exp_avg_sq=[state["max_exp_avg_sq"] for state in states if "max_exp_avg_sq" in state],
-                ),
-            )
-
-    def _coefficients(
-        self, positions: list[int], bucket: Bucket, scales: Tensor, clocks: Tensor, group: Mapping[str, Any]
-    ) -> Coefficients:
+    def _coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
+        """The coefficients of all parameters: [P, I] or [P, 1] each."""
+        balance = self.balance
+        shared, own = balance.table.clocks[:, :1], balance.table.clocks[:, 1:]
         own_moments = self.options.denominator == "own"
-        scales = self._select(scales[self.layer_of], positions, bucket).T
-        clocks = self._select(clocks, positions, bucket).T
-        shared, own = clocks[0], clocks[1:]
-        beta1, beta2 = (torch.tensor(float(beta), dtype=torch.float64) for beta in group["betas"][:2])
-        reaching = (own > 0).sum(0).to(scales)
+        squares = shared if self.options.denominator == "sum" else own
+        correction = balance.correction(squares, 1)
+        weights = balance.with_betas(1, lambda beta: torch.where(squares > 0, (1 - beta) / correction, 0))
+        reaching = (own > 0).sum(1, keepdim=True).clamp(min=1).to(scales)
+        factor = balance.correction(own if own_moments else shared, 0)
+        if self.options.update == "mean":
+            factor = factor * reaching
+        if finite is not None:
+            weights, factor = torch.where(finite, weights, 0), torch.where(finite, factor, torch.inf)
         return Coefficients(
-            scales=scales,
-            first=1 / balancing.bias_correction(own if own_moments else shared, beta1),
-            second=torch.where(own > 0, 1 / balancing.bias_correction(own, beta2), 0),
-            share=reaching.clamp(min=1) if self.options.update == "mean" else torch.ones_like(reaching),
-            reaching=reaching,
+            scales=balance.by_parameter(scales),
+            weights=weights,
+            factor=factor,
+            reaching=reaching if self.options.denominator == "mean" else None,
+            correction=correction,
         )
 
-    def _select(self, rows: Tensor, positions: list[int], bucket: Bucket) -> Tensor:
-        """The rows at these positions, on the bucket's device."""
-        if len(positions) < len(rows):
-            rows = rows[_constant(tuple(positions), torch.int64, rows.device)]
-        return rows.to(bucket.parameters[0].device)
+    def _local(self, block: Block, table: Coefficients, like: Tensor) -> Coefficients:
+        """The coefficients of a block, on its device and in the dtype of its arithmetic."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        amsgrad = "max_exp_avg_sq" in self.states[self._row[block.members[0]]]
 
-    def _hyperparameters(self, group: Mapping[str, Any]) -> Hyperparameters:
-        beta1, beta2, _ = group["betas"]
-        numbers = {key: group[key] for key in ("lr", "eps", "weight_decay", "maximize")}
-        return Hyperparameters(beta1=beta1, beta2=beta2, denominator=self.options.denominator, **numbers)
+        def local(rows: Tensor) -> Tensor:
+            return self._spread(block, rows).to(like.device, dtype)
+
+        return Coefficients(
+            local(table.scales),
+            local(table.weights),
+            local(table.factor),
+            None if table.reaching is None else local(table.reaching),
+            local(table.correction) if amsgrad and table.correction is not None else None,
+        )
+
+    def _spread(self, block: Block, rows: Tensor) -> Tensor:
+        """Give each element the row of its parameter, [P, k] -> [k, elements]; one parameter's for all, [k, 1]."""
+        if len(block.span.members) == 1:
+            return rows[self._row[block.members[0]]][:, None]
+        return rows.T.index_select(1, self._owner(block.span)[block.begin : block.end])
+
+    def _owner(self, span: Span) -> Tensor:
+        if span not in self._owners:
+            sizes = [end - begin for begin, end in zip(span.bounds, span.bounds[1:], strict=False)]
+            rows = torch.tensor([self._row[member] for member in span.members])
+            self._owners[span] = rows.repeat_interleave(torch.tensor(sizes)).to(self.balance.device)
+        return self._owners[span]
+
+    def _hyperparameters(
+        self, group: Mapping[str, Any], clip_value: float | None, finite: Tensor | None
+    ) -> Hyperparameters:
+        lr = float(group["lr"])
+        decay: float | Tensor = 1 - lr * group["weight_decay"]
+        if finite is not None:
+            decay = torch.where(finite, decay, 1.0)
+        return Hyperparameters(
+            lr=-lr if group["maximize"] else lr,
+            beta1=group["betas"][0],
+            eps=group["eps"],
+            decay=decay,
+            denominator=self.options.denominator,
+            clip_value=clip_value,
+            finite=finite,
+        )
+
+    def _parameters(self, block: Block) -> Tensor:
+        """The elements of a block, flat; a view if they are one parameter's and contiguous."""
+        members = [sharding.local(self._all[member]) for member in block.members]
+        if len(members) > 1:
+            return torch.cat([member.reshape(-1) for member in members])
+        return members[0].reshape(-1)[block.begin - block.span.bounds[block.first] :][: block.end - block.begin]
+
+    def _put_back(self, block: Block, flat: Tensor) -> None:
+        """Write to the parameters what was not a view of them."""
+        members = [sharding.local(self._all[member]) for member in block.members]
+        if len(members) > 1:
+            pieces = torch.split(flat, block.sizes)
+            torch._foreach_copy_(members, [piece.view_as(one) for piece, one in zip(pieces, members, strict=True)])
+        elif not members[0].is_contiguous():
+            start = block.begin - block.span.bounds[block.first]
+            whole = members[0].reshape(-1)
+            whole[start : start + len(flat)] = flat
+            members[0].copy_(whole.view_as(members[0]))
+
+    def _moments_of(self, block: Block) -> Moments:
+        """Views into the moments of the block's span, which are brought together if they are not."""
+        span = block.span
+        states = [self.states[self._row[member]] for member in span.members]
+        moments, seen = self._moments.get(span, (None, []))
+        if moments is None or any(
+            state[key] is not one[key] for state, one in zip(states, seen, strict=True) for key in one
+        ):
+            moments, seen = self._join_moments(span, states)
+            self._moments[span] = moments, seen
+        cut = slice(block.begin, block.end)
+        largest = moments.max_exp_avg_sq
+        return replace(
+            moments,
+            exp_avg=moments.exp_avg[:, cut],
+            exp_avg_sq=moments.exp_avg_sq[:, cut],
+            max_exp_avg_sq=None if largest is None else largest[:, cut],
+        )
+
+    def _join_moments(self, span: Span, states: Sequence[State]) -> tuple[Moments, list[dict[str, Tensor]]]:
+        sizes = [end - begin for begin, end in zip(span.bounds, span.bounds[1:], strict=False)]
+        leading = dict(zip(("exp_avg", "exp_avg_sq"), self.options.moments(len(self.terms)), strict=True))
+        if "max_exp_avg_sq" in states[0]:
+            leading["max_exp_avg_sq"] = leading["exp_avg_sq"]
+        joined = {key: join_moments(states, key, count, sizes) for key, count in leading.items()}
+        moments = Moments(joined["exp_avg"], joined["exp_avg_sq"], joined.get("max_exp_avg_sq"))
+        return moments, [{key: state[key] for key in leading} for state in states]
+
+    def _scratch_like(self, columns: Tensor) -> Tensor:
+        """Memory for the block's balanced gradients: fresh memory for every block would cost more than their product."""
+        dtype = torch.promote_types(columns.dtype, torch.float32)
+        if self.options.compile:
+            return columns.new_empty((len(columns), 0), dtype=dtype)
+        if (self._scratch.dtype, self._scratch.device) != (dtype, columns.device) or self._scratch.numel() < columns.numel():
+            self._scratch = torch.empty(columns.numel(), dtype=dtype, device=columns.device)
+        return self._scratch[: columns.numel()].view(columns.shape)
 
     def _of_members(self, gradients: Gradients | None) -> list[Tensor | None]:
-        return [None if gradients is None else gradients[index] for index in self.members]
-
-
-@lru_cache(maxsize=1024)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A constant on the device; kept, so that it travels there once."""
-    return torch.tensor(values, dtype=dtype, device=device)
+        return [None if gradients is None else gradients[member] for member in self.members]

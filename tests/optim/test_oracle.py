@@ -153,10 +153,12 @@ def test_layers_of_a_callable_equal_the_rule_it_states():
 
 def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
     """Cut into blocks of five elements, every parameter is split or joined otherwise; nothing changes."""
-    from lightning_mtadam.optim import blocks
+    from lightning_mtadam.optim import layout, step
 
     def run(limit):
-        monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", limit)
+        monkeypatch.setattr(step, "BLOCK", 3 * limit)
+        monkeypatch.setattr(layout, "PACKED", limit // 2)
+        monkeypatch.setattr(layout, "PACK", limit)
         values = [*start(0)]
         parameters, optimizer = make(values, amsgrad=True)
         strided = torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)

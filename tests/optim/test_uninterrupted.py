@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from lightning_mtadam import balancing
 from lightning_mtadam.optim.uninterrupted import uninterrupted
 from tests.lightning_models import assert_same, make_loader, make_mtadam, make_network, three_losses
 
@@ -67,13 +68,13 @@ def test_ctrl_c_in_a_step_leaves_a_whole_step(monkeypatch):
     for network, optimizer in zip((stopped, whole), optimizers, strict=True):
         optimizer.backward(three_losses(network, batch))
     optimizers[1].step()
-    foreach_norm = torch._foreach_norm
+    tick = balancing.tick
 
-    def interrupted(*arguments, **options):
+    def interrupted(*arguments):
         press_ctrl_c()
-        return foreach_norm(*arguments, **options)
+        return tick(*arguments)
 
-    monkeypatch.setattr(torch, "_foreach_norm", interrupted)
+    monkeypatch.setattr(balancing, "tick", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizers[0].step()
     assert_same(stopped, whole)

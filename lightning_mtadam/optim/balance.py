@@ -1,0 +1,158 @@
+"""The balance of the parameters that have a state: their norms, scales and clocks, as tables over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam import balancing
+from lightning_mtadam.distributed import sharding
+from lightning_mtadam.optim.layers import Layers
+from lightning_mtadam.optim.options import Options
+from lightning_mtadam.optim.pending import Gradients, norms_of
+from lightning_mtadam.optim.schedule import decay_of_norms
+from lightning_mtadam.optim.state import BalanceTable, State, balance_dtype
+
+
+class Balance:
+    """Norms, scales and clocks of ``P`` parameters in ``L`` layers, with ``I`` terms.
+
+    Args:
+        options: the optimizer's options.
+        groups: the group of each parameter.
+        states: the state of each parameter; its small entries become rows of tables.
+        parameters: the parameters.
+        layers: the layers of all the optimizer's parameters.
+        members: which of those these are.
+        terms: the names of the terms.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        groups: Sequence[Mapping[str, Any]],
+        states: Sequence[State],
+        parameters: Sequence[Tensor],
+        layers: Layers,
+        members: Sequence[int],
+        terms: tuple[str, ...],
+    ) -> None:
+        self.options, self.groups, self.terms, self.layers = options, groups, terms, layers
+        self.dtype, self.device = balance_dtype(parameters), parameters[0].device
+        self.shardings = [sharding.sharding_of(parameter) for parameter in parameters]
+        self.table = BalanceTable(states, self.dtype, self.device)
+        self.layer_of = layers.layer_of.to(self.device)
+        self.single = len(members) == len(layers.layer_of) == len(layers.names)
+        if len(members) < len(layers.layer_of):
+            self.layer_of = self.layer_of[self.constant(members, torch.int64)]
+
+    def constant(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+        """A constant beside the tables."""
+        return _constant(tuple(values), dtype or self.dtype, self.device)
+
+    def observe(self, gradients: Sequence[Gradients], known: Sequence[Sequence[Tensor | None] | None]) -> Tensor:
+        """The L2 norms of the gradients, zero where there is none: I lists of P -> [P, I]   (Alg. 1).
+
+        Args:
+            gradients: of each term.
+            known: of each term its norms, if they were taken already.
+        """
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        columns = []
+        for column, norms in zip(gradients, known, strict=True):
+            if norms is None:
+                found = iter(norms_of(column))
+                norms = [None if gradient is None else next(found) for gradient in column]
+            columns.append(torch.stack([zero if norm is None else norm.to(zero) for norm in norms]))
+        rows = torch.stack(columns, 1)
+        for cut in dict.fromkeys(self.shardings):  # in one order on all processes
+            if cut is not None:
+                index = self.constant([row for row, other in enumerate(self.shardings) if other == cut], torch.int64)
+                rows[index] = sharding.join_norms(rows[index], cut)
+        return rows
+
+    def average(self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool], finite: Tensor | None) -> None:
+        """Average the observed norms into the moving averages.
+
+        Args:
+            observed: [P, I].
+            touched: per parameter, whether any term's graph reached it.
+            present: per term, whether it is in this step's losses.
+            finite: whether the step may change anything; ``None`` if it may.
+        """
+        layer_touched = self._by_layer(self.constant(touched)[:, None]) > 0
+        norms, counts = balancing.update_norms(
+            *self.norms(),
+            observed if self.single else balancing.layer_norms(observed, self.layer_of, len(self.layers.names)),
+            layer_touched & self.constant(present, torch.bool),
+            self._beta3(),
+            self.options.norm_init,
+        )
+        for kept, moved in ((self.table.norms, norms), (self.table.counts, counts)):
+            moved = moved if self.single else moved[self.layer_of]
+            kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
+
+    def scales(self) -> Tensor:
+        """What multiplies each term's gradient: [L, I]   (Alg. 1)."""
+        norms = self.corrected_norms()
+        return balancing.balance_scales(
+            norms,
+            self.options.target_norms(norms, self.terms),
+            self.constant([float(self.options.importance.get(term, 1)) for term in self.terms]),
+            self.options.max_scale,
+        )
+
+    def tick(self, reaching: Tensor, touched: Sequence[bool], finite: Tensor | None) -> None:
+        """Advance the clocks: ``reaching`` is [P, I] bool, ``touched`` per parameter."""
+        clocks = balancing.tick(self.table.clocks, reaching, self.constant(touched, torch.bool)[:, None])
+        self.table.clocks.copy_(clocks if finite is None else torch.where(finite, clocks, self.table.clocks))
+
+    def correction(self, clocks: Tensor, which: int) -> Tensor:
+        """``1 - beta^clock`` with the betas of each parameter's group: [P, k] -> [P, k]."""
+        return self.with_betas(which, lambda beta: balancing.bias_correction(clocks, beta))
+
+    def with_betas(self, which: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``compute`` gives for the beta of each parameter's group, in rows [P, k]; betas are float64."""
+        betas = [float(group["betas"][which]) for group in self.groups]
+        result: Tensor | None = None
+        for beta in dict.fromkeys(betas):
+            values = compute(torch.tensor(beta, dtype=torch.float64))
+            mine = self.constant([other == beta for other in betas], torch.bool)[:, None]
+            result = values if result is None else torch.where(mine, values, result)
+        assert result is not None
+        return result
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """The moving averages of the layers' norms, and how many norms they average: [L, I] each."""
+        if self.single:
+            return self.table.norms, self.table.counts
+        return self._by_layer(self.table.norms), self._by_layer(self.table.counts)
+
+    def corrected_norms(self) -> Tensor:
+        """The gradient norms n_i as the balance uses them: [L, I]."""
+        return balancing.corrected_norms(*self.norms(), self._beta3(), self.options.norm_init)
+
+    def by_parameter(self, rows: Tensor) -> Tensor:
+        """Give each parameter the row of its layer: [L, k] -> [P, k]."""
+        return rows if self.single else rows[self.layer_of]
+
+    def _by_layer(self, rows: Tensor) -> Tensor:
+        return balancing.by_layer(rows, self.layer_of, len(self.layers.names))
+
+    def _beta3(self) -> Tensor:
+        """Scalar; or [L, 1] where groups differ: a layer that spans groups takes the largest."""
+        every = self.options.balance_every
+        decays = [decay_of_norms(float(group["betas"][2]), every) for group in self.groups]
+        if len(set(decays)) == 1:
+            return torch.tensor(decays[0], dtype=torch.float64)
+        return self._by_layer(self.constant(decays)[:, None])
+
+
+@lru_cache(maxsize=1024)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant on the device; kept, so that it travels there once."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -1,0 +1,172 @@
+"""The update as one compiled kernel over all terms: every number is read and written once.
+
+The same mathematics as ``kernels.update``, written row by row, which ``torch.compile`` joins to a single loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, reduce
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments
+from lightning_mtadam.optim.options import Denominator
+
+TRIAL = 67
+"""Elements of the block on which a kernel is compiled; those of later blocks are free, above one."""
+
+
+def update(
+    parameter: Tensor, gradients: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters, scratch: Tensor
+) -> None:
+    """As ``kernels.update``."""
+    kernel = _kernel(
+        len(gradients),
+        len(moments.exp_avg_sq),
+        parameter.dtype,
+        scratch.dtype,
+        parameter.device,
+        hyper.denominator,
+        moments.max_exp_avg_sq is not None,
+        hyper.clip_value is not None,
+        hyper.eps == 0,
+        hyper.finite is not None,
+        local.scales.shape[1] > 1,
+    )
+    kernel(parameter, gradients.unbind(), *_rows(moments), *_contiguous(local), *_numbers(hyper), hyper.finite)
+
+
+def _rows(moments: Moments) -> tuple[tuple[Tensor, ...], ...]:
+    largest = moments.max_exp_avg_sq
+    return moments.exp_avg.unbind(), moments.exp_avg_sq.unbind(), () if largest is None else largest.unbind()
+
+
+def _contiguous(local: Coefficients) -> list[Tensor | None]:
+    found = (local.scales, local.weights, local.factor, local.reaching, local.correction)
+    return [None if coefficient is None else coefficient.contiguous() for coefficient in found]
+
+
+def _numbers(hyper: Hyperparameters) -> list[Tensor]:
+    """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
+    numbers = (hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0)
+    known = torch.tensor((*numbers, 1.0), dtype=torch.float64, device="cpu").unbind()
+    decay = hyper.decay if isinstance(hyper.decay, Tensor) else known[-1] * hyper.decay
+    return [*known[:-1], decay]
+
+
+def _update_rows(
+    parameter: Tensor,
+    gradients: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    max_exp_avg_sq: Sequence[Tensor],
+    scales: Tensor,
+    weights: Tensor,
+    factor: Tensor,
+    reaching: Tensor | None,
+    correction: Tensor | None,
+    lr: Tensor,
+    beta1: Tensor,
+    eps: Tensor,
+    limit: Tensor,
+    decay: Tensor,
+    finite: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    denominator: Denominator,
+    clips: bool,
+    no_eps: bool,
+) -> None:
+    balanced = [gradient.to(dtype) * scale for gradient, scale in zip(gradients, scales.unbind(), strict=True)]
+    kept = beta1
+    if finite is not None:
+        balanced = [torch.where(finite, row, 0) for row in balanced]
+        kept = torch.where(finite, beta1, 1.0)
+    if clips:
+        total = reduce(torch.add, balanced)
+        ratio = torch.where(total.abs() > limit, limit / total.abs(), 1)
+        balanced = [row * ratio for row in balanced]
+    steps = balanced if denominator == "own" else [reduce(torch.add, balanced)]
+    if denominator == "sum":
+        balanced = steps
+    first = [kept * row.to(dtype) + (1 - beta1) * step for row, step in zip(exp_avg, steps, strict=True)]
+    second = [
+        torch.lerp(row.to(dtype), one * one, weight)
+        for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)
+    ]
+    for row, value in zip((*exp_avg, *exp_avg_sq), (*first, *second), strict=True):
+        row.copy_(value)
+    if correction is not None:
+        pairs = zip(max_exp_avg_sq, second, correction.unbind(), strict=True)
+        second = [torch.maximum(row.to(dtype), value * part) for row, value, part in pairs]
+        for row, value in zip(max_exp_avg_sq, second, strict=True):
+            row.copy_(value)
+        second = [value / part for value, part in zip(second, correction.unbind(), strict=True)]
+    if denominator == "max":
+        second = [reduce(torch.maximum, second)]
+    elif reaching is not None:
+        second = [reduce(torch.add, second) / reaching[0]]
+    moved = parameter.to(dtype) * decay
+    for moment, value, part in zip(first, second, factor.unbind(), strict=True):
+        divisor = (value.sqrt() + eps) * part
+        step = torch.where(divisor > 0, moment / divisor, 0) if no_eps else moment / divisor
+        moved = moved - lr * step
+    parameter.copy_(moved)
+
+
+@cache
+def _kernel(
+    terms: int,
+    squares: int,
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    device: torch.device,
+    denominator: Denominator,
+    amsgrad: bool,
+    clips: bool,
+    no_eps: bool,
+    deferred: bool,
+    packed: bool,
+) -> Callable[..., None]:
+    """A kernel of its own for each case, compiled on zeros before any number of a training depends on it.
+
+    Raises:
+        RuntimeError: torch.compile does not work here.
+    """
+    named = _update_rows.__code__.replace(co_name=f"update_{terms}_terms")  # a code of its own: recompiles are counted by code
+    function = FunctionType(named, globals(), argdefs=None)
+    options = {"dtype": wide, "denominator": denominator, "clips": clips, "no_eps": no_eps}
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def kernel(*arguments: object) -> None:
+        compiled(*arguments, **options)
+
+    def zeros(rows: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(TRIAL, dtype=dtype, device=device) for _ in range(rows))
+
+    own = terms if denominator == "own" else 1
+    width = TRIAL if packed else 1
+    coefficients = [
+        torch.ones(rows, width, dtype=wide, device=device) if needed else None
+        for rows, needed in ((terms, True), (squares, True), (own, True), (1, denominator == "mean"), (squares, amsgrad))
+    ]
+    rows = [zeros(1), zeros(terms), zeros(own), zeros(squares), zeros(squares if amsgrad else 0)]
+    for tensor in (tensor for group in rows for tensor in group):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for coefficient in coefficients:
+        if packed and coefficient is not None:
+            torch._dynamo.maybe_mark_dynamic(coefficient, 1)
+    finite = torch.ones((), dtype=torch.bool, device=device) if deferred else None
+    decay = torch.ones((), dtype=torch.float64, device=device) if deferred else 1.0
+    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, decay, denominator, 1.0))
+    try:
+        kernel(rows[0][0], *rows[1:], *coefficients, *numbers, finite)
+    except Exception as error:
+        raise RuntimeError(
+            f"torch.compile cannot compile the update for {device}: {error}. Nothing was changed. On a CPU it needs a"
+            " C++ compiler such as g++; or leave out compile=True."
+        ) from error
+    return kernel
