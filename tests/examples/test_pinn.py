@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import inspect
 import io
 import json
 import logging
@@ -22,7 +21,6 @@ from example_projects.pinn.methods import METHODS
 from example_projects.pinn.module import Equation
 from example_projects.pinn.network import Net
 from example_projects.pinn.problem import grid, pinn_losses, relative_error, second_derivative, solution, source
-from lightning_mtadam import MTAdam
 from tests.lightning_models import needs_exact_resume
 
 pytestmark = [
@@ -34,10 +32,6 @@ pytestmark = [
 ]
 
 STEPS = 8
-OPTIONS = inspect.signature(MTAdam).parameters
-RUNNABLE = [
-    name for name, method in METHODS.items() if method.optimizer is not MTAdam or {*method.options} <= {*OPTIONS}
-]
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +140,7 @@ def test_the_boundary_loss_takes_the_factor_and_the_weight_by_hand(name, factor,
     assert not x.requires_grad
 
 
-@pytest.mark.parametrize("name", ["mtadam", *([] if "mtadam-every-5" not in RUNNABLE else ["mtadam-every-5"])])
+@pytest.mark.parametrize("name", ["mtadam", "mtadam-every-5"])
 def test_a_factor_on_the_boundary_changes_nothing_with_mtadam(name, tmp_path):
     results = []
     for factor in (1.0, 2.0**13):
@@ -165,7 +159,7 @@ def all_methods(tmp_path_factory):
     """One call with every method: the folder and what was printed."""
     output = tmp_path_factory.mktemp("all")
     return output, call(
-        "--method", *RUNNABLE, "--seeds", 0, "--steps", 6, "--output-dir", output, "--accelerator", "cpu"
+        "--method", *METHODS, "--seeds", 0, "--steps", 6, "--output-dir", output, "--accelerator", "cpu"
     )
 
 
@@ -174,10 +168,10 @@ def test_every_method_runs_and_has_a_row(all_methods):
     table = (output / "table.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0] == ["method", "runs", *command.COLUMNS]
-    assert [row[:2] for row in rows[2:]] == [[method, "1"] for method in RUNNABLE]
+    assert [row[:2] for row in rows[2:]] == [[method, "1"] for method in METHODS]
     assert table in printed
     results = read_results(output)
-    assert [row["method"] for row in results] == RUNNABLE
+    assert [row["method"] for row in results] == list(METHODS)
     for row, shown in zip(results, rows[2:], strict=True):
         assert row["seed"] == "0"
         assert row["steps"] == "6"
@@ -188,7 +182,8 @@ def test_every_method_runs_and_has_a_row(all_methods):
 
 
 def test_the_methods_differ(all_methods):
-    errors = [row["relative_error"] for row in read_results(all_methods[0])]
+    """But for those with ``balance_every``: in so few steps they all measure nearly always."""
+    errors = [row["relative_error"] for row in read_results(all_methods[0]) if "-every-" not in row["method"]]
     assert len(set(errors)) == len(errors)
 
 
