@@ -90,6 +90,7 @@ class Balance:
             layer_touched & self.constant(present, torch.bool),
             self._beta3(),
             self.options.norm_init,
+            quadratic=self.options.seldom,
         )
 
     def average(
@@ -107,7 +108,7 @@ class Balance:
 
     def scales_of(self, norms: Tensor, counts: Tensor) -> Tensor:
         """The scales that follow from norms and counts: [L, I] each."""
-        norms = balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init)
+        norms = self._correct(norms, counts)
         return balancing.balance_scales(
             norms,
             self.options.target_norms(norms, self.terms),
@@ -148,7 +149,11 @@ class Balance:
 
     def corrected_norms(self) -> Tensor:
         """The gradient norms n_i as the balance uses them: [L, I]."""
-        return balancing.corrected_norms(*self.norms(), self._beta3(), self.options.norm_init)
+        return self._correct(*self.norms())
+
+    def _correct(self, norms: Tensor, counts: Tensor) -> Tensor:
+        quadratic = self.options.seldom
+        return balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init, quadratic=quadratic)
 
     def by_parameter(self, rows: Tensor) -> Tensor:
         """Give each parameter the row of its layer: [L, k] -> [P, k]."""
