@@ -177,8 +177,7 @@ class TermOptimizer(Optimizer):
         may_miss: bool,
     ) -> None:
         """Hold the gradients that are found. The arguments are those of ``PendingGradients.collect``."""
-        memory = self._memory(len(rows) if rows != (SUM,) else len(self.terms))
-        self._pending.use(memory if rows != (SUM,) else memory.first_row(), rows)
+        self._pending.use(self._memory(len(self.terms if rows == (SUM,) else rows)), rows)
         self._pending.collect(found, names, rows, self._parameters(), loss_scale, averaging, may_miss)
 
     def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def update(
         first.add_(row, alpha=1 - hyper.beta1)
     # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
     second = moments.exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), local.weights)
-    _apply(parameter, first, second, moments, local, hyper)
+    _apply(parameter, first, second, moments, local, hyper, scratch)
 
 
 def absorb(
@@ -150,11 +150,17 @@ def finish(
         second.lerp_((balanced * balanced)[None], local.weights)
     else:
         second.mul_(torch.where(missed, 1 - local.weights, 1))
-    _apply(parameter, first, second, moments, local, hyper)
+    _apply(parameter, first, second, moments, local, hyper, torch.empty_like(second))
 
 
 def _apply(
-    parameter: Tensor, first: Tensor, second: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters
+    parameter: Tensor,
+    first: Tensor,
+    second: Tensor,
+    moments: Moments,
+    local: Coefficients,
+    hyper: Hyperparameters,
+    scratch: Tensor,
 ) -> None:
     """Keep the new moments, and move the parameters."""
     store(first, moments.exp_avg)
@@ -167,7 +173,7 @@ def _apply(
     moved = parameter.to(second.dtype)
     if isinstance(hyper.decay, Tensor) or hyper.decay != 1:
         moved.mul_(hyper.decay)  # decoupled, as in AdamW
-    move(moved, first, denominators(second, local, hyper), hyper)
+    move(moved, first, denominators(second, local, hyper, scratch), hyper)
     store(moved, parameter)
 
 
@@ -177,23 +183,20 @@ def store(value: Tensor, where: Tensor) -> None:
         where.copy_(value)
 
 
-def denominators(second: Tensor, local: Coefficients, hyper: Hyperparameters) -> Tensor:
+def denominators(second: Tensor, local: Coefficients, hyper: Hyperparameters, scratch: Tensor) -> Tensor:
     """``(sqrt(max_i v^_i) + eps)`` times the factor (Alg. 1): [V, b] -> [1, b], or [I, b] with denominator "own"."""
     if hyper.denominator == "own":
-        root = second.sqrt()
+        root = torch.sqrt(second, out=scratch)
     elif hyper.denominator == "mean":
         assert local.reaching is not None
-        root = second.sum(0, keepdim=True).div_(local.reaching).sqrt_()
+        root = torch.sum(second, 0, keepdim=True, out=scratch[:1]).div_(local.reaching).sqrt_()
+    elif len(second) == 1:
+        root = torch.sqrt(second, out=scratch[:1])
+    elif len(second) == 2:  # twice as fast as a reduction
+        root = torch.maximum(second[:1], second[1:], out=scratch[:1]).sqrt_()
     else:
-        root = _largest(second).sqrt_()
+        root = torch.amax(second, 0, keepdim=True, out=scratch[:1]).sqrt_()
     return root.add_(hyper.eps).mul_(local.factor)
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """[V, b] -> [1, b], as a copy."""
-    if len(rows) == 1:
-        return rows.clone()
-    return torch.maximum(rows[:1], rows[1:]) if len(rows) == 2 else rows.amax(0, keepdim=True)
 
 
 def move(parameter: Tensor, first: Tensor, denominator: Tensor, hyper: Hyperparameters) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -201,6 +202,7 @@ class TermMemory:
             torch._foreach_zero_(stale)
         self._clean[row][:] = [not now for now in reached]
 
+    @cached_property
     def first_row(self) -> TermMemory:
         """The same memory, seen as that of one term."""
         only = copy(self)
