@@ -123,7 +123,7 @@ class Stepper:
         local: dict[int, Coefficients] = {}  # of one parameter for all its blocks
         for work in works:
             columns = memory.columns(work.block)
-            scratch = self.scratch_like(columns)
+            scratch = self.scratch_for(columns, len(columns) + 1)
             found = local.get(work.rows) if isinstance(work.rows, int) else None
             if found is None:
                 found = work.local(table, columns.device, scratch.dtype)
@@ -138,7 +138,8 @@ class Stepper:
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.balance.shardings}
         for work in works:
             columns = memory.columns(work.block)
-            norm = kernels.balanced_norm(columns, work.spread(rows).to(columns.device), self.scratch_like(columns))
+            local = work.spread(rows).to(columns.device)
+            norm = kernels.balanced_norm(columns, local, self.scratch_for(columns, len(columns)))
             parts[work.cut].append(norm.to(scales))
         zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
         norms = [torch.linalg.vector_norm(torch.stack([zero, *mine])) for mine in parts.values()]
@@ -186,15 +187,15 @@ class Stepper:
             finite=finite,
         )
 
-    def scratch_like(self, columns: Tensor) -> Tensor:
+    def scratch_for(self, columns: Tensor, rows: int) -> Tensor:
         """Memory for balanced gradients; fresh memory for every block would cost more than what is done with it."""
         dtype = torch.promote_types(columns.dtype, torch.float32)
         if self.options.compile:
             return columns.new_empty(0, dtype=dtype)
-        size, kept = columns.numel(), self._scratch
-        if (kept.dtype, kept.device) != (dtype, columns.device) or kept.numel() < size:
-            kept = self._scratch = torch.empty(size, dtype=dtype, device=columns.device)
-        return kept[:size].view(columns.shape)
+        width, kept = columns.shape[-1], self._scratch
+        if (kept.dtype, kept.device) != (dtype, columns.device) or kept.numel() < rows * width:
+            kept = self._scratch = torch.empty(rows * width, dtype=dtype, device=columns.device)
+        return kept[: rows * width].view(rows, width)
 
     @cached_property
     def spans(self) -> list[Span]:

@@ -150,6 +150,6 @@ class Streaming:
                 None if stepper.options.denominator == "sum" else work.moments.exp_avg_sq[column],
                 scales[row, column].to(piece.device),
                 weights[row].to(piece.device),
-                stepper.scratch_like(piece),
+                stepper.scratch_for(piece, 1)[0],
             )
             self._consumed.add((column, member))
