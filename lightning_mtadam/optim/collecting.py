@@ -207,6 +207,8 @@ class TermOptimizer(Optimizer):
             for parameter in group["params"]
         ]
         memory = self._pending.memory
+        if memory is not None and memory.whole is not None:
+            memory = memory.whole
         if memory is not None and memory.fits(parameters, trained, keys, rows):
             return memory
         return TermMemory(parameters, trained, keys, rows)

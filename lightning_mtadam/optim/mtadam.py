@@ -316,6 +316,12 @@ class MTAdam(TermOptimizer):
             light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
         return dict(zip(self.terms, self._stepper().balance.scales()[0].unbind(), strict=True)) if light else None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # checkpoints from before they were counted
+            group.setdefault("steps", 0)
+            group.setdefault("measured", ())
+
     def _reset_transient(self) -> None:
         super()._reset_transient()
         self._watch = FiniteWatch()
