@@ -18,7 +18,7 @@ from tests.lightning_models import (
     make_network,
     three_losses,
 )
-from tests.optim.streams import TERMS, feed, make, start, stream
+from tests.optim.streams import feed, make, start, stream
 from tests.oracles.naive_balance_every import NaiveBalanceEvery, measured_steps
 
 EVERY, STEPS = 5, 24
@@ -123,6 +123,22 @@ def test_a_new_term_is_measured_in_the_step_it_comes_in(monkeypatch):
         passes.append(len(calls) - before)
     assert optimizer.scales()["global"].gt(0).all()
     assert passes[22:] == [1, 2, 1, 3, 1, 1, 1, 3]  # at 23 and 29 by the schedule, at 25 for the new term
+
+
+def test_a_new_term_in_a_later_batch_of_an_accumulated_step_waits_for_the_next_measurement():
+    scales = []
+    network = make_network()
+    optimizer = make_mtadam(network, balance_every=50, terms=NAMES)
+    for step, (first, second) in enumerate(zip(make_loader(12), make_loader(12, seed=2), strict=True)):
+        losses = three_losses(network, first)
+        del losses["size"]
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        late = three_losses(network, second)
+        optimizer.backward(late if step >= 7 else {"fit": late["fit"]})
+        optimizer.step()
+        scales.append(float(optimizer.scales()["global"][1]))
+    assert [step for step, scale in enumerate(scales) if scale > 0] == [8, 9, 10, 11]
 
 
 def test_the_gradients_memory_is_kept_from_step_to_step():
