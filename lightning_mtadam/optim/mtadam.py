@@ -78,8 +78,9 @@ class MTAdam(TermOptimizer):
         balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
             pass per term, and take a single backward pass of the sum in the steps between, each loss multiplied by its
             last scale. This is no longer the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``,
-            and costs little more than Adam. A term that was never measured is measured in the step it comes in; under
-            accumulation over several processes, in the next measured step.
+            and costs little more than Adam. A term that was never measured is measured in the step it comes in. Under
+            accumulation, if it is not in the step's first batch or if there are several processes, it is left out until
+            the next measured step.
         low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
             the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
             refused; and if the gradient of a later term is inf or nan, second moments have seen those before it.
