@@ -44,6 +44,8 @@ class Balance:
         self.options, self.groups, self.terms, self.layers = options, groups, terms, layers
         self.dtype, self.device = balance_dtype(parameters), parameters[0].device
         self.shardings = [sharding.sharding_of(parameter) for parameter in parameters]
+        self.distinct = list({id(group): group for group in groups}.values())
+        self.uniform = all(p.device == self.device and balance_dtype([p]) == self.dtype for p in parameters)
         self.table = BalanceTable(states, self.dtype, self.device)
         self.layer_of = layers.layer_of.to(self.device)
         self.single = len(members) == len(layers.layer_of) == len(layers.names)
@@ -67,7 +69,8 @@ class Balance:
             if norms is None:
                 found = iter(norms_of(column))
                 norms = [None if gradient is None else next(found) for gradient in column]
-            columns.append(torch.stack([zero if norm is None else norm.to(zero) for norm in norms]))
+            filled = [zero if norm is None else norm for norm in norms]
+            columns.append(torch.stack(filled if self.uniform else [norm.to(zero) for norm in filled]))
         rows = torch.stack(columns, 1)
         for cut in dict.fromkeys(self.shardings):  # in one order on all processes
             if cut is not None:
@@ -132,13 +135,11 @@ class Balance:
 
     def with_betas(self, which: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``compute`` gives for the beta of each parameter's group, in rows [P, k]; betas are float64."""
-        betas = [float(group["betas"][which]) for group in self.groups]
-        result: Tensor | None = None
-        for beta in dict.fromkeys(betas):
-            values = compute(torch.tensor(beta, dtype=torch.float64))
-            mine = self.constant([other == beta for other in betas], torch.bool)[:, None]
-            result = values if result is None else torch.where(mine, values, result)
-        assert result is not None
+        first, *others = dict.fromkeys(float(group["betas"][which]) for group in self.distinct)
+        result = compute(torch.tensor(first, dtype=torch.float64))
+        for beta in others:
+            mine = self.constant([float(group["betas"][which]) == beta for group in self.groups], torch.bool)
+            result = torch.where(mine[:, None], compute(torch.tensor(beta, dtype=torch.float64)), result)
         return result
 
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -164,11 +165,12 @@ class Balance:
 
     def _beta3(self) -> Tensor:
         """Scalar; or [L, 1] where groups differ: a layer that spans groups takes the largest."""
-        every = self.options.balance_every
-        decays = [decay_of_norms(float(group["betas"][2]), every) for group in self.groups]
-        if len(set(decays)) == 1:
-            return torch.tensor(decays[0], dtype=torch.float64)
-        return self._by_layer(self.constant(decays)[:, None])
+        decays = {
+            id(group): decay_of_norms(float(group["betas"][2]), self.options.balance_every) for group in self.distinct
+        }
+        if len(set(decays.values())) == 1:
+            return torch.tensor(next(iter(decays.values())), dtype=torch.float64)
+        return self._by_layer(self.constant([decays[id(group)] for group in self.groups])[:, None])
 
 
 @lru_cache(maxsize=1024)

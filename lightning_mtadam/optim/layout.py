@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -145,7 +146,6 @@ class TermMemory:
         spans: the places of those that are trained.
         rows: [R, columns] for each device and dtype.
         views: [R][P], of the parameters' shapes; ``None`` where not trained.
-        whole: the memory of all terms, if this is what ``first_row`` gave.
     """
 
     def __init__(
@@ -161,7 +161,6 @@ class TermMemory:
         self.views: list[list[Tensor | None]] = [
             self.shaped([row[index] for row in self.rows]) for index in range(count)
         ]
-        self.whole: TermMemory | None = None
         self._clean = [[True] * len(self.parameters) for _ in range(count)]
 
     def fits(
@@ -203,9 +202,10 @@ class TermMemory:
             torch._foreach_zero_(stale)
         self._clean[row][:] = [not now for now in reached]
 
+    @cached_property
     def first_row(self) -> TermMemory:
         """The same memory, seen as that of one term."""
         only = copy(self)
         only.count, only.rows, only.views = 1, [rows[:1] for rows in self.rows], self.views[:1]
-        only.whole, only._clean = self, self._clean[:1]
+        only._clean = self._clean[:1]
         return only
