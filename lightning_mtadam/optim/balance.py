@@ -47,6 +47,7 @@ class Balance:
         self.distinct = list({id(group): group for group in groups}.values())
         self.uniform = all(p.device == self.device and balance_dtype([p]) == self.dtype for p in parameters)
         self.table = BalanceTable(states, self.dtype, self.device)
+        self._frozen: Tensor | None = None
         self.layer_of = layers.layer_of.to(self.device)
         self.single = len(members) == len(layers.layer_of) == len(layers.names)
         if len(members) < len(layers.layer_of):
@@ -104,6 +105,14 @@ class Balance:
         for kept, moved in ((self.table.norms, norms), (self.table.counts, counts)):
             moved = moved if self.single else moved[self.layer_of]
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
+        self._frozen = None
+
+    @property
+    def frozen_scales(self) -> Tensor:
+        """As ``scales``; worked out once between two measurements."""
+        if self._frozen is None:
+            self._frozen = self.scales()
+        return self._frozen
 
     def scales(self) -> Tensor:
         """What multiplies each term's gradient: [L, I]   (Alg. 1)."""
