@@ -78,8 +78,9 @@ class MTAdam(TermOptimizer):
         balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
             pass per term, and take a single backward pass of the sum in the steps between, each loss multiplied by its
             last scale. This is no longer the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``,
-            and costs little more than Adam. A term that was never measured is measured in the step it comes in; under
-            accumulation over several processes, in the next measured step.
+            and costs little more than Adam. A term that was never measured is measured in the step it comes in. Under
+            accumulation, if it is not in the step's first batch or if there are several processes, it is left out until
+            the next measured step.
         low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
             the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
             refused; and if the gradient of a later term is inf or nan, second moments have seen those before it.
@@ -324,6 +325,12 @@ class MTAdam(TermOptimizer):
             unmeasured = agreed and not set(terms) <= set(group["measured"])
             light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
         return dict(zip(self.terms, self._stepper().balance.frozen_scales[0].unbind(), strict=True)) if light else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # checkpoints from before they were counted
+            group.setdefault("steps", 0)
+            group.setdefault("measured", ())
 
     def _reset_transient(self) -> None:
         super()._reset_transient()

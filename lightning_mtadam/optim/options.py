@@ -39,8 +39,10 @@ class Options:
     low_memory: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.balance_every, int) or self.balance_every < 1:
-            raise ValueError(f"balance_every must be a whole number of at least 1, but got {self.balance_every!r}.")
+        if not isinstance(self.balance_every, int):
+            raise TypeError(f"balance_every must be a whole number, but got {self.balance_every!r}.")
+        if self.balance_every < 1:
+            raise ValueError(f"balance_every must be at least 1, but got {self.balance_every!r}.")
         if self.balance_every > 1 and (self.layers, self.denominator) != ("global", "sum"):
             raise ValueError(
                 f"balance_every={self.balance_every} differentiates one weighted sum in most steps: each term has one"

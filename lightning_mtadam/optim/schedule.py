@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -54,4 +54,5 @@ def weighted_sum(losses: Losses, factors: Mapping[str, Tensor]) -> Losses:
     """The one loss of a light step: the sum of the losses, each multiplied by its factor."""
     with torch.enable_grad():
         parts = [loss * factors[name].to(loss.device) for name, loss in losses.items()]
-        return {SUM: torch.stack([part.to(parts[0]) for part in parts]).sum()}
+        dtype = reduce(torch.promote_types, [part.dtype for part in parts])
+        return {SUM: torch.stack([part.to(parts[0].device, dtype) for part in parts]).sum()}

@@ -107,7 +107,7 @@ class Stepper:
             scales = scales * self._clip_factor(memory, works, scales, pending.clip[1])
         clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
         self._update(memory, works, scales, clip_value, finite)
-        return self.balance.frozen_scales if light else scales
+        return self.balance.frozen_scales * scales if light else scales
 
     def _update(
         self,

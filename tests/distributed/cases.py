@@ -79,6 +79,14 @@ def changing_terms(network: nn.Module, batch: Batch, step: int, rank: int) -> Lo
     return {name: losses[name] for name in (reversed(present) if rank else present)}
 
 
+def late_term(network: nn.Module, batch: Batch, step: int, rank: int) -> Losses:
+    """A term comes in the tenth step, which would be light without it."""
+    losses = three_losses(network, batch)
+    if step < 9:
+        del losses["size"]
+    return losses
+
+
 def own_heads(network: Branches, batch: Batch, step: int, rank: int) -> Losses:
     """Each rank uses one of the heads, and the heads' decay is a term that reaches them on rank 0 only."""
     x, y = batch
@@ -141,6 +149,9 @@ class Case:
         return None if limit is None else (limit, self.trainer.get("gradient_clip_algorithm", "norm"))
 
 
+SELDOM = {"balance_every": 5}
+"""Of twenty steps, ten are measured: 0, 1, 2, 3, 4, 6, 8, 11, 14, 18."""
+
 CASES = {
     "plain": Case(),
     "one scale for the network": Case(optimizer={"layers": "global", "anchor": "mean", "weight_decay": 0.1}),
@@ -167,6 +178,24 @@ CASES = {
     "changing terms in another order": Case(changing_terms, trainer={"accumulate_grad_batches": 3}),
     "frozen parameters": Case(network=make_frozen),
     "freezing and thawing": Case(freezing),
+    "balance_every": Case(optimizer=SELDOM),
+    "balance_every, accumulation and clipping": Case(
+        trainer={"accumulate_grad_batches": 3, "gradient_clip_val": 0.01}, optimizer={**SELDOM, "eps": 1e-2}
+    ),
+    "balance_every, clipping by value": Case(
+        trainer={"gradient_clip_val": 0.003, "gradient_clip_algorithm": "value"}, optimizer={**SELDOM, "eps": 1e-2}
+    ),
+    "balance_every, other heads": Case(own_heads, Branches, joined=False, optimizer=SELDOM),
+    "balance_every, constant terms": Case(constant_terms, joined=False, optimizer=SELDOM),
+    "balance_every, constant terms, accumulation": Case(
+        constant_terms, joined=False, trainer={"accumulate_grad_batches": 3}, optimizer=SELDOM
+    ),
+    "balance_every, changing terms in another order": Case(
+        changing_terms, trainer={"accumulate_grad_batches": 3}, optimizer={**SELDOM, "anchor": "mean"}
+    ),
+    "balance_every, a term that comes late": Case(
+        late_term, optimizer={**SELDOM, "terms": ("fit", "size", "decay"), "anchor": "fit"}
+    ),
     "BatchNorm": Case(network=make_normed, joined=False),
     "BatchNorm over all ranks": Case(network=make_synced, alone=make_normed),
 }

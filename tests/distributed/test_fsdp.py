@@ -57,6 +57,10 @@ def frozen(network):
     return make_mtadam(network)
 
 
+def seldom(network):
+    return make_mtadam(network, balance_every=5, anchor="mean")
+
+
 PLAIN = {"optimizer": make_mtadam, "network": {}, "sharding": {}, "mesh": None, "loop": {}}
 CASES = {
     "plain": {},
@@ -68,6 +72,12 @@ CASES = {
     "amsgrad": {"optimizer": lambda network: make_mtadam(network, amsgrad=True)},
     "own": {"optimizer": lambda network: make_mtadam(network, denominator="own", layers="module")},
     "global": {"optimizer": lambda network: make_mtadam(network, layers="global", anchor="mean", norm_init="unbiased")},
+    "balance_every": {"optimizer": seldom, "loop": {"steps": 24}},
+    "balance_every, accumulation": {
+        "optimizer": seldom,
+        "loop": {"steps": 36, "accumulate": 3, "clip": (0.05, "norm")},
+    },
+    "balance_every, no gradient sync": {"optimizer": seldom, "loop": {"steps": 36, "accumulate": 3, "sync": False}},
     "an empty group": {"optimizer": in_groups},
     "frozen": {"optimizer": frozen},
     "whole after forward": {"sharding": {"reshard_after_forward": False}},

@@ -163,16 +163,16 @@ def states(network, optimizer):
     return {"network": get_model_state_dict(network), "optimizer": get_optimizer_state_dict(network, optimizer)}
 
 
-def by_hand(rank, path):
+def by_hand(rank, path, options):
     """Save, go on; load into new ones, go on."""
     network = shard(Network())
-    optimizer = make_mtadam(network, terms=TERMS)
+    optimizer = make_mtadam(network, terms=TERMS, **options)
     train(network, optimizer, rank, steps=4)
     dcp.save(states(network, optimizer), checkpoint_id=path)
     train(network, optimizer, rank, skip=4)
 
     resumed = shard(Network())
-    other = make_mtadam(resumed, terms=TERMS, lr=1.0)
+    other = make_mtadam(resumed, terms=TERMS, lr=1.0, **options)
     saved = states(resumed, other)
     dcp.load(saved, checkpoint_id=path)
     set_model_state_dict(resumed, saved["network"])
@@ -183,8 +183,9 @@ def by_hand(rank, path):
 
 @needs_fsdp2
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_a_checkpoint_by_hand_resumes_bitwise(tmp_path):
-    for straight, resumed in results(run_ranks(by_hand, tmp_path, str(tmp_path / "checkpoint"))):
+@pytest.mark.parametrize("options", [{}, {"balance_every": 5}], ids=str)
+def test_a_checkpoint_by_hand_resumes_bitwise(options, tmp_path):
+    for straight, resumed in results(run_ranks(by_hand, tmp_path, str(tmp_path / "checkpoint"), options)):
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
 
 
