@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from lightning_mtadam.balancing import NormInit, Reference, reference_norms
+from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.terms import check_names, unknown_name_message
 
 LayerRule: TypeAlias = str | Callable[[str], str]
@@ -84,6 +85,8 @@ class Options:
 
     def check_terms(self, terms: Sequence[str]) -> None:
         """Raise unless the anchor and the importances name ``terms``."""
+        if SUM in terms:
+            raise ValueError(f"No term can be called {SUM!r}: that is what messages call their sum. Rename it.")
         if self.anchor in ("mean", "max", "unit") and self.anchor in terms:
             raise ValueError(
                 f"anchor={self.anchor!r} is a policy and a term of that name: call the term something else."

@@ -185,3 +185,8 @@ def test_it_holds_for_the_whole_optimizer():
 @pytest.mark.parametrize("given", [{"layers": "global"}, {"denominator": "sum"}])
 def test_what_it_is_anyway_may_be_said(given):
     MTAdam([nn.Parameter(torch.ones(2))], balance_every=5, **given)
+
+
+def test_a_term_cannot_be_called_as_the_sum_is():
+    with pytest.raises(ValueError, match=r"No term can be called 'sum of the terms'"):
+        MTAdam([torch.nn.Parameter(torch.zeros(1))], terms=("sum of the terms",))
