@@ -206,7 +206,7 @@ class TermOptimizer(Optimizer):
             for group in self.param_groups
             for parameter in group["params"]
         ]
-        memory = self._pending.memory
+        memory = self._pending.memory and (self._pending.memory.whole or self._pending.memory)
         if memory is not None and memory.fits(parameters, trained, keys, rows):
             return memory
         return TermMemory(parameters, trained, keys, rows)
