@@ -6,36 +6,59 @@ The same mathematics as ``kernels.update``, written row by row, which ``torch.co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments
+from lightning_mtadam.optim import kernels
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments, Update
 from lightning_mtadam.optim.options import Denominator
 
 TRIAL = 67
 """Elements of the block on which a kernel is compiled; those of later blocks are free, above one."""
 
 
-def update(
-    parameter: Tensor, gradients: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters, scratch: Tensor
-) -> None:
-    """As ``kernels.update``."""
+def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, packed: bool) -> Update:
+    """What updates such a block as ``kernels.update`` does; compiled here, if it is the first of its kind.
+
+    Args:
+        gradients: [I, b], of which only number, dtype and device matter.
+        moments: of the block.
+        hyper: the numbers of its group.
+        packed: whether coefficients differ from element to element.
+
+    Raises:
+        RuntimeError: torch.compile does not work here.
+    """
+    if gradients.shape[1] < 2:  # a kernel whose size is free takes two elements and more
+        return kernels.update
     kernel = _kernel(
         len(gradients),
         len(moments.exp_avg_sq),
-        parameter.dtype,
-        scratch.dtype,
-        parameter.device,
+        gradients.dtype,
+        torch.promote_types(gradients.dtype, torch.float32),
+        gradients.device,
         hyper.denominator,
         moments.max_exp_avg_sq is not None,
         hyper.clip_value is not None,
         hyper.eps == 0,
         hyper.finite is not None,
-        local.scales.shape[1] > 1,
+        packed,
     )
+    return partial(_run, kernel)
+
+
+def _run(
+    kernel: Callable[..., None],
+    parameter: Tensor,
+    gradients: Tensor,
+    moments: Moments,
+    local: Coefficients,
+    hyper: Hyperparameters,
+    scratch: Tensor,
+) -> None:
     kernel(parameter, gradients.unbind(), *_rows(moments), *_contiguous(local), *_numbers(hyper), hyper.finite)
 
 

@@ -7,7 +7,9 @@ arithmetic is fp32 or better; states are kept in the parameters' dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -77,6 +79,10 @@ class Moments:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
+
+
+Update: TypeAlias = Callable[[Tensor, Tensor, Moments, Coefficients, Hyperparameters, Tensor], None]
+"""``update``, or what does the same."""
 
 
 def update(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,23 @@ from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import compiled, kernels
 from lightning_mtadam.optim.balance import Balance
 from lightning_mtadam.optim.finite import FiniteWatch
-from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments, Update
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.layout import BLOCK, Block, Span, TermMemory
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import Gradients, PendingGradients
+from lightning_mtadam.optim.pending import ClipAlgorithm, Gradients, PendingGradients
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import State, join_moments
+
+
+class _Job(NamedTuple):
+    """What the update of a block works on, but for the coefficients: they are known when the balance is."""
+
+    block: Block
+    columns: Tensor
+    moments: Moments
+    hyper: Hyperparameters
+    update: Update
 
 
 class Stepper:
@@ -96,6 +106,8 @@ class Stepper:
         known = [self.of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
         observed = self.balance.observe(gradients, known)
         finite = watch.check(observed, self.names, terms)
+        blocks = list(self._blocks(memory, touched))
+        jobs = self._jobs(memory, blocks, pending.clip, finite)
         if light:
             self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
             scales = torch.ones_like(observed[: len(self.balance.layers.names)])
@@ -103,36 +115,36 @@ class Stepper:
             self.balance.average(observed, touched, [term in pending.gradients for term in terms], finite)
             self.balance.tick(observed > 0, touched, finite)
             scales = self.balance.scales()
-        blocks = list(self._blocks(memory, touched))
         if pending.clip is not None and pending.clip[0] == "norm":
             scales = scales * self._clip_factor(memory, blocks, scales, pending.clip[1])
-        clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
-        self._update(memory, blocks, scales, clip_value, finite)
+        self._update(jobs, scales, finite)
         return self.balance.scales() if light else scales
 
-    def _update(
+    def _jobs(
         self,
         memory: TermMemory,
         blocks: Sequence[Block],
-        scales: Tensor,
-        clip_value: float | None,
+        clip: tuple[ClipAlgorithm, float] | None,
         finite: Tensor | None,
-    ) -> None:
-        update = compiled.update if self.options.compile else kernels.update
-        table = self.coefficients(scales, finite)
+    ) -> list[_Job]:
+        """What is to be done. What cannot be compiled raises here, where nothing is changed yet."""
+        clip_value = clip[1] if clip is not None and clip[0] == "value" else None
         numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.groups}
+        jobs = list[_Job]()
         for block in blocks:
-            group = self.groups[self.row[block.members[0]]]
-            columns = memory.columns(block)
+            columns, moments = memory.columns(block), self.moments_of(block)
+            hyper = numbers[id(self.groups[self.row[block.members[0]]])]
+            update: Update = kernels.update
+            if self.options.compile:
+                update = compiled.updater(columns, moments, hyper, packed=len(block.span.members) > 1)
+            jobs.append(_Job(block, columns, moments, hyper, update))
+        return jobs
+
+    def _update(self, jobs: Sequence[_Job], scales: Tensor, finite: Tensor | None) -> None:
+        table = self.coefficients(scales, finite)
+        for block, columns, moments, hyper, update in jobs:
             flat = self.elements(block)
-            update(
-                flat,
-                columns,
-                self.moments_of(block),
-                self.local(block, table, columns),
-                numbers[id(group)],
-                self.scratch_like(columns),
-            )
+            update(flat, columns, moments, self.local(block, table, columns), hyper, self.scratch_like(columns))
             self.put_back(block, flat)
 
     def _blocks(self, memory: TermMemory, touched: Sequence[bool]) -> list[Block]:
