@@ -123,8 +123,10 @@ def _update_rows(
     for row, value in zip((*exp_avg, *exp_avg_sq), (*first, *second), strict=True):
         row.copy_(value)
     if correction is not None:
-        pairs = zip(max_exp_avg_sq, second, correction.unbind(), strict=True)
-        second = [torch.maximum(row.to(dtype), value * part) for row, value, part in pairs]
+        found = [value * part for value, part in zip(second, correction.unbind(), strict=True)]
+        if finite is not None:
+            found = [torch.where(finite, row, 0) for row in found]
+        second = [torch.maximum(row.to(dtype), value) for row, value in zip(max_exp_avg_sq, found, strict=True)]
         for row, value in zip(max_exp_avg_sq, second, strict=True):
             row.copy_(value)
         second = [value / part for value, part in zip(second, correction.unbind(), strict=True)]

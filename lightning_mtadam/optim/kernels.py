@@ -167,7 +167,10 @@ def _apply(
     store(second, moments.exp_avg_sq)
     if moments.max_exp_avg_sq is not None:
         assert local.correction is not None
-        largest = torch.maximum(moments.max_exp_avg_sq.to(second.dtype), second * local.correction)
+        uncorrected = second * local.correction
+        if hyper.finite is not None:  # what was kept in a narrow dtype may have been rounded up
+            uncorrected = torch.where(hyper.finite, uncorrected, 0)
+        largest = torch.maximum(moments.max_exp_avg_sq.to(second.dtype), uncorrected)
         moments.max_exp_avg_sq.copy_(largest)
         second = largest.div_(local.correction)
     moved = parameter.to(second.dtype)

@@ -219,16 +219,17 @@ class MTAdam(TermOptimizer):
             ValueError: other terms, shapes, parameters or options; the message names them. Nothing was changed.
         """
         check_checkpoint(state_dict, self.param_groups, self._book.labels, self._options, self.terms)
+        self._watch.forget()
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
 
     @uninterrupted()
     def _consume(self) -> None:
+        self._recall(stacklevel=8)
         self._allocate()
         stepper = self._stepper()
         try:
-            self._watch.recall()
             if self._pending.streaming is not None:
                 scales = self._pending.streaming.finish()
             else:
@@ -236,12 +237,24 @@ class MTAdam(TermOptimizer):
         except NonFiniteError as error:
             if self._options.on_nonfinite == "raise":
                 raise
-            self._warn_of_skip(error)
+            self._warn_of_skip(error, stacklevel=7)
         else:
             self._count_step()
             self._last_scales.update(zip(stepper.balance.layers.names, scales.unbind(), strict=True))
 
+    def _recall(self, stacklevel: int) -> None:
+        """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
+        try:
+            self._watch.recall()
+        except NonFiniteError as error:
+            for group in self.param_groups:
+                group.update(self._counted)
+            if self._options.on_nonfinite == "raise":
+                raise
+            self._warn_of_skip(error, stacklevel)
+
     def _count_step(self) -> None:
+        self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})
         light = SUM in self._pending.gradients
         measured = () if light else tuple(term for term in self.terms if term in self._pending.gradients)
         for group in self.param_groups:
@@ -309,6 +322,8 @@ class MTAdam(TermOptimizer):
 
     def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
         group = self.param_groups[0]
+        if self._options.balance_every > 1:  # whether the step before counts must be known now
+            self._recall(stacklevel=6)
         if self._pending.gradients:
             light = SUM in self._pending.gradients
         else:
@@ -320,11 +335,12 @@ class MTAdam(TermOptimizer):
         super()._reset_transient()
         self._watch = FiniteWatch()
         self._steppers: list[Stepper] = []  # one, or none
+        self._counted: dict[str, Any] = {}  # what was counted before the last step
 
-    def _warn_of_skip(self, error: NonFiniteError) -> None:
+    def _warn_of_skip(self, error: NonFiniteError, stacklevel: int) -> None:
         if not self._pending.warned:
             self._pending.warned = True
-            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=7)
+            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=stacklevel)
 
     def _stepper(self) -> Stepper:
         """The one of the last step, unless something was added, loaded or replaced."""
