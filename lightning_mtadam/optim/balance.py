@@ -134,7 +134,7 @@ class Balance:
         betas = [float(group["betas"][which]) for group in self.groups]
         result: Tensor | None = None
         for beta in dict.fromkeys(betas):
-            values = compute(torch.tensor(beta, dtype=torch.float64))
+            values = compute(torch.tensor(beta, dtype=torch.float64, device="cpu"))
             mine = self.constant([other == beta for other in betas], torch.bool)[:, None]
             result = values if result is None else torch.where(mine, values, result)
         assert result is not None
@@ -162,7 +162,7 @@ class Balance:
         every = self.options.balance_every
         decays = [decay_of_norms(float(group["betas"][2]), every) for group in self.groups]
         if len(set(decays)) == 1:
-            return torch.tensor(decays[0], dtype=torch.float64)
+            return torch.tensor(decays[0], dtype=torch.float64, device="cpu")
         return self._by_layer(self.constant(decays)[:, None])
 
 

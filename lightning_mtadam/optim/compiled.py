@@ -74,10 +74,8 @@ def _contiguous(local: Coefficients) -> list[Tensor | None]:
 
 def _numbers(hyper: Hyperparameters) -> list[Tensor]:
     """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
-    numbers = (hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0)
-    known = torch.tensor((*numbers, 1.0), dtype=torch.float64, device="cpu").unbind()
-    decay = hyper.decay if isinstance(hyper.decay, Tensor) else known[-1] * hyper.decay
-    return [*known[:-1], decay]
+    numbers = (hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0, hyper.decay)
+    return list(torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind())
 
 
 def _update_rows(
@@ -107,7 +105,7 @@ def _update_rows(
     kept = beta1
     if finite is not None:
         balanced = [torch.where(finite, row, 0) for row in balanced]
-        kept = torch.where(finite, beta1, 1.0)
+        kept, decay = torch.where(finite, beta1, 1.0), torch.where(finite, decay, 1.0)
     if clips:
         total = reduce(torch.add, balanced)
         ratio = torch.where(total.abs() > limit, limit / total.abs(), 1)
@@ -185,8 +183,7 @@ def _kernel(
         if packed and coefficient is not None:
             torch._dynamo.maybe_mark_dynamic(coefficient, 1)
     finite = torch.ones((), dtype=torch.bool, device=device) if deferred else None
-    decay = torch.ones((), dtype=torch.float64, device=device) if deferred else 1.0
-    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, decay, denominator, 1.0))
+    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, 1.0, denominator, 1.0))
     try:
         kernel(rows[0][0], *rows[1:], *coefficients, *numbers, finite)
     except Exception as error:

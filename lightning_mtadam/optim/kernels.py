@@ -34,15 +34,14 @@ class Hyperparameters:
     lr: float
     beta1: float
     eps: float
-    decay: float | Tensor
+    decay: float
     denominator: Denominator
     clip_value: float | None = None
     finite: Tensor | None = None
 
-    @property
-    def kept(self) -> float | Tensor:
-        """What multiplies the first moment."""
-        return self.beta1 if self.finite is None else torch.where(self.finite, self.beta1, 1.0)
+    def or_one(self, factor: float, like: Tensor) -> float | Tensor:
+        """The factor, in this dtype; one where nothing may change."""
+        return factor if self.finite is None else torch.where(self.finite, like.new_full((), factor), 1.0)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def update(
     if hyper.denominator == "sum":
         balanced = balanced.sum(0, keepdim=True)
     # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, merged; per term with denominator "own")
-    first = moments.exp_avg.to(balanced.dtype).mul_(hyper.kept)
+    first = moments.exp_avg.to(balanced.dtype).mul_(hyper.or_one(hyper.beta1, balanced))
     for row in (balanced,) if hyper.denominator == "own" else torch.split(balanced, 1):
         first.add_(row, alpha=1 - hyper.beta1)
     # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
@@ -174,8 +173,8 @@ def _apply(
         moments.max_exp_avg_sq.copy_(largest)
         second = largest.div_(local.correction)
     moved = parameter.to(second.dtype)
-    if isinstance(hyper.decay, Tensor) or hyper.decay != 1:
-        moved.mul_(hyper.decay)  # decoupled, as in AdamW
+    if hyper.decay != 1:
+        moved.mul_(hyper.or_one(hyper.decay, moved))  # decoupled, as in AdamW
     move(moved, first, denominators(second, local, hyper), hyper)
     store(moved, parameter)
 

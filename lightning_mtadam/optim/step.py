@@ -215,8 +215,8 @@ class Stepper:
     def _owner(self, span: Span) -> Tensor:
         if span not in self._owners:
             sizes = [end - begin for begin, end in pairwise(span.bounds)]
-            rows = torch.tensor([self.row[member] for member in span.members])
-            self._owners[span] = rows.repeat_interleave(torch.tensor(sizes)).to(self.balance.device)
+            rows = torch.tensor([self.row[member] for member in span.members], device="cpu")
+            self._owners[span] = rows.repeat_interleave(torch.tensor(sizes, device="cpu")).to(self.balance.device)
         return self._owners[span]
 
     def hyperparameters(
@@ -224,14 +224,11 @@ class Stepper:
     ) -> Hyperparameters:
         """The numbers of a group."""
         lr = float(group["lr"])
-        decay: float | Tensor = 1 - lr * group["weight_decay"]
-        if finite is not None:
-            decay = torch.where(finite, decay, 1.0)
         return Hyperparameters(
             lr=-lr if group["maximize"] else lr,
             beta1=group["betas"][0],
             eps=group["eps"],
-            decay=decay,
+            decay=1 - lr * group["weight_decay"],
             denominator=self.options.denominator,
             clip_value=clip_value,
             finite=finite,
