@@ -119,14 +119,14 @@ def _update_rows(
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)
     ]
     for row, value in zip((*exp_avg, *exp_avg_sq), (*first, *second), strict=True):
-        row.copy_(value)
+        kernels.store(value, row)
     if correction is not None:
         found = [value * part for value, part in zip(second, correction.unbind(), strict=True)]
         if finite is not None:
             found = [torch.where(finite, row, 0) for row in found]
         second = [torch.maximum(row.to(dtype), value) for row, value in zip(max_exp_avg_sq, found, strict=True)]
         for row, value in zip(max_exp_avg_sq, second, strict=True):
-            row.copy_(value)
+            kernels.store(value, row)
         second = [value / part for value, part in zip(second, correction.unbind(), strict=True)]
     if denominator == "max":
         second = [reduce(torch.maximum, second)]

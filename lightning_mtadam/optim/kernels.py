@@ -170,17 +170,24 @@ def _apply(
         if hyper.finite is not None:  # what was kept in a narrow dtype may have been rounded up
             uncorrected = torch.where(hyper.finite, uncorrected, 0)
         largest = torch.maximum(moments.max_exp_avg_sq.to(second.dtype), uncorrected)
-        moments.max_exp_avg_sq.copy_(largest)
+        store(largest, moments.max_exp_avg_sq)
         second = largest.div_(local.correction)
     moved = parameter.to(second.dtype)
     if hyper.decay != 1:
         moved.mul_(hyper.or_one(hyper.decay, moved))  # decoupled, as in AdamW
     move(moved, first, denominators(second, local, hyper), hyper)
-    store(moved, parameter)
+    if moved is not parameter:
+        parameter.copy_(moved)
 
 
 def store(value: Tensor, where: Tensor) -> None:
-    """Write a value back to the narrower dtype it is kept in; it is there already if the dtypes are the same."""
+    """Write a moment back where it is kept; it may be there already.
+
+    In a narrower dtype it saturates: an average that is infinite never decays, and minus itself is nan.
+    """
+    if value.dtype != where.dtype:
+        largest = torch.finfo(where.dtype).max
+        value = value.clamp(-largest, largest)
     if value is not where:
         where.copy_(value)
 
