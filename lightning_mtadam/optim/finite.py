@@ -51,10 +51,6 @@ class FiniteWatch:
         self._sent = copy, _event(norms.device), norms, layers, terms
         return finite
 
-    def forget(self) -> None:
-        """Say nothing of the step before."""
-        self._sent = None
-
     def recall(self) -> None:
         """Raise if the step before was not finite, and that was not known then.
 

@@ -199,6 +199,8 @@ class MTAdam(TermOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
+        if self._pending.streaming is not None:
+            self._refuse_if_streaming("a parameter group that is added between backward() and step()")
         named = [group for group in self.param_groups if "param_names" in group]
         super().add_param_group(named_alike(param_group, len(self._book.names)) if named else param_group)
         group = self.param_groups[-1]
@@ -219,7 +221,6 @@ class MTAdam(TermOptimizer):
             ValueError: other terms, shapes, parameters or options; the message names them. Nothing was changed.
         """
         check_checkpoint(state_dict, self.param_groups, self._book.labels, self._options, self.terms)
-        self._watch.forget()
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
@@ -273,6 +274,7 @@ class MTAdam(TermOptimizer):
     ) -> None:
         if not self._options.low_memory:
             return super()._collect(found, names, rows, loss_scale, averaging, may_miss=may_miss)
+        known = self.terms
         self._set_terms(rows)
         self._allocate()
         streaming = Streaming(self._stepper())
@@ -282,6 +284,9 @@ class MTAdam(TermOptimizer):
             next(found, None)
         except BaseException:
             found.close()
+            if not known:  # nor are the terms now
+                self.state.clear()
+                self._set_terms(())
             raise
         streaming.absorb_late()
         streaming.show_sum()

@@ -68,6 +68,12 @@ CASES = {
     "amsgrad": {"optimizer": lambda network: make_mtadam(network, amsgrad=True)},
     "own": {"optimizer": lambda network: make_mtadam(network, denominator="own", layers="module")},
     "global": {"optimizer": lambda network: make_mtadam(network, layers="global", anchor="mean", norm_init="unbiased")},
+    "low memory": {"optimizer": lambda network: make_mtadam(network, low_memory=True)},
+    "low memory, sum": {
+        "optimizer": lambda network: make_mtadam(
+            network, low_memory=True, denominator="sum", anchor="code", layers="module", amsgrad=True
+        )
+    },
     "an empty group": {"optimizer": in_groups},
     "frozen": {"optimizer": frozen},
     "whole after forward": {"sharding": {"reshard_after_forward": False}},
