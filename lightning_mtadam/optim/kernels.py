@@ -95,7 +95,7 @@ def update(
         moments: of the block.
         local: its coefficients.
         hyper: the numbers of its group.
-        scratch: [I, b], in the dtype of the arithmetic.
+        scratch: [I, b], or empty, in the dtype of the arithmetic.
     """
     # g~_i <- scale_i g_i   (Alg. 1)
     balanced = torch.mul(gradients, local.scales, out=scratch)

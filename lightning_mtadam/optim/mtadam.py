@@ -82,7 +82,8 @@ class MTAdam(TermOptimizer):
             accumulation over several processes, in the next measured step.
         low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
             the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
-            refused; and if the gradient of a later term is inf or nan, second moments have seen those before it.
+            refused, and the host waits for each term. If the gradient of a later term is inf or nan, second moments
+            have seen those before it; after a backward pass that no step follows, they have seen all.
         compile: join the update to one kernel by :func:`torch.compile`, which takes some seconds at the first step.
 
     Raises:
