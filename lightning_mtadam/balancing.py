@@ -45,7 +45,14 @@ def by_layer(rows: Tensor, layer_of: Tensor, layers: int) -> Tensor:
 
 
 def update_norms(
-    norms: Tensor, counts: Tensor, observed: Tensor, present: Tensor, beta3: Tensor, norm_init: NormInit
+    norms: Tensor,
+    counts: Tensor,
+    observed: Tensor,
+    present: Tensor,
+    beta3: Tensor,
+    norm_init: NormInit,
+    *,
+    quadratic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Average the observed norms into the moving average (Alg. 1).
 
@@ -60,6 +67,7 @@ def update_norms(
         present: [L, I] or broadcastable, bool: whether the term is in this step's losses; elsewhere nothing moves.
         beta3: [L, 1] or scalar, the decay.
         norm_init: what the average starts from.
+        quadratic: whether to average the squares, and take the root: a large norm then counts for more.
 
     Returns:
         The new norms and counts.
@@ -68,17 +76,23 @@ def update_norms(
     moving = present & (reached | (observed > 0))
     start = {"first": observed, "unbiased": torch.zeros_like(norms), "one": torch.ones_like(norms)}[norm_init]
     previous = torch.where(reached, norms, start)
-    averaged = beta3 * previous + (1 - beta3) * observed
+    if quadratic:
+        averaged = torch.hypot(beta3.sqrt() * previous, (1 - beta3).sqrt() * observed)
+    else:
+        averaged = beta3 * previous + (1 - beta3) * observed
     if norm_init == "first":  # b * x + (1 - b) * x is not x to the last digit
         averaged = torch.where(reached, averaged, observed)
     return torch.where(moving, averaged, norms), counts + moving
 
 
-def corrected_norms(norms: Tensor, counts: Tensor, beta3: Tensor, norm_init: NormInit) -> Tensor:
+def corrected_norms(
+    norms: Tensor, counts: Tensor, beta3: Tensor, norm_init: NormInit, *, quadratic: bool = False
+) -> Tensor:
     """The gradient norms n_i as the balance uses them: "unbiased" divides by ``1 - beta3^count``. [L, I]."""
     if norm_init != "unbiased":
         return norms
-    return norms / bias_correction(counts, beta3)
+    correction = bias_correction(counts, beta3)
+    return norms / (correction.sqrt() if quadratic else correction)
 
 
 def geometric_mean(norms: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from example_projects.mnist.__main__ import parse
+from example_projects.common import cost_figure
+from example_projects.mnist import __main__ as mnist
+from example_projects.pinn import __main__ as pinn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -17,9 +19,11 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def mnist_commands():
+def commands(module):
+    """The arguments of every documented ``python -m module``."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line.partition("python -m example_projects.mnist")[2] for line in lines if "example_projects.mnist" in line]
+    calls = [f"{line} ".partition(f"python -m {module} ")[2] for line in lines if f"python -m {module} " in f"{line} "]
+    return [shlex.split(call.partition(" && ")[0], comments=True) for call in calls]
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
@@ -33,9 +37,19 @@ def test_snippets_run(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("arguments", mnist_commands())
+@pytest.mark.parametrize("arguments", commands("example_projects.mnist"), ids=" ".join)
 def test_commands_of_the_mnist_project_are_understood(arguments):
-    assert parse(shlex.split(arguments.partition(" && ")[0], comments=True))
+    assert mnist.parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("example_projects.pinn"), ids=" ".join)
+def test_commands_of_the_pinn_project_are_understood(arguments):
+    assert pinn.parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)
+def test_commands_that_draw_a_figure_are_understood(arguments):
+    assert cost_figure.parse(arguments)
 
 
 def cli_commands():
@@ -59,7 +73,9 @@ def test_commands_of_the_command_line_page_run(arguments, tmp_path, monkeypatch)
 
 
 def test_there_are_commands_and_snippets():
-    assert len(mnist_commands()) >= 3
+    assert len(commands("example_projects.mnist")) >= 3
+    assert commands("example_projects.pinn")
+    assert commands("example_projects.common.cost_figure")
     assert len(cli_commands()) == 3
     assert blocks(ROOT / "README.md", "python")
 

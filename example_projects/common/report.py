@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Row = Mapping[str, object]
-
-
-def summarise(results: Sequence[Row], by: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """One row per value of ``by``: mean +- standard deviation of each column, and the number of runs."""
-    rows = []
-    for value in dict.fromkeys(result[by] for result in results):
-        chosen = [result for result in results if result[by] == value]
-        row = {by: str(value), "runs": str(len(chosen))}
-        for column in columns:
-            row[column] = mean_and_spread([float(str(result[column])) for result in chosen])
-        rows.append(row)
-    return rows
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -34,6 +22,36 @@ def mean_and_spread(values: Sequence[float]) -> str:
     digits = 4 if 0 < max(map(abs, values)) < 0.1 else 2
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
+
+
+def median_and_range(values: Sequence[float]) -> str:
+    """``median (smallest to largest)``, for what differs by factors; the value alone if there is but one.
+
+    Example:
+        >>> median_and_range([0.00123, 0.1, 4.0])
+        '0.1 (0.0012 to 4)'
+        >>> median_and_range([0.1234])
+        '0.12'
+    """
+    median = f"{statistics.median(values):.2g}"
+    return median if len(values) == 1 else f"{median} ({min(values):.2g} to {max(values):.2g})"
+
+
+def summarise(
+    results: Sequence[Row],
+    by: str,
+    columns: Sequence[str],
+    show: Callable[[Sequence[float]], str] = mean_and_spread,
+) -> list[dict[str, str]]:
+    """One row per value of ``by``: what ``show`` makes of each column, and the number of runs."""
+    rows = []
+    for value in dict.fromkeys(result[by] for result in results):
+        chosen = [result for result in results if result[by] == value]
+        row = {by: str(value), "runs": str(len(chosen))}
+        for column in columns:
+            row[column] = show([float(str(result[column])) for result in chosen])
+        rows.append(row)
+    return rows
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -38,6 +38,7 @@ EQUALS = {"anchor": "mean"}
 METHODS = {
     "mtadam": Method(MTAdam, options=EQUALS),
     "mtadam-first-anchor": Method(MTAdam),
+    **{f"mtadam-every-{k}": Method(MTAdam, options={**EQUALS, "balance_every": k}) for k in (5, 20, 50, 200)},
     "adam": Method(Adam),
     "balanced-adam": Method(Adam, balanced=True),
     "rmsprop": Method(RMSprop),

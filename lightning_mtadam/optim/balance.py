@@ -44,7 +44,10 @@ class Balance:
         self.options, self.groups, self.terms, self.layers = options, groups, terms, layers
         self.dtype, self.device = balance_dtype(parameters), parameters[0].device
         self.shardings = [sharding.sharding_of(parameter) for parameter in parameters]
+        self.distinct = list({id(group): group for group in groups}.values())
+        self.uniform = all(p.device == self.device and balance_dtype([p]) == self.dtype for p in parameters)
         self.table = BalanceTable(states, self.dtype, self.device)
+        self._frozen: Tensor | None = None
         self.layer_of = layers.layer_of.to(self.device)
         self.single = len(members) == len(layers.layer_of) == len(layers.names)
         if len(members) < len(layers.layer_of):
@@ -67,7 +70,8 @@ class Balance:
             if norms is None:
                 found = iter(norms_of(column))
                 norms = [None if gradient is None else next(found) for gradient in column]
-            columns.append(torch.stack([zero if norm is None else norm.to(zero) for norm in norms]))
+            filled = [zero if norm is None else norm for norm in norms]
+            columns.append(torch.stack(filled if self.uniform else [norm.to(zero) for norm in filled]))
         rows = torch.stack(columns, 1)
         for cut in dict.fromkeys(self.shardings):  # in one order on all processes
             if cut is not None:
@@ -90,6 +94,7 @@ class Balance:
             layer_touched & self.constant(present, torch.bool),
             self._beta3(),
             self.options.norm_init,
+            quadratic=self.options.seldom,
         )
 
     def average(
@@ -100,6 +105,14 @@ class Balance:
         for kept, moved in ((self.table.norms, norms), (self.table.counts, counts)):
             moved = moved if self.single else moved[self.layer_of]
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
+        self._frozen = None
+
+    @property
+    def frozen_scales(self) -> Tensor:
+        """As ``scales``; worked out once between two measurements."""
+        if self._frozen is None:
+            self._frozen = self.scales()
+        return self._frozen
 
     def scales(self) -> Tensor:
         """What multiplies each term's gradient: [L, I]   (Alg. 1)."""
@@ -107,7 +120,7 @@ class Balance:
 
     def scales_of(self, norms: Tensor, counts: Tensor) -> Tensor:
         """The scales that follow from norms and counts: [L, I] each."""
-        norms = balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init)
+        norms = self._correct(norms, counts)
         return balancing.balance_scales(
             norms,
             self.options.target_norms(norms, self.terms),
@@ -131,13 +144,12 @@ class Balance:
 
     def with_betas(self, which: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``compute`` gives for the beta of each parameter's group, in rows [P, k]; betas are float64."""
-        betas = [float(group["betas"][which]) for group in self.groups]
-        result: Tensor | None = None
-        for beta in dict.fromkeys(betas):
+        first, *others = dict.fromkeys(float(group["betas"][which]) for group in self.distinct)
+        result = compute(torch.tensor(first, dtype=torch.float64, device="cpu"))
+        for beta in others:
             values = compute(torch.tensor(beta, dtype=torch.float64, device="cpu"))
-            mine = self.constant([other == beta for other in betas], torch.bool)[:, None]
-            result = values if result is None else torch.where(mine, values, result)
-        assert result is not None
+            mine = self.constant([float(group["betas"][which]) == beta for group in self.groups], torch.bool)
+            result = torch.where(mine[:, None], values, result)
         return result
 
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -148,7 +160,11 @@ class Balance:
 
     def corrected_norms(self) -> Tensor:
         """The gradient norms n_i as the balance uses them: [L, I]."""
-        return balancing.corrected_norms(*self.norms(), self._beta3(), self.options.norm_init)
+        return self._correct(*self.norms())
+
+    def _correct(self, norms: Tensor, counts: Tensor) -> Tensor:
+        quadratic = self.options.seldom
+        return balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init, quadratic=quadratic)
 
     def by_parameter(self, rows: Tensor) -> Tensor:
         """Give each parameter the row of its layer: [L, k] -> [P, k]."""
@@ -159,11 +175,12 @@ class Balance:
 
     def _beta3(self) -> Tensor:
         """Scalar; or [L, 1] where groups differ: a layer that spans groups takes the largest."""
-        every = self.options.balance_every
-        decays = [decay_of_norms(float(group["betas"][2]), every) for group in self.groups]
-        if len(set(decays)) == 1:
-            return torch.tensor(decays[0], dtype=torch.float64, device="cpu")
-        return self._by_layer(self.constant(decays)[:, None])
+        decays = {
+            id(group): decay_of_norms(float(group["betas"][2]), self.options.balance_every) for group in self.distinct
+        }
+        if len(set(decays.values())) == 1:
+            return torch.tensor(next(iter(decays.values())), dtype=torch.float64, device="cpu")
+        return self._by_layer(self.constant([decays[id(group)] for group in self.groups])[:, None])
 
 
 @lru_cache(maxsize=1024)

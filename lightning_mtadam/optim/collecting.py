@@ -177,8 +177,7 @@ class TermOptimizer(Optimizer):
         may_miss: bool,
     ) -> None:
         """Hold the gradients that are found. The arguments are those of ``PendingGradients.collect``."""
-        memory = self._memory(len(rows) if rows != (SUM,) else len(self.terms))
-        self._pending.use(memory if rows != (SUM,) else memory.first_row(), rows)
+        self._pending.use(self._memory(len(self.terms if rows == (SUM,) else rows)), rows)
         self._pending.collect(found, names, rows, self._parameters(), loss_scale, averaging, may_miss)
 
     def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:
@@ -206,7 +205,7 @@ class TermOptimizer(Optimizer):
             for group in self.param_groups
             for parameter in group["params"]
         ]
-        memory = self._pending.memory and (self._pending.memory.whole or self._pending.memory)
+        memory = self._pending.memory
         if memory is not None and memory.fits(parameters, trained, keys, rows):
             return memory
         return TermMemory(parameters, trained, keys, rows)

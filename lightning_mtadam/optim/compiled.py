@@ -102,10 +102,10 @@ def _update_rows(
     no_eps: bool,
 ) -> None:
     balanced = [gradient.to(dtype) * scale for gradient, scale in zip(gradients, scales.unbind(), strict=True)]
-    kept = beta1
+    share = 1 - beta1
     if finite is not None:
         balanced = [torch.where(finite, row, 0) for row in balanced]
-        kept, decay = torch.where(finite, beta1, 1.0), torch.where(finite, decay, 1.0)
+        share, decay = torch.where(finite, share, 0.0), torch.where(finite, decay, 1.0)
     if clips:
         total = reduce(torch.add, balanced)
         ratio = torch.where(total.abs() > limit, limit / total.abs(), 1)
@@ -113,7 +113,7 @@ def _update_rows(
     steps = balanced if denominator == "own" else [reduce(torch.add, balanced)]
     if denominator == "sum":
         balanced = steps
-    first = [kept * row.to(dtype) + (1 - beta1) * step for row, step in zip(exp_avg, steps, strict=True)]
+    first = [torch.lerp(row.to(dtype), step, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)]
     second = [
         torch.lerp(row.to(dtype), one * one, weight)
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)

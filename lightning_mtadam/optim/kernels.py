@@ -39,9 +39,9 @@ class Hyperparameters:
     clip_value: float | None = None
     finite: Tensor | None = None
 
-    def or_one(self, factor: float, like: Tensor) -> float | Tensor:
-        """The factor, in this dtype; one where nothing may change."""
-        return factor if self.finite is None else torch.where(self.finite, like.new_full((), factor), 1.0)
+    def or_else(self, number: float, otherwise: float, like: Tensor) -> float | Tensor:
+        """The number; the other where nothing may change, as a scalar of this dtype."""
+        return number if self.finite is None else torch.where(self.finite, like.new_full((), number), otherwise)
 
 
 @dataclass(frozen=True)
@@ -95,23 +95,33 @@ def update(
         moments: of the block.
         local: its coefficients.
         hyper: the numbers of its group.
-        scratch: [I, b], or empty, in the dtype of the arithmetic.
+        scratch: [I + 1, b], in the dtype of the arithmetic.
     """
     # g~_i <- scale_i g_i   (Alg. 1)
-    balanced = torch.mul(gradients, local.scales, out=scratch)
+    balanced = torch.mul(gradients, local.scales, out=scratch[:-1])
     if hyper.finite is not None:
         balanced = torch.where(hyper.finite, balanced, 0)
     if hyper.clip_value is not None:
         balanced = clip_by_value(balanced, hyper.clip_value)
+    step = balanced if hyper.denominator == "own" else _sum(balanced, scratch[-1:])
     if hyper.denominator == "sum":
-        balanced = balanced.sum(0, keepdim=True)
+        balanced = step
     # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, merged; per term with denominator "own")
-    first = moments.exp_avg.to(balanced.dtype).mul_(hyper.or_one(hyper.beta1, balanced))
-    for row in (balanced,) if hyper.denominator == "own" else torch.split(balanced, 1):
-        first.add_(row, alpha=1 - hyper.beta1)
+    first = moments.exp_avg.to(balanced.dtype).lerp_(step, hyper.or_else(1 - hyper.beta1, 0.0, step))
     # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
     second = moments.exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), local.weights)
-    _apply(parameter, first, second, moments, local, hyper)
+    _apply(parameter, first, second, moments, local, hyper, scratch)
+
+
+def _sum(rows: Tensor, out: Tensor) -> Tensor:
+    """The sum of the rows, [1, b]; row by row, which is quicker than a reduction of few rows."""
+    first, *others = torch.split(rows, 1)
+    if not others:
+        return first
+    torch.add(first, others[0], out=out)
+    for row in others[1:]:
+        out.add_(row)
+    return out
 
 
 def absorb(
@@ -149,17 +159,23 @@ def finish(
     """
     wide = local.scales.dtype
     balanced = total.to(wide)
-    first = moments.exp_avg.to(wide).mul_(hyper.beta1).add_(balanced, alpha=1 - hyper.beta1)
+    first = moments.exp_avg.to(wide).lerp_(balanced[None], 1 - hyper.beta1)
     second = moments.exp_avg_sq.to(wide)
     if hyper.denominator == "sum":
         second.lerp_((balanced * balanced)[None], local.weights)
     else:
         second.mul_(torch.where(missed, 1 - local.weights, 1))
-    _apply(parameter, first, second, moments, local, hyper)
+    _apply(parameter, first, second, moments, local, hyper, torch.empty_like(second))
 
 
 def _apply(
-    parameter: Tensor, first: Tensor, second: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters
+    parameter: Tensor,
+    first: Tensor,
+    second: Tensor,
+    moments: Moments,
+    local: Coefficients,
+    hyper: Hyperparameters,
+    scratch: Tensor,
 ) -> None:
     """Keep the new moments, and move the parameters."""
     store(first, moments.exp_avg)
@@ -174,8 +190,8 @@ def _apply(
         second = largest.div_(local.correction)
     moved = parameter.to(second.dtype)
     if hyper.decay != 1:
-        moved.mul_(hyper.or_one(hyper.decay, moved))  # decoupled, as in AdamW
-    move(moved, first, denominators(second, local, hyper), hyper)
+        moved.mul_(hyper.or_else(hyper.decay, 1.0, moved))  # decoupled, as in AdamW
+    move(moved, first, denominators(second, local, hyper, scratch), hyper)
     if moved is not parameter:
         parameter.copy_(moved)
 
@@ -192,23 +208,20 @@ def store(value: Tensor, where: Tensor) -> None:
         where.copy_(value)
 
 
-def denominators(second: Tensor, local: Coefficients, hyper: Hyperparameters) -> Tensor:
+def denominators(second: Tensor, local: Coefficients, hyper: Hyperparameters, scratch: Tensor) -> Tensor:
     """``(sqrt(max_i v^_i) + eps)`` times the factor (Alg. 1): [V, b] -> [1, b], or [I, b] with denominator "own"."""
     if hyper.denominator == "own":
-        root = second.sqrt()
+        root = torch.sqrt(second, out=scratch[: len(second)])
     elif hyper.denominator == "mean":
         assert local.reaching is not None
-        root = second.sum(0, keepdim=True).div_(local.reaching).sqrt_()
+        root = torch.sum(second, 0, keepdim=True, out=scratch[:1]).div_(local.reaching).sqrt_()
+    elif len(second) == 1:
+        root = torch.sqrt(second, out=scratch[:1])
+    elif len(second) == 2:  # twice as fast as a reduction
+        root = torch.maximum(second[:1], second[1:], out=scratch[:1]).sqrt_()
     else:
-        root = _largest(second).sqrt_()
+        root = torch.amax(second, 0, keepdim=True, out=scratch[:1]).sqrt_()
     return root.add_(hyper.eps).mul_(local.factor)
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """[V, b] -> [1, b], as a copy."""
-    if len(rows) == 1:
-        return rows.clone()
-    return torch.maximum(rows[:1], rows[1:]) if len(rows) == 2 else rows.amax(0, keepdim=True)
 
 
 def move(parameter: Tensor, first: Tensor, denominator: Tensor, hyper: Hyperparameters) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -145,14 +146,12 @@ class TermMemory:
         spans: the places of those that are trained.
         rows: [R, columns] for each device and dtype.
         views: [R][P], of the parameters' shapes; ``None`` where not trained.
-        whole: the memory of which this is the first row; ``None`` if it is no such part.
     """
 
     def __init__(
         self, parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None], count: int
     ) -> None:
         self.parameters, self.trained, self.keys, self.count = list(parameters), list(trained), list(keys), count
-        self.whole: TermMemory | None = None
         self.spans = place(parameters, trained, keys)
         self.rows: list[Tensor] = []
         for memory in range(1 + max((span.memory for span in self.spans), default=-1)):
@@ -203,9 +202,10 @@ class TermMemory:
             torch._foreach_zero_(stale)
         self._clean[row][:] = [not now for now in reached]
 
+    @cached_property
     def first_row(self) -> TermMemory:
         """The same memory, seen as that of one term."""
         only = copy(self)
         only.count, only.rows, only.views = 1, [rows[:1] for rows in self.rows], self.views[:1]
-        only._clean, only.whole = self._clean[:1], self
+        only._clean = self._clean[:1]
         return only

@@ -215,6 +215,15 @@ class MTAdam(TermOptimizer):
         if self.terms:
             self._set_terms(self.terms)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer. The moments of small parameters, which share memory, are copied."""
+        found = super().state_dict()
+        states = found["state"].items()
+        return {
+            **found,
+            "state": {index: {key: one.contiguous() for key, one in state.items()} for index, state in states},
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; training then continues bit for bit.
 
@@ -335,7 +344,7 @@ class MTAdam(TermOptimizer):
         else:
             unmeasured = agreed and not set(terms) <= set(group["measured"])
             light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
-        return dict(zip(self.terms, self._stepper().balance.scales()[0].unbind(), strict=True)) if light else None
+        return dict(zip(self.terms, self._stepper().balance.frozen_scales[0].unbind(), strict=True)) if light else None
 
     def _reset_transient(self) -> None:
         super()._reset_transient()
@@ -373,4 +382,6 @@ class MTAdam(TermOptimizer):
         if not any(self.state.values()):
             return {}
         stepper = self._stepper()
-        return dict(zip(stepper.balance.layers.names, read(stepper.balance.corrected_norms()).unbind(), strict=True))
+        return dict(
+            zip(stepper.balance.layers.names, read(stepper.balance.corrected_norms()).clone().unbind(), strict=True)
+        )

@@ -109,6 +109,14 @@ class Options:
             return None
         return norms.new_ones(len(norms), 1) if self.anchor == "unit" else reference_norms(norms, self.reference(terms))
 
+    @property
+    def seldom(self) -> bool:
+        """Whether the balance is not measured at every step. Squares of norms are averaged then.
+
+        A scale lasts for many steps, and the norms of a term that is nearly satisfied are small but for some batches.
+        """
+        return self.balance_every > 1
+
     def moments(self, terms: int) -> tuple[int, int]:
         """How many first and second moments there are of each element."""
         return (terms if self.denominator == "own" else 1), (1 if self.denominator == "sum" else terms)

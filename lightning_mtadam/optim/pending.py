@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.optim.layout import TermMemory
+from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.terms import TermGradients
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ class PendingGradients:
         columns = zip(*self.gradients.values(), strict=True)
         return [any(gradient is not None for gradient in column) for column in columns]
 
+    @property
+    def active(self) -> TermMemory:
+        """The memory's rows that are in use: all, or the first for the sum alone."""
+        assert self.memory is not None
+        return self.memory.first_row if SUM in self.gradients else self.memory
+
     def use(self, memory: TermMemory, rows: Sequence[str]) -> None:
         """Collect into this memory, whose rows are these terms; what is pending moves there."""
         for name, gradients in self.gradients.items():
@@ -103,8 +110,8 @@ class PendingGradients:
         Raises:
             ValueError: a term reaches no parameter.
         """
-        memory = self.memory
-        assert memory is not None
+        assert self.memory is not None
+        memory = self.memory.first_row if SUM in names else self.memory
         try:
             gradients: TermGradients = {}
             for row, name in enumerate(rows):
@@ -180,7 +187,7 @@ class PendingGradients:
     def _show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
         """Set ``p.grad`` to the sum over the terms, for whoever looks at it."""
         assert self.memory is not None
-        totals = [rows.sum(0) for rows in self.memory.rows]
+        totals = [rows.sum(0) for rows in self.active.rows]
         if loss_scale is not None:
             totals = [total.mul_(loss_scale.to(total)) for total in totals]
         shaped = self.memory.shaped(totals)

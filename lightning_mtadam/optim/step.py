@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +12,22 @@ from torch import Tensor
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import compiled, kernels
 from lightning_mtadam.optim.balance import Balance
+from lightning_mtadam.optim.blocks import Work, Workshop
 from lightning_mtadam.optim.finite import FiniteWatch
-from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments, Update
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Update
 from lightning_mtadam.optim.layers import Layers
-from lightning_mtadam.optim.layout import BLOCK, Block, Span, TermMemory
+from lightning_mtadam.optim.layout import BLOCK, Span, TermMemory, place
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, Gradients, PendingGradients
 from lightning_mtadam.optim.schedule import SUM
-from lightning_mtadam.optim.state import State, join_moments
+from lightning_mtadam.optim.state import State
 
 
 class _Job(NamedTuple):
     """What the update of a block works on, but for the coefficients: they are known when the balance is."""
 
-    block: Block
+    work: Work
     columns: Tensor
-    moments: Moments
     hyper: Hyperparameters
     update: Update
 
@@ -67,8 +66,7 @@ class Stepper:
         self.names = [parameter_names[member] for member in self.members]
         whole = [self.all[member] for member in self.members]
         self.balance = Balance(options, self.groups, self.states, whole, layers, self.members, terms)
-        self._moments: dict[Span, tuple[Moments, list[dict[str, Tensor]]]] = {}
-        self._owners: dict[Span, Tensor] = {}
+        self.workshop = Workshop(self.all, self.row, self.states, self.groups, options.moments(len(terms)))
         self._scratch = torch.empty(0)
 
     def fits(
@@ -97,8 +95,7 @@ class Stepper:
         Raises:
             NonFiniteError: a gradient is inf or nan; nothing was changed.
         """
-        memory = pending.memory
-        assert memory is not None
+        memory = pending.active
         light = SUM in pending.gradients
         terms = (SUM,) if light else self.terms
         gradients = [self.of_members(pending.gradients.get(term)) for term in terms]
@@ -106,8 +103,9 @@ class Stepper:
         known = [self.of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
         observed = self.balance.observe(gradients, known)
         finite = watch.check(observed, self.names, terms)
-        blocks = list(self._blocks(memory, touched))
-        jobs = self._jobs(memory, blocks, pending.clip, finite)
+        limit = 1 << 62 if self.options.compile else max(1, BLOCK // memory.count)
+        works = self.workshop.works(memory.spans, touched, limit)
+        jobs = self._jobs(memory, works, pending.clip, finite)
         if light:
             self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
             scales = torch.ones_like(observed[: len(self.balance.layers.names)])
@@ -116,52 +114,47 @@ class Stepper:
             self.balance.tick(observed > 0, touched, finite)
             scales = self.balance.scales()
         if pending.clip is not None and pending.clip[0] == "norm":
-            scales = scales * self._clip_factor(memory, blocks, scales, pending.clip[1])
+            scales = scales * self._clip_factor(memory, works, scales, pending.clip[1])
         self._update(jobs, scales, finite)
-        return self.balance.scales() if light else scales
+        return self.balance.frozen_scales if light else scales
 
     def _jobs(
-        self,
-        memory: TermMemory,
-        blocks: Sequence[Block],
-        clip: tuple[ClipAlgorithm, float] | None,
-        finite: Tensor | None,
+        self, memory: TermMemory, works: Sequence[Work], clip: tuple[ClipAlgorithm, float] | None, finite: Tensor | None
     ) -> list[_Job]:
         """What is to be done. What cannot be compiled raises here, where nothing is changed yet."""
         clip_value = clip[1] if clip is not None and clip[0] == "value" else None
-        numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.groups}
+        numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.balance.distinct}
         jobs = list[_Job]()
-        for block in blocks:
-            columns, moments = memory.columns(block), self.moments_of(block)
-            hyper = numbers[id(self.groups[self.row[block.members[0]]])]
+        for work in works:
+            columns, hyper = memory.columns(work.block), numbers[id(work.group)]
             update: Update = kernels.update
             if self.options.compile:
-                update = compiled.updater(columns, moments, hyper, packed=len(block.span.members) > 1)
-            jobs.append(_Job(block, columns, moments, hyper, update))
+                update = compiled.updater(columns, work.moments, hyper, packed=not isinstance(work.rows, int))
+            jobs.append(_Job(work, columns, hyper, update))
         return jobs
 
     def _update(self, jobs: Sequence[_Job], scales: Tensor, finite: Tensor | None) -> None:
         table = self.coefficients(scales, finite)
-        for block, columns, moments, hyper, update in jobs:
-            flat = self.elements(block)
-            update(flat, columns, moments, self.local(block, table, columns), hyper, self.scratch_like(columns))
-            self.put_back(block, flat)
+        local: dict[int, Coefficients] = {}  # of one parameter for all its blocks
+        for work, columns, hyper, update in jobs:
+            scratch = self.scratch_for(columns, len(columns) + 1)
+            found = local.get(work.rows) if isinstance(work.rows, int) else None
+            if found is None:
+                found = work.local(table, columns.device, scratch.dtype)
+            if isinstance(work.rows, int):
+                local[work.rows] = found
+            flat = work.elements()
+            update(flat, columns, work.moments, found, hyper, scratch)
+            work.put_back(flat)
 
-    def _blocks(self, memory: TermMemory, touched: Sequence[bool]) -> list[Block]:
-        wanted = [False] * len(self.all)
-        for member, flag in zip(self.members, touched, strict=True):
-            wanted[member] = flag
-        limit = max(1, BLOCK // memory.count) if not self.options.compile else 1 << 62
-        return [block for span in memory.spans for block in span.runs(wanted, limit)]
-
-    def _clip_factor(self, memory: TermMemory, blocks: Sequence[Block], scales: Tensor, limit: float) -> Tensor:
+    def _clip_factor(self, memory: TermMemory, works: Sequence[Work], scales: Tensor, limit: float) -> Tensor:
         rows = self.balance.by_parameter(scales)
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.balance.shardings}
-        for block in blocks:
-            columns = memory.columns(block)
-            local = self._spread(block, rows).to(columns.device)
-            norm = kernels.balanced_norm(columns, local, self.scratch_like(columns))
-            parts[self.balance.shardings[self.row[block.members[0]]]].append(norm.to(scales))
+        for work in works:
+            columns = memory.columns(work.block)
+            local = work.spread(rows).to(columns.device)
+            norm = kernels.balanced_norm(columns, local, self.scratch_for(columns, len(columns)))
+            parts[work.cut].append(norm.to(scales))
         zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
         norms = [torch.linalg.vector_norm(torch.stack([zero, *mine])) for mine in parts.values()]
         joined = [sharding.join_norms(norm, cut) for norm, cut in zip(norms, parts, strict=True)]
@@ -190,35 +183,6 @@ class Stepper:
             correction=correction,
         )
 
-    def local(self, block: Block, table: Coefficients, like: Tensor) -> Coefficients:
-        """The coefficients of a block, on its device and in the dtype of its arithmetic."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        amsgrad = "max_exp_avg_sq" in self.states[self.row[block.members[0]]]
-
-        def local(rows: Tensor) -> Tensor:
-            return self._spread(block, rows).to(like.device, dtype)
-
-        return Coefficients(
-            local(table.scales),
-            local(table.weights),
-            local(table.factor),
-            None if table.reaching is None else local(table.reaching),
-            local(table.correction) if amsgrad and table.correction is not None else None,
-        )
-
-    def _spread(self, block: Block, rows: Tensor) -> Tensor:
-        """Give each element the row of its parameter, [P, k] -> [k, elements]; one parameter's for all, [k, 1]."""
-        if len(block.span.members) == 1:
-            return rows[self.row[block.members[0]]][:, None]
-        return rows.T.index_select(1, self._owner(block.span)[block.begin : block.end])
-
-    def _owner(self, span: Span) -> Tensor:
-        if span not in self._owners:
-            sizes = [end - begin for begin, end in pairwise(span.bounds)]
-            rows = torch.tensor([self.row[member] for member in span.members], device="cpu")
-            self._owners[span] = rows.repeat_interleave(torch.tensor(sizes, device="cpu")).to(self.balance.device)
-        return self._owners[span]
-
     def hyperparameters(
         self, group: Mapping[str, Any], clip_value: float | None, finite: Tensor | None
     ) -> Hyperparameters:
@@ -234,65 +198,22 @@ class Stepper:
             finite=finite,
         )
 
-    def elements(self, block: Block) -> Tensor:
-        """The elements of a block, flat; a view if they are one parameter's and contiguous."""
-        members = [sharding.local(self.all[member]).detach() for member in block.members]
-        if len(members) > 1:
-            return torch.cat([member.reshape(-1) for member in members])
-        return members[0].reshape(-1)[block.begin - block.span.bounds[block.first] :][: block.end - block.begin]
-
-    def put_back(self, block: Block, flat: Tensor) -> None:
-        """Write to the parameters what was not a view of them."""
-        members = [sharding.local(self.all[member]).detach() for member in block.members]
-        if len(members) > 1:
-            pieces = torch.split(flat, block.sizes)
-            torch._foreach_copy_(members, [piece.view_as(one) for piece, one in zip(pieces, members, strict=True)])
-        elif not members[0].is_contiguous():
-            start = block.begin - block.span.bounds[block.first]
-            whole = members[0].reshape(-1)
-            whole[start : start + len(flat)] = flat
-            members[0].copy_(whole.view_as(members[0]))
-
-    def moments_of(self, block: Block) -> Moments:
-        """Views into the moments of the block's span, which are brought together if they are not."""
-        span = block.span
-        states = [self.states[self.row[member]] for member in span.members]
-        moments, seen = self._moments.get(span, (None, []))
-        if moments is None or any(
-            state[key] is not one[key] for state, one in zip(states, seen, strict=True) for key in one
-        ):
-            moments, seen = self._join_moments(span, states)
-            self._moments[span] = moments, seen
-        cut = slice(block.begin, block.end)
-        largest = moments.max_exp_avg_sq
-        return replace(
-            moments,
-            exp_avg=moments.exp_avg[:, cut],
-            exp_avg_sq=moments.exp_avg_sq[:, cut],
-            max_exp_avg_sq=None if largest is None else largest[:, cut],
-        )
-
-    def _join_moments(self, span: Span, states: Sequence[State]) -> tuple[Moments, list[dict[str, Tensor]]]:
-        sizes = [end - begin for begin, end in pairwise(span.bounds)]
-        leading = dict(zip(("exp_avg", "exp_avg_sq"), self.options.moments(len(self.terms)), strict=True))
-        if "max_exp_avg_sq" in states[0]:
-            leading["max_exp_avg_sq"] = leading["exp_avg_sq"]
-        joined = {key: join_moments(states, key, count, sizes) for key, count in leading.items()}
-        moments = Moments(joined["exp_avg"], joined["exp_avg_sq"], joined.get("max_exp_avg_sq"))
-        return moments, [{key: state[key] for key in leading} for state in states]
-
-    def scratch_like(self, columns: Tensor) -> Tensor:
+    def scratch_for(self, columns: Tensor, rows: int) -> Tensor:
         """Memory for balanced gradients; fresh memory for every block would cost more than what is done with it."""
         dtype = torch.promote_types(columns.dtype, torch.float32)
-        if self.options.compile:
+        if self.options.compile and columns.shape[-1] > 1:  # fewer elements are not compiled
             return columns.new_empty(0, dtype=dtype)
-        if (self._scratch.dtype, self._scratch.device) != (
-            dtype,
-            columns.device,
-        ) or self._scratch.numel() < columns.numel():
-            self._scratch = torch.empty(columns.numel(), dtype=dtype, device=columns.device)
-        return self._scratch[: columns.numel()].view(columns.shape)
+        width, kept = columns.shape[-1], self._scratch
+        if (kept.dtype, kept.device) != (dtype, columns.device) or kept.numel() < rows * width:
+            kept = self._scratch = torch.empty(rows * width, dtype=dtype, device=columns.device)
+        return kept[: rows * width].view(rows, width)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Every parameter that has a state, by itself."""
+        parameters = [sharding.local(parameter) for parameter in self.all]
+        return place(parameters, [index in self.row for index in range(len(parameters))], [None] * len(parameters))
 
     def of_members(self, gradients: Gradients | None) -> list[Tensor | None]:
         """Those of the parameters that have a state."""
-        return [None if gradients is None else gradients[member] for member in self.members]
+        return [None] * len(self.members) if gradients is None else [gradients[member] for member in self.members]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import kernels
+from lightning_mtadam.optim.blocks import Work
 from lightning_mtadam.optim.finite import non_finite
-from lightning_mtadam.optim.layout import BLOCK, place
+from lightning_mtadam.optim.layout import BLOCK
 from lightning_mtadam.optim.pending import Gradients
 from lightning_mtadam.optim.step import Stepper
 
@@ -26,12 +29,7 @@ class Streaming:
 
     def __init__(self, stepper: Stepper) -> None:
         self.stepper = stepper
-        parameters = [sharding.local(parameter) for parameter in stepper.all]
-        members = set(stepper.members)
-        self._spans = place(
-            parameters, [index in members for index in range(len(parameters))], [None] * len(parameters)
-        )
-        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._sums: list[Tensor | None] = [None] * len(stepper.all)
         self._observed: dict[str, Tensor] = {}
         self._consumed: set[tuple[int, int]] = set()
         self._late: dict[int, list[Tensor | None]] = {}
@@ -85,25 +83,26 @@ class Streaming:
         balance.tick(self._norms() > 0, touched, None)
         scales = balance.scales()
         table = stepper.coefficients(scales, None)
-        for span in self._spans:
-            (member,) = span.members
+        numbers = {id(group): stepper.hyperparameters(group, None, None) for group in balance.distinct}
+        for work in self._works(touched):
+            (member,) = work.block.members
             total = self._sums[member]
-            if total is None:
-                continue
+            assert total is not None
             missed = [(column, member) not in self._consumed for column in range(len(stepper.terms))]
-            hyper = stepper.hyperparameters(stepper.groups[stepper.row[member]], None, None)
-            for block in span.runs(reached, BLOCK // len(missed)):
-                flat = stepper.elements(block)
-                kernels.finish(
-                    flat,
-                    total.view(-1)[block.begin : block.end],
-                    stepper.moments_of(block),
-                    stepper.local(block, table, flat),
-                    hyper,
-                    torch.tensor(missed, device=flat.device)[:, None],
-                )
-                stepper.put_back(block, flat)
+            flat = work.elements()
+            kernels.finish(
+                flat,
+                total.view(-1)[work.block.begin : work.block.end],
+                work.moments,
+                work.local(table, flat.device, torch.promote_types(flat.dtype, torch.float32)),
+                numbers[id(work.group)],
+                torch.tensor(missed, device=flat.device)[:, None],
+            )
+            work.put_back(flat)
         return scales
+
+    def _works(self, touched: Sequence[bool]) -> list[Work]:
+        return self.stepper.workshop.works(self.stepper.spans, touched, BLOCK // len(self.stepper.terms))
 
     def _norms(self) -> Tensor:
         """The norms so far: [P, I]."""
@@ -136,23 +135,21 @@ class Streaming:
         reaching[:, column] = self._observed[stepper.terms[column]] > 0
         clocks = balancing.tick(balance.table.clocks, reaching, torch.ones_like(reaching[:, :1]))
         weights = balance.weights(clocks[:, 1 + column, None])
-        for span in self._spans:
-            (member,) = span.members
+        for work in self._works([gradient is not None for gradient in stepper.of_members(gradients)]):
+            (member,) = work.block.members
             gradient, row = gradients[member], stepper.row[member]
-            if gradient is None:
-                continue
+            assert gradient is not None
             total = self._sums[member]
             if total is None:
                 total = self._sums[member] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
-            flat = gradient.reshape(-1)
-            for block in span.runs([True] * len(gradients), BLOCK // 2):
-                piece = flat[block.begin : block.end]
-                kernels.absorb(
-                    total.view(-1)[block.begin : block.end],
-                    piece,
-                    None if stepper.options.denominator == "sum" else stepper.moments_of(block).exp_avg_sq[column],
-                    scales[row, column].to(piece.device),
-                    weights[row].to(piece.device),
-                    stepper.scratch_like(piece),
-                )
+            cut = slice(work.block.begin, work.block.end)
+            piece = gradient.reshape(-1)[cut]
+            kernels.absorb(
+                total.view(-1)[cut],
+                piece,
+                None if stepper.options.denominator == "sum" else work.moments.exp_avg_sq[column],
+                scales[row, column].to(piece.device),
+                weights[row].to(piece.device),
+                stepper.scratch_for(piece, 1)[0],
+            )
             self._consumed.add((column, member))

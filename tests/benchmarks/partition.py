@@ -30,7 +30,7 @@ from example_projects.mnist.module import CLASSES, TERMS, class_losses
 from example_projects.mnist.network import Net
 from lightning_mtadam import MTAdam, partition, partitioned_losses
 from lightning_mtadam.gradients import term_gradients
-from tests.benchmarks.step_cost import describe
+from tests.benchmarks.measuring import ratio
 
 BATCH = 64
 WARM_UP = 3
@@ -177,12 +177,12 @@ def main() -> None:
         seconds = measure(work, options.repeats)
         update, adams = ours.updates[WARM_UP:], adam.updates[WARM_UP:]
         print(f"threads: {threads}")
-        print("  1. step with ten backward passes / ours:", describe(seconds["ten"], seconds["ours"]))
-        print("  2. our step / Adam's:", describe(seconds["ours"], seconds["adam"]))
-        print("  3. forward and backward passes / Adam's:", describe(seconds["passes"], seconds["adam's passes"]))
-        print("  4. MTAdam.step / Adam's whole step:", describe(update, seconds["adam"]))
-        print("  5. MTAdam.step / Adam.step:", describe(update, adams))
-        print("  6. passes by rows of one graph / ours:", describe(seconds["by rows"], seconds["passes"]), flush=True)
+        print("  1. step with ten backward passes / ours:", ratio(seconds["ten"], seconds["ours"]))
+        print("  2. our step / Adam's:", ratio(seconds["ours"], seconds["adam"]))
+        print("  3. forward and backward passes / Adam's:", ratio(seconds["passes"], seconds["adam's passes"]))
+        print("  4. MTAdam.step / Adam's whole step:", ratio(update, seconds["adam"]))
+        print("  5. MTAdam.step / Adam.step:", ratio(update, adams))
+        print("  6. passes by rows of one graph / ours:", ratio(seconds["by rows"], seconds["passes"]), flush=True)
 
 
 if __name__ == "__main__":

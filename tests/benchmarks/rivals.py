@@ -3,7 +3,7 @@
 A whole step (forward, backward passes, optimizer) in time and in peak memory, relative to plain Adam on the sum of the
 same losses, on three networks. Times are ratios of medians, interleaved in one process; the peak beyond the parameters,
 activations included, is the operating system's, of a process for each. A period of ``balance_every`` steps counts as
-its mean. TorchJD is left out where it is not installed: ``pip install "torchjd[quadprog-projector]"``.
+its mean. TorchJD is left out where it is not installed: ``pip install -e ".[benchmarks]"``.
 """
 
 from __future__ import annotations

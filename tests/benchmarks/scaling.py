@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from tests.benchmarks.measuring import Piece, interleave, parse, parser, show, thread_counts, versions
 from tests.benchmarks.methods import METHODS
@@ -119,9 +120,8 @@ def against_parameters(points: Sequence[Point]) -> list[Line]:
 
 def plot(by_terms: Sequence[Point], by_size: Sequence[Point], lines: Sequence[Line], file: Path) -> None:
     """Two panels: what grows with I, and with |theta|; dots measured, lines fitted."""
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     panels = {
         left: (
             [point.terms for point in by_terms],
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--parameters", type=float, nargs="+", default=[1e5, 3e5, 1e6, 3e6, 1e7, 5e7])
     options.add_argument("--fixed-terms", type=int, default=4, help="while |theta| varies")
     options.add_argument("--fixed-parameters", type=float, default=1e6, help="while I varies")
-    options.add_argument("--plot", type=Path, help="a PNG file; needs matplotlib")
+    options.add_argument("--plot", type=Path, help="a PNG file")
     chosen = parse(options, arguments)
     print(versions())
     for threads in thread_counts(chosen):

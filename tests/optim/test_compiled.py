@@ -108,9 +108,9 @@ def kernels():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def trained(sizes, lrs, dtype=torch.float64):
+def trained(sizes, lrs, compile=True, dtype=torch.float64):
     parameters = [torch.linspace(0, 1, size, dtype=dtype, requires_grad=True) for size in sizes]
-    optimizer = MTAdam(parameters, compile=True, terms=("a", "b", "c"))
+    optimizer = MTAdam(parameters, compile=compile, terms=("a", "b", "c"))
     for lr in lrs:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
@@ -134,10 +134,9 @@ def test_other_sizes_learning_rates_and_steps_are_not_compiled_anew():
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1), (1, 3000)])
-def test_parameters_of_one_element_equal_the_eager_step(sizes, monkeypatch):
+def test_parameters_of_one_element_equal_the_eager_step(sizes):
     ours = trained(sizes, (0.1, 0.2, 0.1))
-    monkeypatch.setattr(compiled, "updater", lambda *args, **options: compiled.kernels.update)
-    theirs = trained(sizes, (0.1, 0.2, 0.1))
+    theirs = trained(sizes, (0.1, 0.2, 0.1), compile=False)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

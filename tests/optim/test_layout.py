@@ -161,7 +161,7 @@ def test_the_memory_stays_from_step_to_step(options):
         optimizer.zero_grad()
         optimizer.backward(three_losses(network, batch))
         places.add(optimizer._pending.memory.rows[0].data_ptr())
-        counts.add(optimizer._pending.memory.count)
+        counts.add(optimizer._pending.active.count)
         optimizer.step()
     assert len(places) == 1
     assert counts == ({1, 3} if options.get("balance_every") else {3})

@@ -1,0 +1,1 @@
+"""A physics-informed network: one equation, two losses of different magnitude."""

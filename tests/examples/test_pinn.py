@@ -1,0 +1,338 @@
+"""The PINN project: its equation, its runs that resume exactly, the command, and the figure of quality against time."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from example_projects.common import report, runs
+from example_projects.pinn import __main__ as command
+from example_projects.pinn import module as pinn_module
+from example_projects.pinn.data import TRAINING_POINTS, Points
+from example_projects.pinn.methods import METHODS
+from example_projects.pinn.module import Equation
+from example_projects.pinn.network import Net
+from example_projects.pinn.problem import grid, pinn_losses, relative_error, second_derivative, solution, source
+from tests.lightning_models import needs_exact_resume
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _quiet_again():
+    """The command lowers the level of Lightning's messages: put it back."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+def call(*arguments):
+    """Run the command and return what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        command.main([str(argument) for argument in arguments])
+    return printed.getvalue()
+
+
+def read_results(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The equation
+
+
+def points(count=23):
+    return grid(count).double().requires_grad_()
+
+
+def test_the_solution_satisfies_the_equation_and_the_boundary():
+    x = points()
+    losses = pinn_losses(solution(x), x)
+    assert tuple(losses) == ("residual", "boundary")
+    assert losses["residual"].item() < 1e-20 * source(x).square().mean().item()
+    assert losses["boundary"].item() < 1e-28
+    assert relative_error(solution(x), x).item() == 0
+
+
+def test_the_source_is_the_second_derivative_of_the_solution():
+    x, h = points().detach()[1:-1], 1e-4
+    central = (solution(x + h) - 2 * solution(x) + solution(x - h)) / h**2
+    torch.testing.assert_close(source(x), central, rtol=0, atol=1e-3)
+
+
+def test_a_function_that_is_off_by_a_line_leaves_the_boundary_alone_unsatisfied():
+    x = points()
+    losses = pinn_losses(solution(x) + 3 - 5 * x, x)
+    assert losses["residual"].item() < 1e-18 * source(x).square().mean().item()
+    assert losses["boundary"].item() == pytest.approx((3**2 + 2**2) / 2, rel=1e-12)
+
+
+def test_a_function_that_is_off_by_a_parabola_has_the_residual_of_its_curvature():
+    x = points()
+    losses = pinn_losses(solution(x) + 1.5 * x * (x - 1), x)
+    assert losses["residual"].item() == pytest.approx(9, rel=1e-10)
+    assert losses["boundary"].item() < 1e-28
+
+
+def forward_mode(network, x):
+    """The second derivative of the network by propagating value, slope and curvature through its layers."""
+    value, slope, curvature = x, torch.ones_like(x), torch.zeros_like(x)
+    for layer in network.layers:
+        if isinstance(layer, nn.Linear):
+            value = layer(value)
+            slope, curvature = (part @ layer.weight.T for part in (slope, curvature))
+        else:
+            value = value.tanh()
+            change = 1 - value.square()
+            curvature = change * curvature - 2 * value * change * slope.square()
+            slope = change * slope
+    return curvature
+
+
+def test_the_second_derivative_and_its_gradient_equal_those_of_forward_propagation():
+    torch.manual_seed(0)
+    network, x = Net().double(), points()
+    ours, oracle = second_derivative(network(x), x), forward_mode(network, x.detach())
+    torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-14)
+    weights = [layer.weight for layer in network.layers if isinstance(layer, nn.Linear)]
+    gradients = [torch.autograd.grad(found.square().sum(), weights) for found in (ours, oracle)]
+    for ours, oracle in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-10, atol=1e-14)
+
+
+def test_the_relative_error_is_one_for_zero_and_two_for_the_negative():
+    x = points()
+    assert relative_error(torch.zeros_like(x), x).item() == 1
+    assert relative_error(-solution(x), x).item() == pytest.approx(2)
+
+
+# The module
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "expected"), [("mtadam", 1.0, 1), ("adam", 1e4, 1e4), ("adam-weight-1000", 10.0, 1e4)]
+)
+def test_the_boundary_loss_takes_the_factor_and_the_weight_by_hand(name, factor, expected):
+    torch.manual_seed(0)
+    module, x = Equation(METHODS[name], factor, 1e-3), grid(9)
+    plain = pinn_losses(module.network(y := x.clone().requires_grad_()), y)
+    losses = module.training_step(x, 0)
+    assert losses["residual"].item() == pytest.approx(plain["residual"].item())
+    assert losses["boundary"].item() == pytest.approx(expected * plain["boundary"].item())
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("name", ["mtadam", "mtadam-every-5"])
+def test_a_factor_on_the_boundary_changes_nothing_with_mtadam(name, tmp_path):
+    results = []
+    for factor in (1.0, 2.0**13):
+        folder = tmp_path / str(factor)
+        arguments = ["--method", name, "--seeds", 0, "--steps", 30, "--boundary-factor", factor]
+        call(*arguments, "--output-dir", folder, "--accelerator", "cpu")
+        results.append(float(read_results(folder)[0]["relative_error"]))
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def all_methods(tmp_path_factory):
+    """One call with every method: the folder and what was printed."""
+    output = tmp_path_factory.mktemp("all")
+    return output, call(
+        "--method", *METHODS, "--seeds", 0, "--steps", 6, "--output-dir", output, "--accelerator", "cpu"
+    )
+
+
+def test_every_method_runs_and_has_a_row(all_methods):
+    output, printed = all_methods
+    table = (output / "table.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["method", "runs", *command.COLUMNS]
+    assert [row[:2] for row in rows[2:]] == [[method, "1"] for method in METHODS]
+    assert table in printed
+    results = read_results(output)
+    assert [row["method"] for row in results] == list(METHODS)
+    for row, shown in zip(results, rows[2:], strict=True):
+        assert row["seed"] == "0"
+        assert row["steps"] == "6"
+        assert 0 < float(row["relative_error"]) < 100
+        assert float(row["seconds_per_step"]) > 0
+        assert float(shown[2]) == pytest.approx(float(row["relative_error"]), rel=0.06)
+    assert f"tensorboard --logdir {output}" in printed
+
+
+def test_the_methods_differ(all_methods):
+    """But for those with ``balance_every``: in so few steps they all measure nearly always."""
+    errors = [row["relative_error"] for row in read_results(all_methods[0]) if "-every-" not in row["method"]]
+    assert len(set(errors)) == len(errors)
+
+
+def test_a_method_balances_at_every_step_unless_its_name_says_otherwise():
+    for name, method in METHODS.items():
+        _, every, k = name.partition("-every-")
+        assert method.options.get("balance_every") == (int(k) if every else None)
+
+
+def test_every_step_sees_the_whole_grid(tmp_path):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(batch)
+
+    train(tmp_path, callbacks=[Watch()])
+    assert len(seen) == STEPS
+    assert all(torch.equal(batch, torch.linspace(0, 1, TRAINING_POINTS)[:, None]) for batch in seen)
+
+
+# Resume
+
+
+class EndedError(Exception):
+    """The run was ended from outside."""
+
+
+class InterruptAt(pl.Callback):
+    """Ends a run before its n-th batch, and counts."""
+
+    def __init__(self, batch):
+        self.left, self.seen = batch, 0
+
+    def on_train_batch_start(self, *args):
+        if self.seen == self.left:
+            raise EndedError
+        self.seen += 1
+
+
+def train(folder, *, resume=False, callbacks=(), seed=0, every=3, steps=STEPS):
+    pl.seed_everything(seed, verbose=False)
+    module = Equation(METHODS["mtadam"], 1.0, 1e-2)
+    result = runs.run(
+        folder,
+        module,
+        Points(steps),
+        lambda trainer: {"relative_error": float(trainer.callback_metrics["test/relative_error"])},
+        settings={"steps": steps},
+        resume=resume,
+        checkpoint_every=every,
+        callbacks=callbacks,
+        max_epochs=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+    )
+    return module, result
+
+
+def assert_same_weights(module, expected):
+    for (name, ours), theirs in zip(module.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), f"{name} is off by {(ours - theirs).abs().max().item():.1e}"
+
+
+@needs_exact_resume
+@pytest.mark.parametrize("interrupt_at", [4, 7])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, interrupt_at):
+    expected, expected_result = train(tmp_path / "whole")
+    with pytest.raises(EndedError):
+        train(tmp_path / "parts", callbacks=[InterruptAt(interrupt_at)])
+    count = InterruptAt(None)
+    module, result = train(tmp_path / "parts", resume=True, callbacks=[count], seed=123)
+    assert count.seen == STEPS - interrupt_at // 3 * 3
+    assert_same_weights(module, expected)
+    assert {**result, "seconds_per_step": 0} == {**expected_result, "seconds_per_step": 0}
+
+
+class CtrlCAt(pl.Callback):
+    """Presses Ctrl-C while a batch is being trained."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_before_zero_grad(self, trainer, *args):
+        if trainer.global_step == self.batch:
+            signal.raise_signal(signal.SIGINT)
+
+
+@needs_exact_resume
+def test_ctrl_c_loses_nothing(tmp_path, capsys):
+    expected, _ = train(tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(tmp_path / "parts", callbacks=[CtrlCAt(5)], every=100)
+    signal.signal(signal.SIGINT, before)
+    assert "Stopped after step 6. The same command with --resume" in capsys.readouterr().out
+    count = InterruptAt(None)
+    module, _ = train(tmp_path / "parts", resume=True, callbacks=[count], every=100, seed=7)
+    assert count.seen == STEPS - 6
+    assert_same_weights(module, expected)
+
+
+def test_resume_skips_what_has_ended_and_runs_what_has_not(tmp_path, monkeypatch):
+    arguments = [
+        "--method",
+        "mtadam",
+        "adam",
+        "--seeds",
+        0,
+        "--steps",
+        4,
+        "--output-dir",
+        tmp_path,
+        "--accelerator",
+        "cpu",
+    ]
+    call(*arguments)
+    whole = read_results(tmp_path)
+    folder = tmp_path / "factor1-lr0.001"
+    (folder / "adam-seed0" / "result.json").unlink()
+    trained = []
+    original = Equation.training_step
+    monkeypatch.setattr(
+        pinn_module.Equation,
+        "training_step",
+        lambda self, *args: (trained.append(self.method), original(self, *args))[1],
+    )
+    monkeypatch.setattr(runs, "_step_of", lambda checkpoint: 0)  # and from its beginning
+    call(*arguments, "--resume")
+    assert trained == [METHODS["adam"]] * 4
+    for ours, theirs in zip(read_results(tmp_path), whole, strict=True):
+        assert {**ours, "seconds_per_step": ""} == {**theirs, "seconds_per_step": ""}
+
+
+def test_a_run_with_other_steps_is_not_resumed(tmp_path):
+    arguments = ["--method", "adam", "--seeds", 0, "--output-dir", tmp_path, "--accelerator", "cpu"]
+    call(*arguments, "--steps", 2)
+    with pytest.raises(ValueError, match=r"steps was 2 and is 3\. Give the options it was made with"):
+        call(*arguments, "--steps", 3, "--resume")
+    assert json.loads((tmp_path / "options.json").read_text())["steps"] == 2
+
+
+# Reports
+
+
+def test_a_summary_of_medians_has_the_smallest_and_the_largest():
+    results = [{"method": "a", "error": value} for value in (0.004, 0.1, 0.0012)]
+    assert report.summarise(results, "method", ["error"], report.median_and_range) == [
+        {"method": "a", "runs": "3", "error": "0.004 (0.0012 to 0.1)"}
+    ]
+    assert math.isclose(float(report.median_and_range([0.5])), 0.5)
