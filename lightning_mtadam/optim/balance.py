@@ -145,10 +145,11 @@ class Balance:
     def with_betas(self, which: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``compute`` gives for the beta of each parameter's group, in rows [P, k]; betas are float64."""
         first, *others = dict.fromkeys(float(group["betas"][which]) for group in self.distinct)
-        result = compute(torch.tensor(first, dtype=torch.float64))
+        result = compute(torch.tensor(first, dtype=torch.float64, device="cpu"))
         for beta in others:
+            values = compute(torch.tensor(beta, dtype=torch.float64, device="cpu"))
             mine = self.constant([float(group["betas"][which]) == beta for group in self.groups], torch.bool)
-            result = torch.where(mine[:, None], compute(torch.tensor(beta, dtype=torch.float64)), result)
+            result = torch.where(mine[:, None], values, result)
         return result
 
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,7 @@ class Balance:
             id(group): decay_of_norms(float(group["betas"][2]), self.options.balance_every) for group in self.distinct
         }
         if len(set(decays.values())) == 1:
-            return torch.tensor(next(iter(decays.values())), dtype=torch.float64)
+            return torch.tensor(next(iter(decays.values())), dtype=torch.float64, device="cpu")
         return self._by_layer(self.constant([decays[id(group)] for group in self.groups])[:, None])
 
 

@@ -144,8 +144,8 @@ class Workshop:
         )
 
     def _each(self, rows: Sequence[int], block: Block) -> Tensor:
-        sizes = torch.tensor(block.sizes)
-        return torch.tensor(rows).repeat_interleave(sizes).to(self.states[rows[0]]["step"].device)
+        sizes = torch.tensor(block.sizes, device="cpu")
+        return torch.tensor(rows, device="cpu").repeat_interleave(sizes).to(self.states[rows[0]]["step"].device)
 
     def _join(self, span: Span) -> Moments:
         states = [self.states[self.rows[member]] for member in span.members]

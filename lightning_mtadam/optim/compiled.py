@@ -6,36 +6,59 @@ The same mathematics as ``kernels.update``, written row by row, which ``torch.co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments
+from lightning_mtadam.optim import kernels
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments, Update
 from lightning_mtadam.optim.options import Denominator
 
 TRIAL = 67
 """Elements of the block on which a kernel is compiled; those of later blocks are free, above one."""
 
 
-def update(
-    parameter: Tensor, gradients: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters, scratch: Tensor
-) -> None:
-    """As ``kernels.update``."""
+def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, packed: bool) -> Update:
+    """What updates such a block as ``kernels.update`` does; compiled here, if it is the first of its kind.
+
+    Args:
+        gradients: [I, b], of which only number, dtype and device matter.
+        moments: of the block.
+        hyper: the numbers of its group.
+        packed: whether coefficients differ from element to element.
+
+    Raises:
+        RuntimeError: torch.compile does not work here.
+    """
+    if gradients.shape[1] < 2:  # a kernel whose size is free takes two elements and more
+        return kernels.update
     kernel = _kernel(
         len(gradients),
         len(moments.exp_avg_sq),
-        parameter.dtype,
-        scratch.dtype,
-        parameter.device,
+        gradients.dtype,
+        torch.promote_types(gradients.dtype, torch.float32),
+        gradients.device,
         hyper.denominator,
         moments.max_exp_avg_sq is not None,
         hyper.clip_value is not None,
         hyper.eps == 0,
         hyper.finite is not None,
-        local.scales.shape[1] > 1,
+        packed,
     )
+    return partial(_run, kernel)
+
+
+def _run(
+    kernel: Callable[..., None],
+    parameter: Tensor,
+    gradients: Tensor,
+    moments: Moments,
+    local: Coefficients,
+    hyper: Hyperparameters,
+    scratch: Tensor,
+) -> None:
     kernel(parameter, gradients.unbind(), *_rows(moments), *_contiguous(local), *_numbers(hyper), hyper.finite)
 
 
@@ -51,10 +74,8 @@ def _contiguous(local: Coefficients) -> list[Tensor | None]:
 
 def _numbers(hyper: Hyperparameters) -> list[Tensor]:
     """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
-    numbers = (hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0)
-    known = torch.tensor((*numbers, 1.0), dtype=torch.float64, device="cpu").unbind()
-    decay = hyper.decay if isinstance(hyper.decay, Tensor) else known[-1] * hyper.decay
-    return [*known[:-1], decay]
+    numbers = (hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0, hyper.decay)
+    return list(torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind())
 
 
 def _update_rows(
@@ -84,7 +105,7 @@ def _update_rows(
     share = 1 - beta1
     if finite is not None:
         balanced = [torch.where(finite, row, 0) for row in balanced]
-        share = torch.where(finite, share, 0.0)
+        share, decay = torch.where(finite, share, 0.0), torch.where(finite, decay, 1.0)
     if clips:
         total = reduce(torch.add, balanced)
         ratio = torch.where(total.abs() > limit, limit / total.abs(), 1)
@@ -98,12 +119,14 @@ def _update_rows(
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)
     ]
     for row, value in zip((*exp_avg, *exp_avg_sq), (*first, *second), strict=True):
-        row.copy_(value)
+        kernels.store(value, row)
     if correction is not None:
-        pairs = zip(max_exp_avg_sq, second, correction.unbind(), strict=True)
-        second = [torch.maximum(row.to(dtype), value * part) for row, value, part in pairs]
+        found = [value * part for value, part in zip(second, correction.unbind(), strict=True)]
+        if finite is not None:
+            found = [torch.where(finite, row, 0) for row in found]
+        second = [torch.maximum(row.to(dtype), value) for row, value in zip(max_exp_avg_sq, found, strict=True)]
         for row, value in zip(max_exp_avg_sq, second, strict=True):
-            row.copy_(value)
+            kernels.store(value, row)
         second = [value / part for value, part in zip(second, correction.unbind(), strict=True)]
     if denominator == "max":
         second = [reduce(torch.maximum, second)]
@@ -160,8 +183,7 @@ def _kernel(
         if packed and coefficient is not None:
             torch._dynamo.maybe_mark_dynamic(coefficient, 1)
     finite = torch.ones((), dtype=torch.bool, device=device) if deferred else None
-    decay = torch.ones((), dtype=torch.float64, device=device) if deferred else 1.0
-    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, decay, denominator, 1.0))
+    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, 1.0, denominator, 1.0))
     try:
         kernel(rows[0][0], *rows[1:], *coefficients, *numbers, finite)
     except Exception as error:

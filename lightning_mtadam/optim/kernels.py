@@ -7,7 +7,9 @@ arithmetic is fp32 or better; states are kept in the parameters' dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,15 +34,14 @@ class Hyperparameters:
     lr: float
     beta1: float
     eps: float
-    decay: float | Tensor
+    decay: float
     denominator: Denominator
     clip_value: float | None = None
     finite: Tensor | None = None
 
-    @property
-    def share(self) -> float | Tensor:
-        """How much of the first moment is new: ``1 - beta1``."""
-        return 1 - self.beta1 if self.finite is None else torch.where(self.finite, 1 - self.beta1, 0.0)
+    def or_else(self, number: float, otherwise: float, like: Tensor) -> float | Tensor:
+        """The number; the other where nothing may change, as a scalar of this dtype."""
+        return number if self.finite is None else torch.where(self.finite, like.new_full((), number), otherwise)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Moments:
     max_exp_avg_sq: Tensor | None
 
 
+Update: TypeAlias = Callable[[Tensor, Tensor, Moments, Coefficients, Hyperparameters, Tensor], None]
+"""``update``, or what does the same."""
+
+
 def update(
     parameter: Tensor, gradients: Tensor, moments: Moments, local: Coefficients, hyper: Hyperparameters, scratch: Tensor
 ) -> None:
@@ -102,7 +107,7 @@ def update(
     if hyper.denominator == "sum":
         balanced = step
     # M <- beta1 M + (1 - beta1) sum_i g~_i   (Alg. 1, merged; per term with denominator "own")
-    first = moments.exp_avg.to(balanced.dtype).lerp_(step, hyper.share)
+    first = moments.exp_avg.to(balanced.dtype).lerp_(step, hyper.or_else(1 - hyper.beta1, 0.0, step))
     # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
     second = moments.exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), local.weights)
     _apply(parameter, first, second, moments, local, hyper, scratch)
@@ -177,18 +182,28 @@ def _apply(
     store(second, moments.exp_avg_sq)
     if moments.max_exp_avg_sq is not None:
         assert local.correction is not None
-        largest = torch.maximum(moments.max_exp_avg_sq.to(second.dtype), second * local.correction)
-        moments.max_exp_avg_sq.copy_(largest)
+        uncorrected = second * local.correction
+        if hyper.finite is not None:  # what was kept in a narrow dtype may have been rounded up
+            uncorrected = torch.where(hyper.finite, uncorrected, 0)
+        largest = torch.maximum(moments.max_exp_avg_sq.to(second.dtype), uncorrected)
+        store(largest, moments.max_exp_avg_sq)
         second = largest.div_(local.correction)
     moved = parameter.to(second.dtype)
-    if isinstance(hyper.decay, Tensor) or hyper.decay != 1:
-        moved.mul_(hyper.decay)  # decoupled, as in AdamW
+    if hyper.decay != 1:
+        moved.mul_(hyper.or_else(hyper.decay, 1.0, moved))  # decoupled, as in AdamW
     move(moved, first, denominators(second, local, hyper, scratch), hyper)
-    store(moved, parameter)
+    if moved is not parameter:
+        parameter.copy_(moved)
 
 
 def store(value: Tensor, where: Tensor) -> None:
-    """Write a value back to the narrower dtype it is kept in; it is there already if the dtypes are the same."""
+    """Write a moment back where it is kept; it may be there already.
+
+    In a narrower dtype it saturates: an average that is infinite never decays, and minus itself is nan.
+    """
+    if value.dtype != where.dtype:
+        largest = torch.finfo(where.dtype).max
+        value = value.clamp(-largest, largest)
     if value is not where:
         where.copy_(value)
 

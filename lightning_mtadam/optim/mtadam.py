@@ -83,7 +83,8 @@ class MTAdam(TermOptimizer):
             the next measured step.
         low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
             the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
-            refused; and if the gradient of a later term is inf or nan, second moments have seen those before it.
+            refused, and the host waits for each term. If the gradient of a later term is inf or nan, second moments
+            have seen those before it; after a backward pass that no step follows, they have seen all.
         compile: join the update to one kernel by :func:`torch.compile`, which takes some seconds at the first step.
 
     Raises:
@@ -200,6 +201,8 @@ class MTAdam(TermOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
+        if self._pending.streaming is not None:
+            self._refuse_if_streaming("a parameter group that is added between backward() and step()")
         named = [group for group in self.param_groups if "param_names" in group]
         super().add_param_group(named_alike(param_group, len(self._book.names)) if named else param_group)
         group = self.param_groups[-1]
@@ -235,10 +238,10 @@ class MTAdam(TermOptimizer):
 
     @uninterrupted()
     def _consume(self) -> None:
+        self._recall(stacklevel=8)
         self._allocate()
         stepper = self._stepper()
         try:
-            self._watch.recall()
             if self._pending.streaming is not None:
                 scales = self._pending.streaming.finish()
             else:
@@ -246,12 +249,24 @@ class MTAdam(TermOptimizer):
         except NonFiniteError as error:
             if self._options.on_nonfinite == "raise":
                 raise
-            self._warn_of_skip(error)
+            self._warn_of_skip(error, stacklevel=7)
         else:
             self._count_step()
             self._last_scales.update(zip(stepper.balance.layers.names, scales.unbind(), strict=True))
 
+    def _recall(self, stacklevel: int) -> None:
+        """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
+        try:
+            self._watch.recall()
+        except NonFiniteError as error:
+            for group in self.param_groups:
+                group.update(self._counted)
+            if self._options.on_nonfinite == "raise":
+                raise
+            self._warn_of_skip(error, stacklevel)
+
     def _count_step(self) -> None:
+        self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})
         light = SUM in self._pending.gradients
         measured = () if light else tuple(term for term in self.terms if term in self._pending.gradients)
         for group in self.param_groups:
@@ -270,6 +285,7 @@ class MTAdam(TermOptimizer):
     ) -> None:
         if not self._options.low_memory:
             return super()._collect(found, names, rows, loss_scale, averaging, may_miss=may_miss)
+        known = self.terms
         self._set_terms(rows)
         self._allocate()
         streaming = Streaming(self._stepper())
@@ -279,6 +295,9 @@ class MTAdam(TermOptimizer):
             next(found, None)
         except BaseException:
             found.close()
+            if not known:  # nor are the terms now
+                self.state.clear()
+                self._set_terms(())
             raise
         streaming.absorb_late()
         streaming.show_sum()
@@ -319,6 +338,8 @@ class MTAdam(TermOptimizer):
 
     def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
         group = self.param_groups[0]
+        if self._options.balance_every > 1:  # whether the step before counts must be known now
+            self._recall(stacklevel=6)
         if self._pending.gradients:
             light = SUM in self._pending.gradients
         else:
@@ -336,11 +357,12 @@ class MTAdam(TermOptimizer):
         super()._reset_transient()
         self._watch = FiniteWatch()
         self._steppers: list[Stepper] = []  # one, or none
+        self._counted: dict[str, Any] = {}  # what was counted before the last step
 
-    def _warn_of_skip(self, error: NonFiniteError) -> None:
+    def _warn_of_skip(self, error: NonFiniteError, stacklevel: int) -> None:
         if not self._pending.warned:
             self._pending.warned = True
-            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=7)
+            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=stacklevel)
 
     def _stepper(self) -> Stepper:
         """The one of the last step, unless something was added, loaded or replaced."""

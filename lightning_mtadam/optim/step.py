@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,22 @@ from lightning_mtadam.optim import compiled, kernels
 from lightning_mtadam.optim.balance import Balance
 from lightning_mtadam.optim.blocks import Work, Workshop
 from lightning_mtadam.optim.finite import FiniteWatch
-from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters
+from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Update
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.layout import BLOCK, Span, TermMemory, place
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import Gradients, PendingGradients
+from lightning_mtadam.optim.pending import ClipAlgorithm, Gradients, PendingGradients
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import State
+
+
+class _Job(NamedTuple):
+    """What the update of a block works on, but for the coefficients: they are known when the balance is."""
+
+    work: Work
+    columns: Tensor
+    hyper: Hyperparameters
+    update: Update
 
 
 class Stepper:
@@ -94,6 +103,9 @@ class Stepper:
         known = [self.of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
         observed = self.balance.observe(gradients, known)
         finite = watch.check(observed, self.names, terms)
+        limit = 1 << 62 if self.options.compile else max(1, BLOCK // memory.count)
+        works = self.workshop.works(memory.spans, touched, limit)
+        jobs = self._jobs(memory, works, pending.clip, finite)
         if light:
             self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
             scales = torch.ones_like(observed[: len(self.balance.layers.names)])
@@ -101,28 +113,30 @@ class Stepper:
             self.balance.average(observed, touched, [term in pending.gradients for term in terms], finite)
             self.balance.tick(observed > 0, touched, finite)
             scales = self.balance.scales()
-        limit = 1 << 62 if self.options.compile else max(1, BLOCK // memory.count)
-        works = self.workshop.works(memory.spans, touched, limit)
         if pending.clip is not None and pending.clip[0] == "norm":
             scales = scales * self._clip_factor(memory, works, scales, pending.clip[1])
-        clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
-        self._update(memory, works, scales, clip_value, finite)
+        self._update(jobs, scales, finite)
         return self.balance.frozen_scales * scales if light else scales
 
-    def _update(
-        self,
-        memory: TermMemory,
-        works: Sequence[Work],
-        scales: Tensor,
-        clip_value: float | None,
-        finite: Tensor | None,
-    ) -> None:
-        update = compiled.update if self.options.compile else kernels.update
-        table = self.coefficients(scales, finite)
+    def _jobs(
+        self, memory: TermMemory, works: Sequence[Work], clip: tuple[ClipAlgorithm, float] | None, finite: Tensor | None
+    ) -> list[_Job]:
+        """What is to be done. What cannot be compiled raises here, where nothing is changed yet."""
+        clip_value = clip[1] if clip is not None and clip[0] == "value" else None
         numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.balance.distinct}
-        local: dict[int, Coefficients] = {}  # of one parameter for all its blocks
+        jobs = list[_Job]()
         for work in works:
-            columns = memory.columns(work.block)
+            columns, hyper = memory.columns(work.block), numbers[id(work.group)]
+            update: Update = kernels.update
+            if self.options.compile:
+                update = compiled.updater(columns, work.moments, hyper, packed=not isinstance(work.rows, int))
+            jobs.append(_Job(work, columns, hyper, update))
+        return jobs
+
+    def _update(self, jobs: Sequence[_Job], scales: Tensor, finite: Tensor | None) -> None:
+        table = self.coefficients(scales, finite)
+        local: dict[int, Coefficients] = {}  # of one parameter for all its blocks
+        for work, columns, hyper, update in jobs:
             scratch = self.scratch_for(columns, len(columns) + 1)
             found = local.get(work.rows) if isinstance(work.rows, int) else None
             if found is None:
@@ -130,7 +144,7 @@ class Stepper:
             if isinstance(work.rows, int):
                 local[work.rows] = found
             flat = work.elements()
-            update(flat, columns, work.moments, found, numbers[id(work.group)], scratch)
+            update(flat, columns, work.moments, found, hyper, scratch)
             work.put_back(flat)
 
     def _clip_factor(self, memory: TermMemory, works: Sequence[Work], scales: Tensor, limit: float) -> Tensor:
@@ -174,14 +188,11 @@ class Stepper:
     ) -> Hyperparameters:
         """The numbers of a group."""
         lr = float(group["lr"])
-        decay: float | Tensor = 1 - lr * group["weight_decay"]
-        if finite is not None:
-            decay = torch.where(finite, decay, 1.0)
         return Hyperparameters(
             lr=-lr if group["maximize"] else lr,
             beta1=group["betas"][0],
             eps=group["eps"],
-            decay=decay,
+            decay=1 - lr * group["weight_decay"],
             denominator=self.options.denominator,
             clip_value=clip_value,
             finite=finite,
@@ -190,7 +201,7 @@ class Stepper:
     def scratch_for(self, columns: Tensor, rows: int) -> Tensor:
         """Memory for balanced gradients; fresh memory for every block would cost more than what is done with it."""
         dtype = torch.promote_types(columns.dtype, torch.float32)
-        if self.options.compile:
+        if self.options.compile and columns.shape[-1] > 1:  # fewer elements are not compiled
             return columns.new_empty(0, dtype=dtype)
         width, kept = columns.shape[-1], self._scratch
         if (kept.dtype, kept.device) != (dtype, columns.device) or kept.numel() < rows * width:

@@ -135,13 +135,14 @@ class Streaming:
         reaching[:, column] = self._observed[stepper.terms[column]] > 0
         clocks = balancing.tick(balance.table.clocks, reaching, torch.ones_like(reaching[:, :1]))
         weights = balance.weights(clocks[:, 1 + column, None])
+        for member, gradient in enumerate(gradients):  # also of those that have no block, being empty on this process
+            if gradient is not None and self._sums[member] is None:
+                self._sums[member] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
         for work in self._works([gradient is not None for gradient in stepper.of_members(gradients)]):
             (member,) = work.block.members
-            gradient, row = gradients[member], stepper.row[member]
+            gradient, total, row = gradients[member], self._sums[member], stepper.row[member]
             assert gradient is not None
-            total = self._sums[member]
-            if total is None:
-                total = self._sums[member] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+            assert total is not None
             cut = slice(work.block.begin, work.block.end)
             piece = gradient.reshape(-1)[cut]
             kernels.absorb(

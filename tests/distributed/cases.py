@@ -196,6 +196,11 @@ CASES = {
     "balance_every, a term that comes late": Case(
         late_term, optimizer={**SELDOM, "terms": ("fit", "size", "decay"), "anchor": "fit"}
     ),
+    "low memory": Case(optimizer={"low_memory": True, "weight_decay": 0.1}),
+    "low memory, the anchor is the last": Case(optimizer={"low_memory": True, "anchor": "decay", "amsgrad": True}),
+    "low memory, other heads": Case(own_heads, Branches, joined=False, optimizer={"low_memory": True}),
+    "low memory, constant terms": Case(constant_terms, joined=False, optimizer={"low_memory": True}),
+    "low memory, freezing and thawing": Case(freezing, optimizer={"low_memory": True}),
     "BatchNorm": Case(network=make_normed, joined=False),
     "BatchNorm over all ranks": Case(network=make_synced, alone=make_normed),
 }

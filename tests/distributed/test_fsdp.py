@@ -78,6 +78,12 @@ CASES = {
         "loop": {"steps": 36, "accumulate": 3, "clip": (0.05, "norm")},
     },
     "balance_every, no gradient sync": {"optimizer": seldom, "loop": {"steps": 36, "accumulate": 3, "sync": False}},
+    "low memory": {"optimizer": lambda network: make_mtadam(network, low_memory=True)},
+    "low memory, sum": {
+        "optimizer": lambda network: make_mtadam(
+            network, low_memory=True, denominator="sum", anchor="code", layers="module", amsgrad=True
+        )
+    },
     "an empty group": {"optimizer": in_groups},
     "frozen": {"optimizer": frozen},
     "whole after forward": {"sharding": {"reshard_after_forward": False}},

@@ -58,7 +58,7 @@ def compare(rule, *, steps=STEPS, seed=0, lr=1e-3, second_group=None, clip=None,
 @pytest.mark.parametrize("anchor", ["first", "b", "mean", "max", "unit", None])
 def test_every_combination_equals_the_oracle(rule, anchor):
     for norm_init, denominator, update in itertools.product(
-        ("first", "unbiased", "one"), ("max", "mean", "own"), ("sum", "mean")
+        ("first", "unbiased", "one"), ("max", "mean", "own", "sum"), ("sum", "mean")
     ):
         compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
 
@@ -69,6 +69,7 @@ def test_every_combination_equals_the_oracle(rule, anchor):
     [
         {"amsgrad": True},
         {"amsgrad": True, "denominator": "own"},
+        {"amsgrad": True, "denominator": "sum"},
         {"maximize": True},
         {"weight_decay": 0.1},
         {"max_scale": 0.5},
@@ -80,6 +81,7 @@ def test_every_combination_equals_the_oracle(rule, anchor):
         {"clip": ("norm", 0.7)},
         {"clip": ("value", 0.05)},
         {"clip": ("value", 0.05), "denominator": "own"},
+        {"clip": ("value", 0.05), "denominator": "sum"},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -93,7 +95,7 @@ def test_every_other_option_equals_the_oracle(options, anchor):
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4),
     missing=st.floats(0, 0.6),
     anchor=st.sampled_from(["first", "b", "mean", "max", "unit", None]),
-    denominator=st.sampled_from(["max", "mean", "own"]),
+    denominator=st.sampled_from(["max", "mean", "own", "sum"]),
     norm_init=st.sampled_from(["first", "unbiased", "one"]),
     together=st.booleans(),
 )

@@ -24,6 +24,7 @@ class NaiveMTAdam:
         self.norm_init, self.denominator, self.update = norm_init, denominator, update
         self.max_scale, self.amsgrad, self.maximize = max_scale, amsgrad, maximize
         zeros = [[np.zeros_like(p) for p in self.parameters] for _ in self.terms]
+        self.v_sum, self.v_sum_max = ([np.zeros_like(p) for p in self.parameters] for _ in range(2))
         self.m, self.v, self.v_max = ([[x.copy() for x in row] for row in zeros] for _ in range(3))
         self.shared_clock = [0] * count
         self.own_clock = [[0] * count for _ in self.terms]
@@ -131,6 +132,8 @@ class NaiveMTAdam:
             self.m[i][p] = beta1 * self.m[i][p] + (1 - beta1) * sign * balanced[i]
             self.v[i][p] = beta2 * self.v[i][p] + (1 - beta2) * balanced[i] ** 2
             self.v_max[i][p] = np.maximum(self.v_max[i][p], self.v[i][p])
+        self.v_sum[p] = beta2 * self.v_sum[p] + (1 - beta2) * sum(balanced) ** 2
+        self.v_sum_max[p] = np.maximum(self.v_sum_max[p], self.v_sum[p])
         reaching = [i for i in range(len(self.terms)) if self.own_clock[i][p] > 0]
         second = self.v_max if self.amsgrad else self.v
         hats = {i: second[i][p] / (1 - beta2 ** self.own_clock[i][p]) for i in reaching}
@@ -138,6 +141,9 @@ class NaiveMTAdam:
         if self.denominator == "own":
             for i in reaching:
                 step = step + self.m[i][p] / (1 - beta1 ** self.own_clock[i][p]) / (np.sqrt(hats[i]) + self.eps)
+        elif self.denominator == "sum":
+            hat = (self.v_sum_max if self.amsgrad else self.v_sum)[p] / (1 - beta2 ** self.shared_clock[p])
+            step = sum(row[p] for row in self.m) / (1 - beta1 ** self.shared_clock[p]) / (np.sqrt(hat) + self.eps)
         elif reaching:
             stack = np.stack(list(hats.values()))
             hat = stack.max(0) if self.denominator == "max" else stack.mean(0)
