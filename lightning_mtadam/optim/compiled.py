@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, pack
         hyper.eps == 0,
         hyper.finite is not None,
         packed,
+        torch.get_num_threads(),
     )
     return partial(_run, kernel)
 
@@ -140,6 +142,15 @@ def _update_rows(
     parameter.copy_(moved)
 
 
+def _without_guards() -> dict[str, Any] | None:
+    """Options of ``torch.compile`` that spare the checks before each call, where torch has them.
+
+    They would find nothing: each case has a kernel of its own, and what differs from call to call is free.
+    """
+    skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+    return None if skip is None else {"guard_filter_fn": skip}
+
+
 @cache
 def _kernel(
     terms: int,
@@ -153,6 +164,7 @@ def _kernel(
     no_eps: bool,
     deferred: bool,
     packed: bool,
+    threads: int,
 ) -> Callable[..., None]:
     """A kernel of its own for each case, compiled on zeros before any number of a training depends on it.
 
@@ -162,7 +174,7 @@ def _kernel(
     own_code = _update_rows.__code__.replace(co_name=f"update_{terms}_terms")  # torch counts recompilations by code
     function = FunctionType(own_code, globals())
     options = {"dtype": wide, "denominator": denominator, "clips": clips, "no_eps": no_eps}
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_without_guards())
 
     def kernel(*arguments: object) -> None:
         compiled(*arguments, **options)
