@@ -41,13 +41,11 @@ def read(path: Path, column: str, baseline: str) -> dict[str, tuple[float, list[
 def draw(axes: Axes, column: str, methods: dict[str, tuple[float, list[float]]], *, logarithmic: bool) -> None:
     """One panel: time to the right, the figure upwards."""
     for method, (time, found) in methods.items():
-        (dots,) = axes.plot([time] * len(found), found, "o", fillstyle="none", markersize=4)
-        median = statistics.median(found)
-        axes.plot(time, median, "_", color=dots.get_color(), markersize=12, markeredgewidth=2)
-        axes.annotate(method, (time, median), (8, 0), textcoords="offset points", fontsize=8, va="center")
+        (dots,) = axes.plot([time] * len(found), found, "o", fillstyle="none", markersize=4, label=method)
+        axes.plot(time, statistics.median(found), "_", color=dots.get_color(), markersize=12, markeredgewidth=2)
     axes.set(xscale="log", yscale="log" if logarithmic else "linear", xlabel="time of a step, relative", title=column)
-    axes.margins(x=0.3)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -42,7 +42,7 @@ def test_a_panel_has_every_run_at_its_time_and_figure(results, logarithmic):
     assert found == [([1.0] * 3, [80.0, 90.0, 85.0]), ([5.0], [98.0])]
     medians = [float(line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "_"]
     assert medians == [85.0, 98.0]
-    assert [text.get_text() for text in axes.texts] == ["adam", "mtadam"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["adam", "mtadam"]
     assert axes.get_yscale() == ("log" if logarithmic else "linear")
 
 
