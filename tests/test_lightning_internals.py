@@ -241,8 +241,8 @@ def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
 
 
 ROOT = Path(__file__).parents[1]
-# Not Lightning's: torch's multi-tensor functions, and the hooks of torch's DistributedDataParallel.
-OF_TORCH = re.compile(r"_foreach_\w+|_comm_hooks|_join_config")
+# Not Lightning's: torch's multi-tensor functions, its compiler, and the hooks of its DistributedDataParallel.
+OF_TORCH = re.compile(r"_foreach_\w+|_dynamo|_comm_hooks|_join_config")
 
 
 def test_fabric_still_notes_its_backward_passes_where_they_are_noted():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -201,8 +202,8 @@ def test_bad_input_is_refused_naming_the_thing_and_the_remedy(name):
         partitioned_losses(**{**good, **change})
 
 
-def test_a_compiled_network_has_the_gradients_of_the_plain_one(monkeypatch):
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+@functorch_config.patch(donated_buffer=False)
+def test_a_compiled_network_has_the_gradients_of_the_plain_one():
     torch.compiler.reset()
     network, term_of_row = make_network(), torch.tensor([0, 1, 1, 2, 2, 2, 2, 0, 2, 2])
     compiled, parameters = torch.compile(network, backend="aot_eager", dynamic=True), list(network.parameters())

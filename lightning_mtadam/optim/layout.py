@@ -146,6 +146,7 @@ class TermMemory:
         spans: the places of those that are trained.
         rows: [R, columns] for each device and dtype.
         views: [R][P], of the parameters' shapes; ``None`` where not trained.
+        clean: [R][P], whether the gradient's place holds zeros.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class TermMemory:
         self.views: list[list[Tensor | None]] = [
             self.shaped([row[index] for row in self.rows]) for index in range(count)
         ]
-        self._clean = [[True] * len(self.parameters) for _ in range(count)]
+        self.clean = [[True] * len(self.parameters) for _ in range(count)]
 
     def fits(
         self, parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None], count: int
@@ -195,17 +196,17 @@ class TermMemory:
         """Note which gradients of a row were written; the others become zero."""
         stale = [
             view
-            for view, clean, now in zip(self.views[row], self._clean[row], reached, strict=True)
+            for view, clean, now in zip(self.views[row], self.clean[row], reached, strict=True)
             if view is not None and not now and not clean
         ]
         if stale:
             torch._foreach_zero_(stale)
-        self._clean[row][:] = [not now for now in reached]
+        self.clean[row][:] = [not now for now in reached]
 
     @cached_property
     def first_row(self) -> TermMemory:
         """The same memory, seen as that of one term."""
         only = copy(self)
         only.count, only.rows, only.views = 1, [rows[:1] for rows in self.rows], self.views[:1]
-        only._clean = self._clean[:1]
+        only.clean = self.clean[:1]
         return only
