@@ -1,4 +1,4 @@
-"""Two workers share two cores, so each test process uses one thread. Ctrl-C works where a shell has turned it off, too."""
+"""Two workers share two cores, so each test process uses one thread. Ctrl-C works where a shell turned it off, too."""
 
 import signal
 
