@@ -43,7 +43,7 @@ def draw(axes: Axes, column: str, methods: dict[str, tuple[float, list[float]]],
     for method, (time, found) in methods.items():
         (dots,) = axes.plot([time] * len(found), found, "o", fillstyle="none", markersize=4, label=method)
         axes.plot(time, statistics.median(found), "_", color=dots.get_color(), markersize=12, markeredgewidth=2)
-    axes.set(xscale="log", yscale="log" if logarithmic else "linear", xlabel="time of a step, relative", title=column)
+    axes.set(yscale="log" if logarithmic else "linear", xlabel="time of a step, relative", title=column)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
