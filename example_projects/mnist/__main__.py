@@ -7,9 +7,6 @@ class 0 and U(0, 1000) for the others, unless --weights says otherwise. "balance
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -17,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from example_projects.common import report
+from example_projects.common.command import keep_quiet, write_tables
 from example_projects.common.runs import Result, run
 from example_projects.mnist.data import MNISTData, find_data
 from example_projects.mnist.methods import METHODS
@@ -94,9 +91,7 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", message=message)
+    keep_quiet()
     data_dir, where = find_data(options.data_dir)
     say = rank_zero_only(print)
     say(where)
@@ -111,13 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 @rank_zero_only
 def write(options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
-    rows = report.summarise(results, "method", COLUMNS)
-    table = report.markdown(rows)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "table.md").write_text(table + "\n")
-    report.write_csv(options.output_dir / "table.csv", rows)
-    (options.output_dir / "options.json").write_text(json.dumps(vars(options), default=str, indent=2))
-    report.write_csv(options.output_dir / "results.csv", results)
+    table = write_tables(options, results, COLUMNS)
     print(f"\n{table}\n\nWritten to {options.output_dir}: table.md, table.csv; every run in results.csv.")
     print(f"See the balance with: tensorboard --logdir {options.output_dir}")
 

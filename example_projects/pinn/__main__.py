@@ -7,14 +7,12 @@ of the two losses, "adam-weight-1000" with the boundary loss weighted by hand.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from example_projects.common import report
+from example_projects.common.command import keep_quiet, write_tables
 from example_projects.common.runs import Result, run
 from example_projects.pinn.data import Points
 from example_projects.pinn.methods import METHODS
@@ -68,9 +66,7 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> Result:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", message=message)
+    keep_quiet()
     results = []
     for seed in options.seeds:
         for name in options.method:
@@ -81,13 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
-    rows = report.summarise(results, "method", COLUMNS, report.median_and_range)
-    table = report.markdown(rows)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "table.md").write_text(table + "\n")
-    report.write_csv(options.output_dir / "table.csv", rows)
-    (options.output_dir / "options.json").write_text(json.dumps(vars(options), default=str, indent=2))
-    report.write_csv(options.output_dir / "results.csv", results)
+    table = write_tables(options, results, COLUMNS, report.median_and_range)
     print(f"\n{table}\n\nMedian (smallest to largest). Written to {options.output_dir}: table.md, table.csv;")
     print(f"every run in results.csv. See the balance with: tensorboard --logdir {options.output_dir}")
 

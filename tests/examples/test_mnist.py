@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import signal
 from pathlib import Path
 from urllib.error import URLError
@@ -53,15 +52,6 @@ def tiny(tmp_path_factory):
         write_idx(folder / f"{images}.gz", pixels)
         write_idx(folder / f"{labels}.gz", torch.arange(size, dtype=torch.uint8) % CLASSES)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _quiet_again():
-    """The command lowers the level of Lightning's messages: put it back."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def call(*arguments):

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import logging
 import math
 import signal
 
@@ -32,15 +31,6 @@ pytestmark = [
 ]
 
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def _quiet_again():
-    """The command lowers the level of Lightning's messages: put it back."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 def call(*arguments):

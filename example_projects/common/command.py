@@ -1,0 +1,39 @@
+"""What the commands of all projects do alike: keep quiet, and write their tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+
+from example_projects.common import report
+
+
+def keep_quiet() -> None:
+    """Silence what Lightning says of every run, and of none in particular."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def write_tables(
+    options: argparse.Namespace,
+    results: Sequence[report.Row],
+    columns: Sequence[str],
+    show: Callable[[Sequence[float]], str] = report.mean_and_spread,
+) -> str:
+    """Write the table by method as Markdown and CSV, with the runs it summarises, to ``options.output_dir``.
+
+    Returns:
+        The table, as Markdown.
+    """
+    rows = report.summarise(results, "method", columns, show)
+    table = report.markdown(rows)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / "table.md").write_text(table + "\n")
+    report.write_csv(options.output_dir / "table.csv", rows)
+    (options.output_dir / "options.json").write_text(json.dumps(vars(options), default=str, indent=2))
+    report.write_csv(options.output_dir / "results.csv", results)
+    return table
