@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -149,7 +148,7 @@ class Workshop:
 
     def _join(self, span: Span) -> Moments:
         states = [self.states[self.rows[member]] for member in span.members]
-        sizes = [end - begin for begin, end in pairwise(span.bounds)]
+        sizes = span.sizes
         first, second = self.leading
         return Moments(
             exp_avg=join_moments(states, "exp_avg", first, sizes),

@@ -44,6 +44,11 @@ class Span:
         """The number of elements."""
         return self.bounds[-1]
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of elements of each of its members."""
+        return [end - begin for begin, end in pairwise(self.bounds)]
+
     def runs(self, wanted: Sequence[bool], limit: int) -> Iterator[Block]:
         """Blocks over those members that are wanted; a large parameter is cut into pieces of ``limit`` elements."""
         if len(self.members) == 1:
@@ -85,8 +90,7 @@ class Block:
         """The number of elements of each of its members in it."""
         if self.last - self.first == 1:
             return [self.end - self.begin]
-        bounds = self.span.bounds[self.first : self.last + 1]
-        return [end - begin for begin, end in pairwise(bounds)]
+        return self.span.sizes[self.first : self.last]
 
 
 def lay_out(parameters: Sequence[Tensor], keys: Sequence[Hashable | None]) -> list[Span]:
@@ -97,19 +101,21 @@ def lay_out(parameters: Sequence[Tensor], keys: Sequence[Hashable | None]) -> li
         keys: per parameter what it must share with those it is packed with; ``None`` if it is never packed.
     """
     memories: dict[tuple[torch.device, torch.dtype], int] = {}
-    packs: dict[Hashable, list[list[int]]] = {}
+    packs: dict[Hashable, tuple[list[int], int]] = {}  # the last of each kind, and its size
     spans: list[list[int]] = []
     for index, (parameter, key) in enumerate(zip(parameters, keys, strict=True)):
         memories.setdefault((parameter.device, parameter.dtype), len(memories))
         if key is None or parameter.numel() > PACKED:
             spans.append([index])
             continue
-        mine = packs.setdefault((key, parameter.device, parameter.dtype), [[]])
-        if sum(parameters[member].numel() for member in mine[-1]) + parameter.numel() > PACK:
-            mine.append([])
-        if not mine[-1]:
-            spans.append(mine[-1])
-        mine[-1].append(index)
+        kind = (key, parameter.device, parameter.dtype)
+        pack, size = packs.get(kind, ([], 0))
+        if size + parameter.numel() > PACK:
+            pack, size = [], 0
+        if not pack:
+            spans.append(pack)
+        pack.append(index)
+        packs[kind] = pack, size + parameter.numel()
     widths = [0] * len(memories)
     placed = list[Span]()
     for members in spans:
@@ -181,9 +187,8 @@ class TermMemory:
         """Views of the parameters' shapes into one flat tensor for each memory."""
         views: list[Tensor | None] = [None] * len(self.parameters)
         for span in self.spans:
-            sizes = [end - begin for begin, end in pairwise(span.bounds)]
             flat = flats[span.memory][span.start : span.start + span.size]
-            for member, piece in zip(span.members, torch.split(flat, sizes), strict=True):
+            for member, piece in zip(span.members, torch.split(flat, span.sizes), strict=True):
                 views[member] = piece.view(self.parameters[member].shape)
         return views
 

@@ -67,6 +67,7 @@ class Stepper:
         whole = [self.all[member] for member in self.members]
         self.balance = Balance(options, self.groups, self.states, whole, layers, self.members, terms)
         self.workshop = Workshop(self.all, self.row, self.states, self.groups, options.moments(len(terms)))
+        self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._scratch = torch.empty(0)
 
     def fits(
@@ -165,13 +166,14 @@ class Stepper:
         """The coefficients of all parameters: [P, I] or [P, 1] each."""
         balance = self.balance
         shared, own = balance.table.clocks[:, :1], balance.table.clocks[:, 1:]
-        own_moments = self.options.denominator == "own"
-        squares = shared if self.options.denominator == "sum" else own
-        correction = balance.correction(squares, 1)
+        denominator = self.options.denominator
+        squares = shared if denominator == "sum" else own
         weights = balance.weights(squares)
-        reaching = (own > 0).sum(1, keepdim=True).clamp(min=1).to(scales)
-        factor = balance.correction(own if own_moments else shared, 0)
-        if self.options.update == "mean":
+        factor = balance.correction(own if denominator == "own" else shared, 0)
+        reaching: Tensor | None = None
+        if "mean" in (denominator, self.options.update):
+            reaching = (own > 0).sum(1, keepdim=True).clamp(min=1).to(scales)
+        if reaching is not None and self.options.update == "mean":
             factor = factor * reaching
         if finite is not None:
             weights, factor = torch.where(finite, weights, 0), torch.where(finite, factor, torch.inf)
@@ -179,8 +181,8 @@ class Stepper:
             scales=balance.by_parameter(scales),
             weights=weights,
             factor=factor,
-            reaching=reaching if self.options.denominator == "mean" else None,
-            correction=correction,
+            reaching=reaching if denominator == "mean" else None,
+            correction=balance.correction(squares, 1) if self._amsgrad else None,
         )
 
     def hyperparameters(

@@ -79,8 +79,9 @@ class Streaming:
         stepper, balance = self.stepper, self.stepper.balance
         reached = [total is not None for total in self._sums]
         touched = [reached[member] for member in stepper.members]
-        balance.average(self._norms(), touched, self._present(), None)
-        balance.tick(self._norms() > 0, touched, None)
+        observed = self._norms()
+        balance.average(observed, touched, self._present(), None)
+        balance.tick(observed > 0, touched, None)
         scales = balance.scales()
         table = stepper.coefficients(scales, None)
         numbers = {id(group): stepper.hyperparameters(group, None, None) for group in balance.distinct}
