@@ -115,7 +115,10 @@ def _update_rows(
     steps = balanced if denominator == "own" else [reduce(torch.add, balanced)]
     if denominator == "sum":
         balanced = steps
-    first = [torch.lerp(row.to(dtype), step, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)]
+    averaged = len(exp_avg_sq) // len(exp_avg)
+    first = [
+        torch.lerp(row.to(dtype), step / averaged, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)
+    ]
     second = [
         torch.lerp(row.to(dtype), one * one, weight)
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.optim import compiled, kernels
+from lightning_mtadam.optim import compiled, fused, kernels
 from lightning_mtadam.optim.balance import Balance
 from lightning_mtadam.optim.blocks import Work, Workshop
 from lightning_mtadam.optim.finite import FiniteWatch
@@ -104,8 +104,7 @@ class Stepper:
         known = [self.of_members(pending.norms[term]) if term in pending.norms else None for term in terms]
         observed = self.balance.observe(gradients, known)
         finite = watch.check(observed, self.names, terms)
-        limit = 1 << 62 if self.options.compile else max(1, BLOCK // memory.count)
-        works = self.workshop.works(memory.spans, touched, limit)
+        works = self.workshop.works(memory.spans, touched, self._limit(memory))
         jobs = self._jobs(memory, works, pending.clip, finite)
         if light:
             self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
@@ -119,6 +118,14 @@ class Stepper:
         self._update(jobs, scales, finite)
         return self.balance.frozen_scales * scales if light else scales
 
+    def _limit(self, memory: TermMemory) -> int:
+        """The elements of a block."""
+        if self.options.compile:
+            return 1 << 62
+        if all(fused.suits(self.options.denominator, rows.device, rows.dtype) for rows in memory.rows):
+            return fused.BLOCK
+        return max(1, BLOCK // memory.count)
+
     def _jobs(
         self, memory: TermMemory, works: Sequence[Work], clip: tuple[ClipAlgorithm, float] | None, finite: Tensor | None
     ) -> list[_Job]:
@@ -128,9 +135,12 @@ class Stepper:
         jobs = list[_Job]()
         for work in works:
             columns, hyper = memory.columns(work.block), numbers[id(work.group)]
+            packed = not isinstance(work.rows, int)
             update: Update = kernels.update
             if self.options.compile:
-                update = compiled.updater(columns, work.moments, hyper, packed=not isinstance(work.rows, int))
+                update = compiled.updater(columns, work.moments, hyper, packed=packed)
+            elif fused.applies(columns, work.moments, hyper, packed=packed):
+                update = fused.update
             jobs.append(_Job(work, columns, hyper, update))
         return jobs
 
@@ -169,7 +179,8 @@ class Stepper:
         denominator = self.options.denominator
         squares = shared if denominator == "sum" else own
         weights = balance.weights(squares)
-        factor = balance.correction(own if denominator == "own" else shared, 0)
+        first, second = self.options.moments(len(self.terms))
+        factor = balance.correction(own if denominator == "own" else shared, 0) * (first / second)
         reaching: Tensor | None = None
         if "mean" in (denominator, self.options.update):
             reaching = (own > 0).sum(1, keepdim=True).clamp(min=1).to(scales)
