@@ -1,4 +1,4 @@
-"""The update by torch's own fused Adam, one call for each term: on a CPU, several times faster than operation by operation.
+"""The update by torch's own fused Adam, one call for each term: on a CPU quicker than operation by operation.
 
 What Adam's kernel does for the gradient of one term is nearly MTAdam's share of that term:
 
@@ -22,7 +22,7 @@ from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moment
 from lightning_mtadam.optim.options import Denominator
 
 BLOCK = 1 << 18
-"""Elements of a block: large enough that calls cost little, small enough that what all terms share stays in the cache."""
+"""Elements of a block: so large that calls cost little, so small that what all terms share stays in the cache."""
 
 
 def suits(denominator: Denominator, device: torch.device, dtype: torch.dtype) -> bool:

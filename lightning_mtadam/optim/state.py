@@ -31,9 +31,10 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
 
     Returns:
         ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment, the
-        average of the mean of the balanced gradients, or one per term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape] with denominator "sum": the second
-        moments, their bias already corrected; ``max_exp_avg_sq`` with amsgrad, not corrected; ``gradient_norm`` and
-        ``gradient_norm_count`` [I]: the moving averages of the layer's norms.
+        average of the mean of the balanced gradients, or one per term with denominator "own"; ``exp_avg_sq``
+        [I, *shape], or [1, *shape] with denominator "sum": the second moments, their bias already corrected;
+        ``max_exp_avg_sq`` with amsgrad, not corrected; ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving
+        averages of the layer's norms.
     """
     shape = tuple(parameter.shape)
     first, second = options.moments(terms)
