@@ -24,6 +24,9 @@ from lightning_mtadam.optim.options import Denominator
 BLOCK = 1 << 18
 """Elements of a block: so large that calls cost little, so small that what all terms share stays in the cache."""
 
+_LONG_AGO = torch.tensor(math.inf, device="cpu")
+"""The number of steps so far, as Adam's kernel is told: it finds no bias to correct, which is done already."""
+
 
 def suits(denominator: Denominator, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tensors of this kind can be updated so: it takes numbers that are known on the host."""
@@ -80,7 +83,7 @@ def update(
             [moments.exp_avg[0]],
             [square],
             largest,
-            [torch.tensor(math.inf, device="cpu")],  # biases are corrected already
+            [_LONG_AGO],
             lr=lr,
             beta1=1 - part / (1 - to_come * part),
             beta2=1 - weight,
