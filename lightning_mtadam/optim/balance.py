@@ -87,7 +87,9 @@ class Balance:
             touched: per parameter, whether any term's graph reached it.
             present: per term, whether it is in this step's losses.
         """
-        layer_touched = self._by_layer(self.constant(touched)[:, None]) > 0
+        layer_touched = self.constant(touched, torch.bool)[:, None]
+        if not self.single:
+            layer_touched = self._by_layer(layer_touched.to(self.dtype)) > 0
         return balancing.update_norms(
             *self.norms(),
             observed if self.single else balancing.layer_norms(observed, self.layer_of, len(self.layers.names)),

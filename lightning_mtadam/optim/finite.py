@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,11 +42,12 @@ class FiniteWatch:
         Raises:
             NonFiniteError: naming term and layer.
         """
-        finite = norms.isfinite().all()
         if is_host(norms.device):
-            if not bool(finite):
+            # Norms are not negative, so their sum is finite only if all are; it may overflow where none is.
+            if not math.isfinite(norms.sum()) and not bool(norms.isfinite().all()):
                 raise non_finite(norms, layers, terms)
             return None
+        finite = norms.isfinite().all()
         copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=torch.cuda.is_available())
         copy.copy_(finite, non_blocking=True)
         self._sent = copy, _event(norms.device), norms, layers, terms
