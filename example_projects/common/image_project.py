@@ -23,7 +23,7 @@ from lightning_mtadam.callbacks import BalanceWeightMonitor
 # Options that a run may be continued with another value of.
 NOT_OF_A_RUN = {
     "method", "seeds", "lr", "setting", "output_dir", "resume", "accelerator", "devices", "strategy", "num_workers",
-    "checkpoint_every", "samples", "trials", "search_metric",
+    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric",
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def train(
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
         callbacks=[*shown, *callbacks],
-        log_every_n_steps=10,
+        log_every_n_steps=options.log_every,
         max_epochs=options.max_epochs,
         check_val_every_n_epoch=options.metrics_every,
         limit_train_batches=options.limit_train_batches,
