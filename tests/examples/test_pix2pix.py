@@ -13,6 +13,7 @@ import sys
 
 import lightning.pytorch as pl
 import numpy as np
+import optuna
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -429,6 +430,20 @@ def test_several_learning_rates_are_rows_of_their_own(folder, tmp_path):
         ("adam, lr 0.0001", "balanced-lr0.0001/adam-seed0"),
         ("adam, lr 0.001", "balanced-lr0.001/adam-seed0"),
     ]
+
+
+def test_hyperband_searches_and_trains_with_what_it_found(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.number == 1)
+    call(*arguments(tmp_path, "--data-dir", folder, "--method", "hyperband", "--trials", 3, "--devices", 1))
+    (row,) = read_results(tmp_path)
+    run = tmp_path / row["folder"]
+    trials = [run.parent / "hyperband-search" / f"trial{index}" for index in range(3)]
+    assert [(trial / "result.json").exists() for trial in trials] == [True, False, True]
+    errors = {index: json.loads((trials[index] / "result.json").read_text())["L1"] for index in (0, 2)}
+    best = trials[min(errors, key=errors.get)]
+    lambdas, found = (json.loads((path / "settings.json").read_text())["lambdas"] for path in (best, run))
+    assert found == lambdas
+    assert (row["method"], row["steps"]) == ("hyperband", "2")
 
 
 # Resume
