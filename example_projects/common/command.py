@@ -10,11 +10,19 @@ from collections.abc import Callable, Sequence
 
 from example_projects.common import report
 
+UNREMARKABLE = (
+    ".*does not have many workers.*",
+    ".*exists and is not empty.*",
+    ".*LeafSpec.*",
+    ".*smaller than the logging interval.*",
+    ".*your dataloader is not resumable.*",  # EpochSampler is
+)
+
 
 def keep_quiet() -> None:
     """Silence what Lightning says of every run, and of none in particular."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+    for message in UNREMARKABLE:
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -29,7 +37,15 @@ def write_tables(
     Returns:
         The table, as Markdown.
     """
-    rows = report.summarise(results, "method", columns, show)
+    return write_rows(options, report.summarise(results, "method", columns, show), results)
+
+
+def write_rows(options: argparse.Namespace, rows: Sequence[report.Row], results: Sequence[report.Row]) -> str:
+    """Write a table as Markdown and CSV, with the options and the results of all runs, to ``options.output_dir``.
+
+    Returns:
+        The table, as Markdown.
+    """
     table = report.markdown(rows)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "table.md").write_text(table + "\n")
