@@ -59,19 +59,19 @@ class Discriminator(nn.Module):
     """Real or made: images [B, 3, S, S] in [-1, 1] to logits [B, 1].
 
     Args:
-        image_size: S, a multiple of 16; 96 in the paper.
+        image_size: S, a multiple of 16, at least 32; 96 in the paper.
         width: channels of the first convolution, 64 in the paper.
 
     Raises:
-        ValueError: the size is no multiple of 16.
+        ValueError: the size is another.
     """
 
     def __init__(self, image_size: int = 96, width: int = 64) -> None:
         super().__init__()
-        if image_size < SHRINKAGE or image_size % SHRINKAGE:
+        if image_size < 2 * SHRINKAGE or image_size % SHRINKAGE:
             raise ValueError(
-                f"image_size must be a multiple of {SHRINKAGE}, by which the discriminator shrinks images, but is"
-                f" {image_size}."
+                f"image_size must be 32 or a larger multiple of {SHRINKAGE}, by which the discriminator shrinks images,"
+                f" but is {image_size}."
             )
         channels = [width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
         self.convolutions = nn.Sequential(

@@ -61,7 +61,7 @@ class PerceptualLoss:
         return F.mse_loss(self.features(self._normalise(made)), wanted)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        return ((images + 1) / 2 - self.mean) / self.deviation
+        return ((images.float() + 1) / 2 - self.mean) / self.deviation
 
 
 def make_perceptual_loss(weights: Path | None, *, for_trial: bool) -> tuple[PerceptualLoss, str]:
@@ -106,7 +106,7 @@ def read_vgg(file: Path) -> PerceptualLoss:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {error}. {REMEDY}") from error
+        raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}). {REMEDY}") from error
     return vgg(state, str(file))
 
 
