@@ -7,7 +7,7 @@ The first row of the table is bicubic interpolation, which learns nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from example_projects.common.command import keep_quiet
 from example_projects.common.image_command import parser_of, train_all, write
 from example_projects.common.image_data import ImageData
+from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_project import ImageProject
 from example_projects.common.methods import Method
-from example_projects.srgan.baseline import measure_bicubic
 from example_projects.srgan.data import make_data
-from example_projects.srgan.metrics import SuperResolutionMetrics
-from example_projects.srgan.module import LAMBDAS, SRGAN
+from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic
+from example_projects.srgan.networks import SCALE
 from example_projects.srgan.perceptual import PerceptualLoss, make_perceptual_loss
 
 
@@ -85,9 +85,14 @@ def module_of(options: argparse.Namespace, method: Method, lambdas: Mapping[str,
     )
 
 
+def metrics_of(options: argparse.Namespace) -> ImageMetrics:
+    """The metrics of all projects, and those of the luma without a border, as super-resolution is measured."""
+    return ImageMetrics(make_distance(options.feature_extractor, options.weights), y_border=SCALE)
+
+
 PROJECT = ImageProject(
     name="srgan",
-    description=__doc__ or "",
+    description=__doc__,
     lambdas=LAMBDAS,
     columns=("PSNR-Y", "SSIM-Y", "PSNR", "SSIM", "L1", "L2", "NMSE", "FID", "FD-VGG16"),
     defaults={"lr": [1e-4], "image_size": 96, "width": 64, "batch_size": 16, "max_epochs": 100},
@@ -96,3 +101,24 @@ PROJECT = ImageProject(
     make_metrics=metrics_of,
     add_options=add_options,
 )
+
+
+def bicubic_row(options: argparse.Namespace, rows: Sequence[Result]) -> Result:
+    """What bicubic interpolation gives on the hold-out set, with the columns of the other rows."""
+    metrics, images = metrics_of(options), data_of(options, 0).test
+    for index in range(len(images))[: options.limit_test_batches]:
+        low, high = images[index]
+        metrics.update(bicubic(low[None]), high[None])
+    return {**dict.fromkeys(rows[0], 0.0), **metrics.compute(), "method": "bicubic"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    options = parser_of(PROJECT).parse_args(arguments)
+    keep_quiet()
+    results = train_all(PROJECT, options)
+    write(PROJECT, options, [bicubic_row(options, results), *results])
+
+
+if __name__ == "__main__":
+    main()
