@@ -19,6 +19,7 @@ from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_project import ImageProject
 from example_projects.common.methods import Method
+from example_projects.common.runs import Result
 from example_projects.srgan.data import make_data
 from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic
 from example_projects.srgan.networks import SCALE
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parser_of(PROJECT).parse_args(arguments)
     keep_quiet()
+    perceptual_loss(options.perceptual_weights, options.data_dir is None)  # what is missing is missed at once
     results = train_all(PROJECT, options)
     write(PROJECT, options, [bicubic_row(options, results), *results])
 

@@ -1,42 +1,44 @@
-"""The SRGAN project: its networks, losses and data, and the command itself."""
+"""The SRGAN project: its networks and losses, its training, and the command itself."""
 
-import math
-import re
+import contextlib
+import csv
+import io
+import itertools
+from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import VGG19_Weights, vgg16
+from torch.utils.data import DataLoader
 
-from example_projects.common.image_data import Kept
-from example_projects.common.images import from_bytes, to_bytes, to_image, to_tensor
-from example_projects.srgan.data import Crops, make_data, random_position, reduced
+from example_projects.common.image_metrics import ImageMetrics
+from example_projects.common.methods import IMAGE_METHODS
+from example_projects.srgan import __main__ as command
+from example_projects.srgan import networks
 from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic, discriminator_losses, generator_losses
 from example_projects.srgan.networks import Discriminator, Generator
-from example_projects.srgan.perceptual import (
-    DEVIATION,
-    MEAN,
-    RANDOM,
-    PerceptualLoss,
-    empty_features,
-    make_perceptual_loss,
-    random_vgg,
-    read_vgg,
-)
-from example_projects.srgan.procedural import dead_leaves
+from example_projects.srgan.perceptual import DEVIATION, PerceptualLoss
+from lightning_mtadam import MTAdam
+from tests.distributed.ranks import results, run_ranks
+from tests.lightning_models import needs_exact_resume
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
 
 SIZE = 32
 
 
 def count(network):
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def random_image(seed, height, width):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 class Halved(PerceptualLoss):
@@ -66,7 +68,7 @@ def test_the_counts_are_those_of_the_layers_of_the_papers_figure():
     ends = convolution(3, 8, 9) + 1 + convolution(8, 8, 3) + 2 * 8 + convolution(8, 3, 9)
     assert count(generator) == 3 * block + ends + 2 * (convolution(8, 32, 3) + 1)
     channels = [4, 4, 8, 8, 16, 16, 32, 32]
-    normalised = sum(convolution(a, b, 3) + 2 * b for a, b in zip(channels, channels[1:], strict=False))
+    normalised = sum(convolution(a, b, 3) + 2 * b for a, b in itertools.pairwise(channels))
     assert count(discriminator) == convolution(3, 4, 3) + normalised + (32 * 9 + 1) * 64 + 64 + 1
 
 
@@ -134,265 +136,222 @@ def test_the_prescribed_perceptual_weight_is_the_papers_scale_of_features_square
     assert set(LAMBDAS["unbalanced"].values()) == {1}
 
 
-# The perceptual network
-
-
-def save_vgg16(path, prefix="features.", drop=()):
-    layers, _ = empty_features(13)
-    layers = layers.to_empty(device="cpu")
-    for parameter in layers.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    state = {prefix + name: value.half() for name, value in layers.state_dict().items() if name not in drop}
-    torch.save(state, path)
-    return layers
-
-
-def test_weights_of_a_file_are_those_that_torchvisions_network_computes_with(tmp_path):
-    layers = save_vgg16(tmp_path / "vgg16.pth").half().float()
-    loss = read_vgg(tmp_path / "vgg16.pth")
-    made, truth = torch.rand(2, 1, 3, SIZE, SIZE) * 2 - 1
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    ours, theirs = (layers(((images + 1) / 2 - mean) / deviation) for images in (made, truth))
-    assert loss.name == "VGG16"
-    with torch.device("meta"):
-        assert str(loss.features) == str(vgg16().features[:30])
-    torch.testing.assert_close(loss(made, truth), (ours - theirs).square().mean(), rtol=1e-6, atol=0)
-    assert loss(truth, truth) == 0
-
-
-def test_features_end_with_the_rectified_last_convolution():
-    for convolutions, width, last in ((13, 30, 28), (16, 36, 34)):
-        layers, _ = empty_features(convolutions)
-        assert len(layers) == width
-        assert isinstance(layers[last], nn.Conv2d)
-        assert isinstance(layers[-1], nn.ReLU)
-        assert sum(isinstance(layer, nn.Conv2d) for layer in layers) == convolutions
-
-
-def test_random_weights_are_the_same_each_time_and_take_no_random_numbers():
-    before = torch.get_rng_state()
-    first, second = random_vgg(), random_vgg()
-    assert torch.equal(before, torch.get_rng_state())
-    pairs = zip(first.features.parameters(), second.features.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    features = first.features(torch.randn(1, 3, SIZE, SIZE))
-    assert 0.1 < features.std() < 10
-
-
-@pytest.mark.parametrize(
-    ("prefix", "drop", "message"),
-    [
-        ("layers.", (), "has 0 convolutions; VGG16 has 13, VGG19 has 16"),
-        ("features.", ("28.weight",), "has 12 convolutions"),
-        ("features.", ("0.bias",), "does not hold the convolutions of VGG16.*0.bias"),
-    ],
-)
-def test_a_file_of_another_network_is_refused_by_name(tmp_path, prefix, drop, message):
-    save_vgg16(tmp_path / "vgg.pth", prefix, drop)
-    with pytest.raises(ValueError, match=f"(?s)vgg.pth {message}.*--perceptual-weights"):
-        read_vgg(tmp_path / "vgg.pth")
-
-
-def test_a_missing_and_a_damaged_file_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*none\.pth.*--perceptual-weights"):
-        read_vgg(tmp_path / "none.pth")
-    for content in (b"", b"<html>", torch.save):
-        path = tmp_path / "damaged.pth"
-        if callable(content):
-            save_vgg16(path)
-            path.write_bytes(path.read_bytes()[:1000])
-        else:
-            path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"damaged\.pth cannot be read as weights.*--perceptual-weights"):
-            read_vgg(path)
+# Training
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(type(VGG19_Weights.IMAGENET1K_V1), "get_state_dict", fail)
-
-
-@pytest.mark.usefixtures("offline")
-def test_without_weights_a_trial_says_that_they_are_random():
-    loss, announcement = make_perceptual_loss(None, for_trial=True)
-    assert loss.name == "random VGG19"
-    assert "no route to host" in announcement
-    assert "RANDOM weights" in announcement
-    assert VGG19_Weights.IMAGENET1K_V1.url in announcement
+def unnormalised(monkeypatch):
+    """Networks without batch normalisation: its statistics are of each rank's own images, and a bias before it has a
+    gradient of nothing but rounding errors, which Adam makes steps of."""
+    monkeypatch.setattr(networks.nn, "BatchNorm2d", lambda width: nn.Identity())
 
 
-@pytest.mark.usefixtures("offline")
-def test_without_weights_real_images_are_refused_with_the_remedy():
-    with pytest.raises(RuntimeError, match="vgg19.*no route to host.*--perceptual-weights"):
-        make_perceptual_loss(None, for_trial=False)
-    loss, announcement = make_perceptual_loss(RANDOM, for_trial=False)
-    assert loss.name == "random VGG19"
-    assert "RANDOM weights, as asked" in announcement
+def make_module(method="adam", **options):
+    torch.manual_seed(0)
+    small = {"epochs": 2, "image_size": SIZE, "width": 2, "blocks": 1}
+    return SRGAN(IMAGE_METHODS[method], LAMBDAS["unbalanced"], 1e-2, Halved(), **small | options)
 
 
-# Data
+def batches(number, size=2):
+    generator = torch.Generator().manual_seed(1)
+    highs = torch.rand(number * size, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    return [(F.avg_pool2d(high, 4), high) for high in highs]
+
+
+def fit(module, number, epochs):
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(batches(number), 2))
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.usefixtures("unnormalised")
+def test_training_equals_a_hand_written_loop():
+    """First epochs of the generator alone, then the discriminator's step before the generator's; lr / 10 in the end."""
+    ours, theirs = fit(make_module(pretrain_epochs=1), 3, 3), make_module()
+    generator, discriminator = theirs.generator, theirs.discriminator
+    options = {"lr": 1e-2, "betas": (0.9, 0.999)}
+    first, second = (torch.optim.Adam(generator.parameters(), **options) for _ in range(2))
+    rival = torch.optim.Adam(discriminator.parameters(), **options)
+
+    def step(loss, optimizer):
+        generator.zero_grad()
+        discriminator.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for epoch in range(3):
+        for optimizer in (second, rival):
+            optimizer.param_groups[0]["lr"] = 1e-3 if epoch == 2 else 1e-2
+        for low, high in DataLoader(batches(3), 2):
+            made = generator(low)
+            if epoch == 0:
+                step(F.mse_loss(made, high), first)
+                continue
+            judged = F.logsigmoid(discriminator(high)) + F.logsigmoid(-discriminator(made.detach()))
+            step(-judged.mean(), rival)
+            features = ((made - high) / 4 / torch.tensor(DEVIATION)[:, None, None]).square().mean()
+            step(F.mse_loss(made, high) - F.logsigmoid(discriminator(made)).mean() + features, second)
+    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=lambda found, name=name: f"{name}: {found}")
+
+
+def test_each_optimizer_has_the_parameters_of_its_network_alone():
+    module = make_module("mtadam", pretrain_epochs=1)
+    (generator, discriminator, pretraining), _ = module.configure_optimizers()
+    assert isinstance(generator, MTAdam)
+    for optimizer, network in ((generator, module.generator), (discriminator, module.discriminator)):
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        assert {id(parameter) for parameter in held} == {id(parameter) for parameter in network.parameters()}
+    assert count(module.generator) == sum(p.numel() for group in pretraining.param_groups for p in group["params"])
+    assert len(make_module().configure_optimizers()[0]) == 2
+
+
+def test_what_is_generated_is_an_image():
+    module = make_module().eval()
+    module.generator.tail[-1].bias.data += 5
+    low, high = (part[None] for part in batches(1)[0])
+    images = module.generate((low, high))
+    assert images.inputs is low
+    assert images.truths is high
+    assert (images.outputs == 1).all()
+
+
+# The command
+
+
+TINY = [
+    "--width", 2, "--blocks", 1, "--image-size", SIZE, "--batch-size", 2, "--samples", 1, "--limit-test-batches", 1,
+    "--metrics-every", 9, "--accelerator", "cpu", "--no-progress-bar",
+]  # fmt: skip
+
+
+def call(*arguments, perceptual_loss=lambda *_: Halved()):
+    """Run the command and return what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "perceptual_loss", perceptual_loss)
+        command.main([str(argument) for argument in [*TINY, *arguments]])
+    return printed.getvalue()
+
+
+def read_results(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+def test_every_method_runs_offline_and_has_a_row_below_that_of_bicubic(tmp_path):
+    methods = list(IMAGE_METHODS)
+    printed = call("--method", *methods, "--max-epochs", 1, "--limit-train-batches", 2, "--output-dir", tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
+    columns = ["PSNR-Y", "SSIM-Y", "PSNR", "SSIM", "L1", "L2", "NMSE", "seconds_per_step"]
+    assert rows[0] == ["method", "runs", *columns]
+    assert [row[0] for row in rows[2:]] == ["bicubic", *methods]
+    assert "No --data-dir: images of 160x160 pixels are generated" in printed
+    results = read_results(tmp_path)
+    assert all(float(row["PSNR"]) > 3 for row in results)
+    assert [row["steps"] for row in results[1:]] == [results[1]["steps"]] * len(methods)
+    balanced = [line for line in printed.splitlines() if line.startswith("balanced-adam, seed 0")]
+    assert balanced == ["balanced-adam, seed 0, lr 0.0001, 1 mse, 0.001 gan, 0.006 perceptual"]
+
+    images = command.data_of(command.parser_of(command.PROJECT).parse_args(["--crops-per-image", "1"]), 0).test
+    metrics = ImageMetrics(y_border=4)
+    metrics.update(bicubic(images[0][0][None]), images[0][1][None])
+    for name, value in metrics.compute().items():
+        assert float(results[0][name]) == pytest.approx(value, rel=1e-6)
+
+
+def test_the_real_perceptual_network_is_announced_once_and_in_no_checkpoint(tmp_path):
+    command.perceptual_loss.cache_clear()
+    options = ["--max-epochs", 1, "--limit-train-batches", 1, "--metrics-every", 1, "--output-dir", tmp_path]
+    methods = ["--method", "mtadam", "adam", "--perceptual-weights", "random"]
+    printed = call(*methods, *options, perceptual_loss=command.perceptual_loss)
+    assert printed.count("The perceptual loss is of a VGG19 with RANDOM weights, as asked: for trials only.") == 1
+
+    checkpoint, expected = load(tmp_path / "unbalanced-lr0.0001" / "mtadam-seed0"), make_module()
+    assert list(checkpoint["state_dict"]) == list(expected.state_dict())
+    assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == {"generator", "discriminator"}
+    held = [sum(len(group["params"]) for group in state["param_groups"]) for state in checkpoint["optimizer_states"]]
+    assert held == [len(list(network.parameters())) for network in (expected.generator, expected.discriminator)]
+
+
+def test_weights_that_are_missing_are_missed_before_anything_is_written(tmp_path):
+    output = tmp_path / "runs"
+    with pytest.raises(FileNotFoundError, match=r"no file none\.pth.*--perceptual-weights"):
+        call("--perceptual-weights", "none.pth", "--output-dir", output, perceptual_loss=command.perceptual_loss)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("epochs", [-1, 2])
+def test_training_on_the_squared_error_alone_is_refused(tmp_path, epochs):
+    with pytest.raises(ValueError, match=f"--pretrain-epochs must be from 0 to less than --max-epochs, 2.*is {epochs}"):
+        call("--pretrain-epochs", epochs, "--max-epochs", 2, "--output-dir", tmp_path)
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """Three photographs, one of them grey, and a benchmark of two pairs of different sizes."""
-    train, test = tmp_path / "train", tmp_path / "test"
-    train.mkdir()
-    test.mkdir()
-    for seed, (height, width) in enumerate([(40, 50), (64, 33)]):
-        random_image(seed, height, width).save(train / f"{seed}.png")
-    random_image(2, 40, 40).convert("L").save(train / "2.jpg")
-    for seed, (height, width) in enumerate([(32, 40), (48, 36)]):
-        high = random_image(seed, height, width)
-        high.save(test / f"img_{seed}_SRF_4_HR.png")
-        high.reduce(4).save(test / f"img_{seed}_SRF_4_LR.png")
-    return train, test
-
-
-def data(train, test, **options):
-    return make_data(train, test, **{"image_size": SIZE, "crops_per_image": 2, "batch_size": 2, "seed": 0} | options)
-
-
-def coordinates(height, width):
-    """An image whose pixels tell where they are, uint8 [3, H, W]."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
-
-
-def test_crops_are_parts_of_the_photographs_in_any_of_eight_positions():
-    whole = coordinates(40, 50)
-    crops = Crops(Kept(lambda index: whole, 1), SIZE, 2)
-    places, positions = set(), set()
-    for seed in range(200):
-        _, high = crops[(0, seed)]
-        pixels = to_bytes(to_image(high))
-        for position in range(8):
-            undone = (pixels.flip(2) if position >= 4 else pixels).rot90(-(position % 4), (1, 2))
-            top, left = undone[:2, 0, 0].tolist()
-            if torch.equal(undone, whole[:, top : top + SIZE, left : left + SIZE]):
-                places.add((top, left))
-                positions.add(position)
-    assert positions == set(range(8))
-    assert {top for top, _ in places} == set(range(40 - SIZE + 1))
-    assert {left for _, left in places} == set(range(50 - SIZE + 1))
-
-
-def test_an_epoch_has_as_many_crops_of_each_photograph_as_asked_for(folders):
-    train = data(*folders, crops_per_image=3).train
-    assert len(train) == 3 * 3
-    seen = []
-    train.images.make = lambda index: seen.append(index) or torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
-    train.images.memory = 0
-    for index in range(9):
-        assert [part.shape[-1] for part in train[(index, 0)]] == [SIZE // 4, SIZE]
-    assert sorted(seen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
-def test_a_crop_depends_on_its_draw_alone(folders):
-    first, second = data(*folders).train, data(*folders).train
-    for draw in ((0, 5), (4, 6)):
-        assert all(torch.equal(a, b) for a, b in zip(first[draw], second[draw], strict=True))
-    assert not torch.equal(first[(0, 5)][1], first[(0, 6)][1])
-
-
-def test_a_reduction_is_the_bicubic_one_that_benchmarks_are_made_with():
-    # The cubic kernel with a = -0.5, stretched by the factor: written out for one pixel in the middle of an image.
-    def kernel(x):
-        x = abs(x)
-        return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0
-
-    high = to_bytes(random_image(0, 40, 40))
-    weights = np.array([kernel((at + 0.5) / 4 - 5.5) for at in range(40)])  # of the pixel with index 5
-    weights /= weights.sum()
-    wanted = np.einsum("chw,h,w->c", high.numpy().astype(float), weights, weights)
-    np.testing.assert_allclose(reduced(high)[:, 5, 5].numpy(), wanted.clip(0, 255), atol=1.01)
-
-
-def test_bicubic_enlargement_is_pillows():
-    low = to_bytes(random_image(0, 12, 9)) // 2 + 64  # Pillow clamps in between, too
-    pillow = to_image(from_bytes(low)).resize((36, 48), Image.Resampling.BICUBIC)
-    torch.testing.assert_close(bicubic(from_bytes(low)[None])[0], from_bytes(to_bytes(pillow)), rtol=0, atol=2 / 127.5)
-
-
-def test_a_benchmark_is_read_in_its_pairs(folders):
-    test = data(*folders).test
-    assert len(test) == 2
-    for seed, (low, high) in enumerate(test[index] for index in range(2)):
-        assert torch.equal(high, to_tensor(random_image(seed, *high.shape[1:])))
-        assert torch.equal(low, to_tensor(random_image(seed, *high.shape[1:]).reduce(4)))
-
-
-def test_photographs_to_test_on_are_cut_to_a_multiple_of_four_and_reduced(folders):
-    train, _ = folders
-    lows, highs = zip(*(data(train, train).test[index] for index in range(3)), strict=True)
-    assert [tuple(high.shape) for high in highs] == [(3, 40, 48), (3, 64, 32), (3, 40, 40)]
-    assert [tuple(low.shape) for low in lows] == [(3, 10, 12), (3, 16, 8), (3, 10, 10)]
-    assert torch.equal(highs[0], to_tensor(random_image(0, 40, 50))[:, :40, :48])
-    assert torch.equal(lows[0], from_bytes(reduced(to_bytes(to_image(highs[0])))))
-
-
-def test_a_grey_image_becomes_one_of_three_equal_channels(folders):
-    train, _ = folders
-    _, high = data(train, train).test[2]
-    assert high.std() > 0
-    assert torch.equal(high, high[:1].expand(3, -1, -1))
-
-
-def test_half_a_pair_and_a_pair_for_another_factor_are_named(folders):
-    train, test = folders
-    random_image(0, 16, 20).save(test / "img_0_SRF_4_LR.png")
-    with pytest.raises(
-        ValueError, match=r"img_0_SRF_4_HR\.png is 40x32, which is not 4 times the 20x16 of img_0_SRF_4_LR"
+def photographs(tmp_path):
+    """Four photographs to train on and three to test on."""
+    for folder, sizes in (
+        ("train", [(40, 50), (64, 33), (48, 48), (32, 32)]),
+        ("test", [(48, 40), (40, 48), (32, 32)]),
     ):
-        data(train, test).test[0]
-    (test / "img_1_SRF_4_LR.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"img_1_SRF_4_HR\.png has no img_1_SRF_4_LR\.png beside it"):
-        data(train, test)
+        (tmp_path / folder).mkdir()
+        for seed, (height, width) in enumerate(sizes):
+            pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{seed}.png")
+    return ["--data-dir", tmp_path / "train", "--test-dir", tmp_path / "test", "--crops-per-image", 2]
 
 
-def test_a_photograph_that_is_smaller_than_the_crops_is_named(folders):
-    train = data(*folders, image_size=64).train
-    with pytest.raises(ValueError, match=r"0\.png is 50x40, too small for crops of 64x64.*--image-size"):
-        train[(0, 0)]
+class EndedError(Exception):
+    pass
 
 
-def test_an_unreadable_photograph_and_a_folder_without_any_are_named(folders, tmp_path):
-    train, test = folders
-    (train / "0.png").write_bytes((train / "0.png").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"0\.png is not a whole image"):
-        data(train, test).train[(0, 0)]
-    (tmp_path / "empty").mkdir()
-    for folder in ("empty", "missing"):
-        with pytest.raises(FileNotFoundError, match=f"{folder}.*--data-dir"):
-            data(tmp_path / folder, test)
+@needs_exact_resume
+def test_a_resumed_run_ends_as_an_uninterrupted_one(photographs, tmp_path, monkeypatch):
+    """Four batches in each of three epochs, the first on the squared error alone; ended in the first and the last."""
+    options = [*photographs, "--method", "mtadam", "--max-epochs", 3, "--pretrain-epochs", 1, "--checkpoint-every", 1]
+    call(*options, "--output-dir", tmp_path / "whole")
+    original, done = SRGAN.training_step, []
+
+    def interrupted(self, batch, batch_idx):
+        done.append(None)
+        if len(done) in (3, 12):
+            raise EndedError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SRGAN, "training_step", interrupted)
+    with pytest.raises(EndedError):
+        call(*options, "--output-dir", tmp_path / "parts")
+    with pytest.raises(EndedError):
+        call(*options, "--output-dir", tmp_path / "parts", "--resume")
+    call(*options, "--output-dir", tmp_path / "parts", "--resume")
+    assert len(done) == 12 + 2
+    whole, parts = (load(tmp_path / kind / "unbalanced-lr0.0001" / "mtadam-seed0") for kind in ("whole", "parts"))
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(parts["state_dict"][name], weight), name
+    for ours, theirs in zip(read_results(tmp_path / "parts"), read_results(tmp_path / "whole"), strict=True):
+        assert {**ours, "seconds_per_step": ""} == {**theirs, "seconds_per_step": ""}
 
 
-@pytest.mark.parametrize(("given", "missing"), [(0, "--test-dir"), (1, "--data-dir")])
-def test_one_folder_without_the_other_is_refused(folders, given, missing):
-    chosen = [folder if index == given else None for index, folder in enumerate(folders)]
-    with pytest.raises(ValueError, match=f"is given without {missing}"):
-        data(*chosen)
-
-
-def test_without_folders_images_are_generated_and_it_says_so(folders):
-    made = data(None, None)
-    assert re.search(
-        "No --data-dir: images of 160x160 pixels are generated.* 16 to train on, 4 to test", made.announcement
-    )
-    assert str(folders[0]) in data(*folders).announcement
-    larger = data(None, None, image_size=192).train
-    assert larger[(0, 0)][1].shape == (3, 192, 192)
-
-
-def test_generated_images_differ_are_repeatable_and_have_the_spectrum_of_photographs():
-    images = [np.asarray(dead_leaves(128, seed), dtype=float) for seed in range(6)]
-    assert np.array_equal(images[0], np.asarray(dead_leaves(128, 0)))
-    assert all(not np.array_equal(images[0], other) for other in images[1:])
-    power = np.mean([np.abs(np.fft.fft2(image.mean(2) - image.mean())) ** 2 for image in images], 0)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(128), np.fft.fftfreq(128)))
-    middle = (frequency > 0.03) & (frequency < 0.3)
-    slope, _ = np.polyfit(np.log(frequency[middle]), np.log(power[middle]), 1)
-    assert -3 < slope < -1.5  # photographs have about -2
+@pytest.mark.usefixtures("unnormalised")
+@pytest.mark.parametrize("method", ["mtadam", "adam"])
+def test_two_ranks_end_as_one_process_with_the_doubled_batch(photographs, tmp_path, method):
+    options = [*photographs, "--method", method, "--max-epochs", 1, "--limit-test-batches", 3]
+    call(*options, "--batch-size", 4, "--output-dir", tmp_path / "one")
+    ddp = [*options, "--strategy", "ddp_find_unused_parameters_true", "--devices", 2, "--output-dir", tmp_path / "two"]
+    (tmp_path / "processes").mkdir()
+    results(run_ranks(lambda rank: call(*ddp) and None, tmp_path / "processes"))
+    last = Path("unbalanced-lr0.0001", f"{method}-seed0")
+    one, two = (load(tmp_path / kind / last)["state_dict"] for kind in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
+    for ours, theirs in zip(read_results(tmp_path / "one"), read_results(tmp_path / "two"), strict=True):
+        for name in ("PSNR", "PSNR-Y", "SSIM", "L1"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3), name
