@@ -7,14 +7,13 @@ The first row of the table is bicubic interpolation, which learns nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from example_projects.common.command import keep_quiet
-from example_projects.common.image_command import parser_of, train_all, write
+from example_projects.common import image_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_project import ImageProject
@@ -91,6 +90,15 @@ def metrics_of(options: argparse.Namespace) -> ImageMetrics:
     return ImageMetrics(make_distance(options.feature_extractor, options.weights), y_border=SCALE)
 
 
+def references(options: argparse.Namespace) -> list[Result]:
+    """What bicubic interpolation gives on the hold-out set."""
+    metrics, images = metrics_of(options), data_of(options, seed=0).test
+    for index in range(len(images))[: options.limit_test_batches]:
+        low, high = images[index]
+        metrics.update(bicubic(low[None]), high[None])
+    return [{"method": "bicubic", **metrics.compute()}]
+
+
 PROJECT = ImageProject(
     name="srgan",
     description=__doc__,
@@ -101,25 +109,13 @@ PROJECT = ImageProject(
     make_module=module_of,
     make_metrics=metrics_of,
     add_options=add_options,
+    references=references,
 )
-
-
-def bicubic_row(options: argparse.Namespace, rows: Sequence[Result]) -> Result:
-    """What bicubic interpolation gives on the hold-out set, with the columns of the other rows."""
-    metrics, images = metrics_of(options), data_of(options, 0).test
-    for index in range(len(images))[: options.limit_test_batches]:
-        low, high = images[index]
-        metrics.update(bicubic(low[None]), high[None])
-    return {**dict.fromkeys(rows[0], 0.0), **metrics.compute(), "method": "bicubic"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    options = parser_of(PROJECT).parse_args(arguments)
-    keep_quiet()
-    perceptual_loss(options.perceptual_weights, options.data_dir is None)  # what is missing is missed at once
-    results = train_all(PROJECT, options)
-    write(PROJECT, options, [bicubic_row(options, results), *results])
+    image_command.main(PROJECT, arguments)
 
 
 if __name__ == "__main__":
