@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 
 from example_projects.common.evaluation import Evaluation, Metrics
 from example_projects.common.image_data import ImageData
+from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.image_module import ImageModule
 from example_projects.common.methods import Method
 from example_projects.common.runs import Result, run
@@ -22,13 +23,15 @@ from lightning_mtadam.callbacks import BalanceWeightMonitor
 # Options that a run may be continued with another value of.
 NOT_OF_A_RUN = {
     "method", "seeds", "lr", "setting", "output_dir", "resume", "accelerator", "devices", "strategy", "num_workers",
-    "checkpoint_every", "samples", "trials", "search_metric",
+    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric",
 }  # fmt: skip
 
 
 def pixel_metrics(options: argparse.Namespace) -> Metrics:
     """L1, L2, NMSE, PSNR and SSIM, and the Frechet distance that was asked for."""
-    from example_projects.common.image_metrics import ImageMetrics, make_distance
+    if options.feature_extractor == "none":
+        return ImageMetrics()
+    from example_projects.common.image_metrics import make_distance
 
     return ImageMetrics(make_distance(options.feature_extractor, options.weights))
 
@@ -46,7 +49,9 @@ class ImageProject:
         make_data: takes the options and the seed.
         make_module: takes the options, the method, the lambdas and the learning rate.
         make_metrics: takes the options.
+        evaluation: makes the callback that measures, of the run's folder and the metrics.
         add_options: adds the project's own options to the parser.
+        references: takes the options and gives rows of the table that need no training.
         paper: the paper's numbers, where they are known: per data set and method, by column.
     """
 
@@ -58,7 +63,9 @@ class ImageProject:
     make_data: Callable[[argparse.Namespace, int], ImageData]
     make_module: Callable[[argparse.Namespace, Method, Mapping[str, float], float], ImageModule]
     make_metrics: Callable[[argparse.Namespace], Metrics] = pixel_metrics
+    evaluation: Callable[[Path, Any], Evaluation] = Evaluation
     add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    references: Callable[[argparse.Namespace], Sequence[Result]] = lambda options: ()
     paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
@@ -98,7 +105,7 @@ def train(
     pl.seed_everything(job.seed, verbose=False)
     data = project.make_data(options, job.seed)
     module = project.make_module(options, job.method, job.lambdas, job.lr)
-    shown = [Evaluation(folder, project.make_metrics(options)), Samples(folder, options.samples)]
+    shown = [project.evaluation(folder, project.make_metrics(options)), Samples(folder, options.samples)]
     if job.method.optimizer is MTAdam:
         shown.append(BalanceWeightMonitor())
     return run(
@@ -110,7 +117,7 @@ def train(
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
         callbacks=[*shown, *callbacks],
-        log_every_n_steps=10,
+        log_every_n_steps=options.log_every,
         max_epochs=options.max_epochs,
         check_val_every_n_epoch=options.metrics_every,
         limit_train_batches=options.limit_train_batches,
