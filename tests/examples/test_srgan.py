@@ -19,6 +19,7 @@ from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.methods import IMAGE_METHODS
 from example_projects.srgan import __main__ as command
 from example_projects.srgan import networks
+from example_projects.srgan.data import make_data
 from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic, discriminator_losses, generator_losses
 from example_projects.srgan.networks import Discriminator, Generator
 from example_projects.srgan.perceptual import DEVIATION, PerceptualLoss
@@ -256,14 +257,14 @@ def test_every_method_runs_offline_and_has_a_row_below_that_of_bicubic(tmp_path)
     assert [row[0] for row in rows[2:]] == ["bicubic", *methods]
     assert "No --data-dir: images of 160x160 pixels are generated" in printed
     results = read_results(tmp_path)
-    assert all(float(row["PSNR"]) > 3 for row in results)
-    assert [row["steps"] for row in results[1:]] == [results[1]["steps"]] * len(methods)
+    assert all(np.isfinite(float(row["PSNR"])) for row in results)
+    assert [row["steps"] for row in results] == ["", *["2"] * len(methods)]
     balanced = [line for line in printed.splitlines() if line.startswith("balanced-adam, seed 0")]
     assert balanced == ["balanced-adam, seed 0, lr 0.0001, 1 mse, 0.001 gan, 0.006 perceptual"]
 
-    images = command.data_of(command.parser_of(command.PROJECT).parse_args(["--crops-per-image", "1"]), 0).test
+    low, high = make_data(None, None, image_size=SIZE, crops_per_image=1, batch_size=1, seed=0).test[0]
     metrics = ImageMetrics(y_border=4)
-    metrics.update(bicubic(images[0][0][None]), images[0][1][None])
+    metrics.update(bicubic(low[None]), high[None])
     for name, value in metrics.compute().items():
         assert float(results[0][name]) == pytest.approx(value, rel=1e-6)
 
