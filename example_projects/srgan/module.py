@@ -93,15 +93,16 @@ class SRGAN(ImageModule):
         self.perceptual.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One step of the discriminator, then one of the generator."""
+        """One step of the discriminator, then one of the generator; of the generator alone in the first epochs."""
         low, truth = batch
         generator, discriminator, *pretraining = self.optimizers()
         made = self.generator(low)
         if self.current_epoch < self.pretrain_epochs:
-            return self.update({"mse": F.mse_loss(made, truth)}, pretraining[0])
-        self.update(discriminator_losses(made.detach(), truth, self.discriminator), discriminator)
-        losses = generator_losses(made, truth, self.discriminator, self.perceptual)
-        self.update(self.weighted(losses), generator)
+            self.update({"mse": F.mse_loss(made, truth)}, pretraining[0])
+        else:
+            self.update(discriminator_losses(made.detach(), truth, self.discriminator), discriminator)
+            losses = generator_losses(made, truth, self.discriminator, self.perceptual)
+            self.update(self.weighted(losses), generator)
 
     def on_train_epoch_end(self) -> None:
         """Advance the learning rates, but not before training on all terms begins."""

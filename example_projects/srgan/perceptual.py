@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ def make_perceptual_loss(weights: Path | None, *, for_trial: bool) -> tuple[Perc
         return loss, f"The perceptual loss is of {loss.name}, from {weights}."
     try:
         state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         missing = (
             f"torchvision's VGG19, of which the perceptual loss is made, could not be had from"
             f" {VGG19_Weights.IMAGENET1K_V1.url} ({error})."
