@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 
 from example_projects.common.evaluation import Evaluation, Metrics
 from example_projects.common.image_data import ImageData
-from example_projects.common.image_metrics import ImageMetrics
+from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_module import ImageModule
 from example_projects.common.methods import Method
 from example_projects.common.runs import Result, run
@@ -29,10 +29,6 @@ NOT_OF_A_RUN = {
 
 def pixel_metrics(options: argparse.Namespace) -> Metrics:
     """L1, L2, NMSE, PSNR and SSIM, and the Frechet distance that was asked for."""
-    if options.feature_extractor == "none":
-        return ImageMetrics()
-    from example_projects.common.image_metrics import make_distance
-
     return ImageMetrics(make_distance(options.feature_extractor, options.weights))
 
 

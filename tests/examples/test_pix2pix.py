@@ -5,7 +5,10 @@ import csv
 import io
 import json
 import math
+import resource
 import signal
+import subprocess
+import sys
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 
 from example_projects.common import image_command, image_project
 from example_projects.common.image_module import linear_decay
+from example_projects.common.images import read_image
 from example_projects.common.methods import IMAGE_METHODS
 from example_projects.common.patchgan import PatchGAN, initialise
 from example_projects.pix2pix import __main__ as command
@@ -306,7 +310,7 @@ def test_the_hold_out_set_is_whole_and_not_augmented(folder):
     test = data_of(folder).test
     assert len(test) == TEST
     file = sorted((folder / "val").iterdir())[1]
-    pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1) / 127.5 - 1
     target, source = pixels.chunk(2, dim=2)
     torch.testing.assert_close(test[1][0], source)
     torch.testing.assert_close(test[1][1], target)
@@ -387,7 +391,7 @@ def test_samples_curves_and_the_balance_are_in_tensorboard_and_beside_it(all_met
     assert {"val/L1", "val/PSNR", "test/L1", "balance_weight/gan.median"} <= scalars
     assert any("samples" in tag_set["images"] for tag_set in tags)
     assert (run / "curves.png").exists()
-    assert Image.open(run / "samples" / "epoch_0001.png").size == (3 * (SIZE + 4) - 4, 2 * (SIZE + 4) - 4)
+    assert read_image(run / "samples" / "epoch_0001.png").size == (3 * (SIZE + 4) - 4, 2 * (SIZE + 4) - 4)
     shown = sorted(path.name for path in (run / "final").iterdir())
     assert shown == [f"{index}_{kind}.png" for index in range(2) for kind in ("input", "output", "truth")]
 
@@ -395,7 +399,7 @@ def test_samples_curves_and_the_balance_are_in_tensorboard_and_beside_it(all_met
 def test_final_images_are_those_that_were_measured(all_methods):
     output, _ = all_methods
     final = output / "unbalanced-lr0.0002" / "adam-seed0" / "final"
-    made, truth = (np.array(Image.open(final / f"1_{kind}.png")).astype(float) for kind in ("output", "truth"))
+    made, truth = (np.array(read_image(final / f"1_{kind}.png")).astype(float) for kind in ("output", "truth"))
     assert np.abs(made - truth).mean() == pytest.approx(float(read_results(output)[1]["L1"]), rel=0.5)
 
 
@@ -505,6 +509,25 @@ def test_resume_skips_what_has_ended(tmp_path, folder, monkeypatch):
         call(*given, "--resume", "--width", 4)
     settings = json.loads((tmp_path / "unbalanced-lr0.0002" / "adam-seed0" / "settings.json").read_text())
     assert settings["lambdas"] == {"l1": 1.0, "gan": 1.0}
+
+
+def test_a_full_disk_is_named_with_a_remedy(tmp_path, folder):
+    """A limit on the size of files stands in for the disk: checkpoints are the first to reach it."""
+
+    given = arguments(tmp_path, "--data-dir", folder, "--method", "adam")
+    ended = subprocess.run(
+        [sys.executable, "-m", "example_projects.pix2pix", *given],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    run = tmp_path / "unbalanced-lr0.0002" / "adam-seed0"
+    assert ended.returncode == 1
+    said = ended.stderr.splitlines()[-1]
+    assert f"There is no room to write to {run}" in said
+    assert said.endswith("free some space and give the same command with --resume")
+    assert not list(run.rglob("last.ckpt"))
 
 
 # Several processes
