@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import itertools
+import shlex
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from example_projects import compare
+from example_projects.common.image_command import parser_of
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.methods import IMAGE_METHODS
 from example_projects.srgan import __main__ as command
@@ -308,6 +311,21 @@ def photographs(tmp_path):
             pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / folder / f"{seed}.png")
     return ["--data-dir", tmp_path / "train", "--test-dir", tmp_path / "test", "--crops-per-image", 2]
+
+
+def readme_commands():
+    lines = (Path(command.__file__).parent / "README.md").read_text().splitlines()
+    return [line.removeprefix("python -m ") for line in lines if line.startswith("python -m ")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_commands_of_the_readme_are_understood(line):
+    module, *arguments = shlex.split(line)
+    if module == "example_projects.compare":
+        assert compare.parse(arguments)[0] is command.PROJECT
+    else:
+        assert module == "example_projects.srgan"
+        assert parser_of(command.PROJECT).parse_args(arguments)
 
 
 class EndedError(Exception):
