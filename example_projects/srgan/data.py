@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,12 +70,13 @@ class Whole(Dataset[Pair]):
     """Whole images to test on.
 
     Args:
-        lows: the small images.
-        highs: the large ones.
+        highs: the large images.
+        lows: the small ones; made of the large ones if left out.
     """
 
-    def __init__(self, lows: Kept, highs: Kept) -> None:
-        self.lows, self.highs = lows, highs
+    def __init__(self, highs: Kept, lows: Kept | None = None) -> None:
+        self.highs = highs
+        self.lows = Kept(self._reduce, len(highs)) if lows is None else lows
 
     def __len__(self) -> int:
         return len(self.highs)
@@ -81,13 +84,17 @@ class Whole(Dataset[Pair]):
     def __getitem__(self, index: int) -> Pair:
         return as_pair(self.lows[index], self.highs[index])
 
+    def _reduce(self, index: int) -> Tensor:
+        return reduced(self.highs[index])
 
-def read_to_crop(path: Path, size: int) -> Tensor:
-    """Read a photograph, uint8 [3, H, W].
+
+def read_to_crop(paths: Sequence[Path], size: int, index: int) -> Tensor:
+    """Read one of the photographs, uint8 [3, H, W].
 
     Raises:
         ValueError: it is smaller than the crops.
     """
+    path = paths[index]
     image = read_image(path)
     if min(image.size) < size:
         raise ValueError(
@@ -97,8 +104,9 @@ def read_to_crop(path: Path, size: int) -> Tensor:
     return to_bytes(image)
 
 
-def cut(high: Tensor) -> Tensor:
-    """Cut at the right and at the bottom to a multiple of four. [3, H, W]."""
+def read_cut(paths: Sequence[Path], index: int) -> Tensor:
+    """Read one of the images, cut at the right and at the bottom to a multiple of four. uint8 [3, H, W]."""
+    high = to_bytes(read_image(paths[index]))
     return high[:, : high.shape[1] // SCALE * SCALE, : high.shape[2] // SCALE * SCALE].contiguous()
 
 
@@ -107,12 +115,13 @@ def low_of(high: Path) -> Path:
     return high.with_name(BENCHMARK.sub(r"\1_LR\2", high.name))
 
 
-def read_low(high: Path) -> Tensor:
-    """Read the small image of a benchmark's pair.
+def read_low(highs: Sequence[Path], index: int) -> Tensor:
+    """Read the small image of one of a benchmark's pairs, uint8 [3, h, w].
 
     Raises:
         ValueError: the large one is not four times as large.
     """
+    high = highs[index]
     low, size = read_image(low_of(high)), read_image(high).size
     if size != (SCALE * low.width, SCALE * low.height):
         raise ValueError(
@@ -133,16 +142,33 @@ def read_whole(folder: Path) -> Whole:
     for path in benchmark:
         if not low_of(path).is_file():
             raise FileNotFoundError(f"{path} has no {low_of(path).name} beside it. Put it there, or take both away.")
-    if benchmark:
-        highs = Kept(lambda index: to_bytes(read_image(benchmark[index])), len(benchmark))
-        return Whole(Kept(lambda index: read_low(benchmark[index]), len(benchmark)), highs)
-    highs = Kept(lambda index: cut(to_bytes(read_image(paths[index]))), len(paths))
-    return Whole(Kept(lambda index: reduced(highs[index]), len(paths)), highs)
+    if not benchmark:
+        return Whole(Kept(partial(read_cut, paths), len(paths)))
+    return Whole(*(Kept(partial(read, benchmark), len(benchmark)) for read in (read_cut, read_low)))
 
 
-def generated(first: int, count: int, size: int) -> Kept:
-    """Generated images."""
-    return Kept(lambda index: to_bytes(dead_leaves(size, first + index)), count)
+def generate(first: int, size: int, index: int) -> Tensor:
+    """One of the generated images, uint8 [3, size, size]."""
+    return to_bytes(dead_leaves(size, first + index))
+
+
+def check_folders(data_dir: Path | None, test_dir: Path | None) -> None:
+    """Raise unless both folders are given and there, or none is given.
+
+    Raises:
+        ValueError: only one is given.
+        FileNotFoundError: one is not there.
+    """
+    wanted = {
+        "--data-dir": (data_dir, "a folder of photographs to train on"),
+        "--test-dir": (test_dir, "a folder of photographs to test on, or of pairs *_HR.png and *_LR.png as in Set14"),
+    }
+    given = [option for option, (folder, _) in wanted.items() if folder is not None]
+    for option, (folder, what) in wanted.items():
+        if given and folder is None:
+            raise ValueError(f"{given[0]} is given without {option}. Give that, too: {what}.")
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}. Give {option} {what}.")
 
 
 def make_data(
@@ -168,23 +194,17 @@ def make_data(
 
     Raises:
         ValueError: only one of the folders is given.
-        FileNotFoundError: there is nothing in a folder.
+        FileNotFoundError: one is not there, or has no image.
     """
-    if (data_dir is None) != (test_dir is None):
-        given, missing = ("--test-dir", "--data-dir") if data_dir is None else ("--data-dir", "--test-dir")
-        raise ValueError(
-            f"{given} is given without {missing}. Give both: --data-dir, a folder of photographs to train on, and"
-            " --test-dir, a folder of others, or of pairs *_HR.png and *_LR.png as in Set14."
-        )
+    check_folders(data_dir, test_dir)
     if data_dir is None or test_dir is None:
         size = max(PROCEDURAL_SIZE, image_size)
-        images = generated(0, PROCEDURAL_TRAIN, size)
-        highs = generated(PROCEDURAL_TRAIN, PROCEDURAL_TEST, PROCEDURAL_SIZE)
-        test = Whole(Kept(lambda index: reduced(highs[index]), PROCEDURAL_TEST), highs)
+        images = Kept(partial(generate, 0, size), PROCEDURAL_TRAIN)
+        test = Whole(Kept(partial(generate, PROCEDURAL_TRAIN, PROCEDURAL_SIZE), PROCEDURAL_TEST))
         source = f"No --data-dir: images of {size}x{size} pixels are generated"
     else:
         paths = list_images(data_dir)
-        images = Kept(lambda index: read_to_crop(paths[index], image_size), len(paths))
+        images = Kept(partial(read_to_crop, paths, image_size), len(paths))
         test = read_whole(test_dir)
         source = f"Photographs from {data_dir} and {test_dir}"
     return ImageData(

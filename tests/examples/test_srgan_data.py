@@ -1,5 +1,7 @@
 """The images of the SRGAN project: crops, reductions, benchmarks, and generated ones."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,14 @@ def test_photographs_to_test_on_are_cut_to_a_multiple_of_four_and_reduced(folder
     assert torch.equal(lows[0], from_bytes(reduced(to_bytes(to_image(highs[0])))))
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_data_can_be_sent_to_workers(folders, given):
+    chosen = data(*folders) if given else data(None, None)
+    for dataset, index in ((chosen.train, (3, 4)), (chosen.test, 1)):
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert all(torch.equal(a, b) for a, b in zip(copy[index], dataset[index], strict=True))
+
+
 def test_a_grey_image_becomes_one_of_three_equal_channels(folders):
     train, _ = folders
     _, high = data(train, train).test[2]
@@ -147,9 +157,15 @@ def test_an_unreadable_photograph_and_a_folder_without_any_are_named(folders, tm
     with pytest.raises(ValueError, match=r"0\.png is not a whole image"):
         data(train, test).train[(0, 0)]
     (tmp_path / "empty").mkdir()
-    for folder in ("empty", "missing"):
-        with pytest.raises(FileNotFoundError, match=f"{folder}.*--data-dir"):
-            data(tmp_path / folder, test)
+    with pytest.raises(FileNotFoundError, match=r"no image in .*empty"):
+        data(tmp_path / "empty", test)
+
+
+@pytest.mark.parametrize(("missing", "option"), [(0, "--data-dir a folder of"), (1, "--test-dir a folder of")])
+def test_a_folder_that_is_missing_is_named_with_its_option(folders, tmp_path, missing, option):
+    chosen = [tmp_path / "none" if index == missing else folder for index, folder in enumerate(folders)]
+    with pytest.raises(FileNotFoundError, match=rf"no folder .*none\. Give {option}"):
+        data(*chosen)
 
 
 @pytest.mark.parametrize(("given", "missing"), [(0, "--test-dir"), (1, "--data-dir")])
