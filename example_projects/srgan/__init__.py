@@ -1,0 +1,1 @@
+"""Photographs four times larger: three losses of a GAN, balanced by MTAdam."""

@@ -1,0 +1,122 @@
+"""Enlarge photographs four times with SRGAN, trained with several methods, and print a table.
+
+The generator has three losses: the mean squared error, the discriminator's verdict, and the distance of VGG features.
+The first row of the table is bicubic interpolation, which learns nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from example_projects.common import image_command
+from example_projects.common.image_data import ImageData
+from example_projects.common.image_metrics import ImageMetrics, make_distance
+from example_projects.common.image_project import ImageProject
+from example_projects.common.methods import Method
+from example_projects.common.runs import Result
+from example_projects.srgan.data import make_data
+from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic
+from example_projects.srgan.networks import SCALE
+from example_projects.srgan.perceptual import PerceptualLoss, make_perceptual_loss
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """SRGAN's own options."""
+    add = parser.add_argument_group("SRGAN").add_argument
+    add("--test-dir", type=Path, default=None,
+        help="folder of photographs to test on, or of pairs *_HR.png and *_LR.png as in Set14; goes with --data-dir,"
+        " a folder of photographs to train on")  # fmt: skip
+    add("--perceptual-weights", type=Path, default=None, metavar="FILE",
+        help="state dict with the convolutions of torchvision's VGG19 or VGG16, or 'random', for trials; if left out,"
+        " torchvision's VGG19 is downloaded")  # fmt: skip
+    add("--crops-per-image", type=int, default=16, metavar="CROPS", help="of each training image in an epoch")
+    add("--blocks", type=int, default=16, help="residual blocks of the generator")
+    add("--pretrain-epochs", type=int, default=0, metavar="EPOCHS",
+        help="of --max-epochs, in which Adam trains the generator on the squared error alone")  # fmt: skip
+
+
+@cache
+def perceptual_loss(weights: Path | None, for_trial: bool) -> PerceptualLoss:
+    """The loss, made and announced once for all runs."""
+    loss, announcement = make_perceptual_loss(weights, for_trial=for_trial)
+    rank_zero_only(print)(announcement)
+    return loss
+
+
+def data_of(options: argparse.Namespace, seed: int) -> ImageData:
+    """The data that the options ask for."""
+    return make_data(
+        options.data_dir,
+        options.test_dir,
+        image_size=options.image_size,
+        crops_per_image=options.crops_per_image,
+        batch_size=options.batch_size,
+        seed=seed,
+        workers=options.num_workers,
+    )
+
+
+def module_of(options: argparse.Namespace, method: Method, lambdas: Mapping[str, float], lr: float) -> SRGAN:
+    """The module that the options ask for.
+
+    Raises:
+        ValueError: no epoch is left after the first ones.
+    """
+    if not 0 <= options.pretrain_epochs < options.max_epochs:
+        raise ValueError(
+            f"--pretrain-epochs must be from 0 to less than --max-epochs, {options.max_epochs}, of which they are the"
+            f" first, but is {options.pretrain_epochs}."
+        )
+    return SRGAN(
+        method,
+        lambdas,
+        lr,
+        perceptual_loss(options.perceptual_weights, options.data_dir is None),
+        epochs=options.max_epochs - options.pretrain_epochs,
+        pretrain_epochs=options.pretrain_epochs,
+        image_size=options.image_size,
+        width=options.width,
+        blocks=options.blocks,
+    )
+
+
+def metrics_of(options: argparse.Namespace) -> ImageMetrics:
+    """The metrics of all projects, and those of the luma without a border, as super-resolution is measured."""
+    return ImageMetrics(make_distance(options.feature_extractor, options.weights), y_border=SCALE)
+
+
+def references(options: argparse.Namespace) -> list[Result]:
+    """What bicubic interpolation gives on the hold-out set."""
+    metrics, images = metrics_of(options), data_of(options, seed=0).test
+    for index in range(len(images))[: options.limit_test_batches]:
+        low, high = images[index]
+        metrics.update(bicubic(low[None]), high[None])
+    return [{"method": "bicubic", **metrics.compute()}]
+
+
+PROJECT = ImageProject(
+    name="srgan",
+    description=__doc__,
+    lambdas=LAMBDAS,
+    columns=("PSNR-Y", "SSIM-Y", "PSNR", "SSIM", "L1", "L2", "NMSE", "FID", "FD-VGG16"),
+    defaults={"lr": [1e-4], "image_size": 96, "width": 64, "batch_size": 16, "max_epochs": 100},
+    make_data=data_of,
+    make_module=module_of,
+    make_metrics=metrics_of,
+    add_options=add_options,
+    references=references,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    image_command.main(PROJECT, arguments)
+
+
+if __name__ == "__main__":
+    main()

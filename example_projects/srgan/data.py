@@ -1,0 +1,217 @@
+"""Crops of photographs to train on, whole ones to test on, each with its reduction to a quarter of the size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from example_projects.common.augmentation import Draw, generator_of, random_crop
+from example_projects.common.image_data import ImageData, Kept
+from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
+from example_projects.srgan.networks import SCALE
+from example_projects.srgan.procedural import dead_leaves
+
+Pair = tuple[Tensor, Tensor]  # low [3, h, w] and high [3, 4h, 4w], in [-1, 1]
+
+PROCEDURAL_TRAIN, PROCEDURAL_TEST = 16, 4  # images
+PROCEDURAL_SIZE = 160
+BENCHMARK = re.compile(r"(.*)_HR(\.\w+)")  # Set5, Set14, BSD100: img_001_SRF_4_HR.png beside img_001_SRF_4_LR.png
+
+
+def reduced(high: Tensor) -> Tensor:
+    """A quarter of the height and of the width, bicubic with antialiasing. uint8 [3, 4h, 4w] -> [3, h, w]."""
+    image = Image.fromarray(high.permute(1, 2, 0).numpy())
+    return to_bytes(image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.BICUBIC))
+
+
+def random_position(square: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the eight positions of a square: turned by 0 to 270 degrees, mirrored or not. [C, S, S]."""
+    position = int(torch.randint(8, (), generator=generator))
+    turned = square.rot90(position % 4, (1, 2))
+    return turned.flip(2) if position >= 4 else turned
+
+
+def as_pair(low: Tensor, high: Tensor) -> Pair:
+    """From 0..255 to [-1, 1]."""
+    return from_bytes(low), from_bytes(high)
+
+
+class Crops(Dataset[Pair]):
+    """Random crops to train on, in random positions.
+
+    Args:
+        images: to crop.
+        size: of the crops.
+        per_image: crops of each image in an epoch.
+    """
+
+    def __init__(self, images: Kept, size: int, per_image: int) -> None:
+        self.images, self.size, self.per_image = images, size, per_image
+
+    def __len__(self) -> int:
+        return len(self.images) * self.per_image
+
+    def __getitem__(self, draw: Draw) -> Pair:
+        index, seed = draw
+        generator = generator_of(seed)
+        crop = random_crop(self.images[index % len(self.images)], self.size, generator)
+        high = random_position(crop, generator).contiguous()
+        return as_pair(reduced(high), high)
+
+
+class Whole(Dataset[Pair]):
+    """Whole images to test on.
+
+    Args:
+        highs: the large images.
+        lows: the small ones; made of the large ones if left out.
+    """
+
+    def __init__(self, highs: Kept, lows: Kept | None = None) -> None:
+        self.highs = highs
+        self.lows = Kept(self._reduce, len(highs)) if lows is None else lows
+
+    def __len__(self) -> int:
+        return len(self.highs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return as_pair(self.lows[index], self.highs[index])
+
+    def _reduce(self, index: int) -> Tensor:
+        return reduced(self.highs[index])
+
+
+def read_to_crop(paths: Sequence[Path], size: int, index: int) -> Tensor:
+    """Read one of the photographs, uint8 [3, H, W].
+
+    Raises:
+        ValueError: it is smaller than the crops.
+    """
+    path = paths[index]
+    image = read_image(path)
+    if min(image.size) < size:
+        raise ValueError(
+            f"{path} is {image.width}x{image.height}, too small for crops of {size}x{size}. Take it out of the folder,"
+            " or give a smaller --image-size."
+        )
+    return to_bytes(image)
+
+
+def read_cut(paths: Sequence[Path], index: int) -> Tensor:
+    """Read one of the images, cut at the right and at the bottom to a multiple of four. uint8 [3, H, W]."""
+    high = to_bytes(read_image(paths[index]))
+    return high[:, : high.shape[1] // SCALE * SCALE, : high.shape[2] // SCALE * SCALE].contiguous()
+
+
+def low_of(high: Path) -> Path:
+    """The file beside a benchmark's file with the large image."""
+    return high.with_name(BENCHMARK.sub(r"\1_LR\2", high.name))
+
+
+def read_low(highs: Sequence[Path], index: int) -> Tensor:
+    """Read the small image of one of a benchmark's pairs, uint8 [3, h, w].
+
+    Raises:
+        ValueError: the large one is not four times as large.
+    """
+    high = highs[index]
+    low, size = read_image(low_of(high)), read_image(high).size
+    if size != (SCALE * low.width, SCALE * low.height):
+        raise ValueError(
+            f"{high} is {size[0]}x{size[1]}, which is not {SCALE} times the {low.width}x{low.height} of"
+            f" {low_of(high).name}. Put the pair for a factor of {SCALE} there."
+        )
+    return to_bytes(low)
+
+
+def read_whole(folder: Path) -> Whole:
+    """The pairs ``*_HR.png`` and ``*_LR.png`` of a benchmark; or any images, which are then reduced here.
+
+    Raises:
+        FileNotFoundError: one of a pair is missing.
+    """
+    paths = list_images(folder)
+    benchmark = [path for path in paths if BENCHMARK.fullmatch(path.name)]
+    for path in benchmark:
+        if not low_of(path).is_file():
+            raise FileNotFoundError(f"{path} has no {low_of(path).name} beside it. Put it there, or take both away.")
+    if not benchmark:
+        return Whole(Kept(partial(read_cut, paths), len(paths)))
+    return Whole(*(Kept(partial(read, benchmark), len(benchmark)) for read in (read_cut, read_low)))
+
+
+def generate(first: int, size: int, index: int) -> Tensor:
+    """One of the generated images, uint8 [3, size, size]."""
+    return to_bytes(dead_leaves(size, first + index))
+
+
+def check_folders(data_dir: Path | None, test_dir: Path | None) -> None:
+    """Raise unless both folders are given and there, or none is given.
+
+    Raises:
+        ValueError: only one is given.
+        FileNotFoundError: one is not there.
+    """
+    wanted = {
+        "--data-dir": (data_dir, "a folder of photographs to train on"),
+        "--test-dir": (test_dir, "a folder of photographs to test on, or of pairs *_HR.png and *_LR.png as in Set14"),
+    }
+    given = [option for option, (folder, _) in wanted.items() if folder is not None]
+    for option, (folder, what) in wanted.items():
+        if given and folder is None:
+            raise ValueError(f"{given[0]} is given without {option}. Give that, too: {what}.")
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}. Give {option} {what}.")
+
+
+def make_data(
+    data_dir: Path | None,
+    test_dir: Path | None,
+    *,
+    image_size: int,
+    crops_per_image: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+) -> ImageData:
+    """What is trained and tested on.
+
+    Args:
+        data_dir: a folder of photographs to crop; generated images if ``None``.
+        test_dir: a folder of photographs or of a benchmark's pairs to test on.
+        image_size: of the crops.
+        crops_per_image: in an epoch.
+        batch_size: of training, of each process.
+        seed: of order, crops and positions.
+        workers: processes that load crops.
+
+    Raises:
+        ValueError: only one of the folders is given.
+        FileNotFoundError: one is not there, or has no image.
+    """
+    check_folders(data_dir, test_dir)
+    if data_dir is None or test_dir is None:
+        size = max(PROCEDURAL_SIZE, image_size)
+        images = Kept(partial(generate, 0, size), PROCEDURAL_TRAIN)
+        test = Whole(Kept(partial(generate, PROCEDURAL_TRAIN, PROCEDURAL_SIZE), PROCEDURAL_TEST))
+        source = f"No --data-dir: images of {size}x{size} pixels are generated"
+    else:
+        paths = list_images(data_dir)
+        images = Kept(partial(read_to_crop, paths, image_size), len(paths))
+        test = read_whole(test_dir)
+        source = f"Photographs from {data_dir} and {test_dir}"
+    return ImageData(
+        Crops(images, image_size, crops_per_image),
+        test,
+        batch_size=batch_size,
+        seed=seed,
+        announcement=f"{source}: crops of {len(images)} to train on, {len(test)} to test on.",
+        workers=workers,
+    )
