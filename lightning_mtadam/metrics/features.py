@@ -1,4 +1,4 @@
-"""The networks whose features are compared, where no checkpoint, optimizer, precision or train() reaches them."""
+"""The networks whose features are compared, where no checkpoint, optimizer, autocast or train() reaches them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class FeatureNetwork(nn.Module, ABC):
     """A frozen network, hidden from every module that holds it.
 
-    It has no parameters and no state as far as others can see, stays in evaluation mode and in its own precision, also
-    under autocast, and follows to other devices.
+    It has no parameters and no state as far as others can see, stays in evaluation mode, also in its own precision
+    under autocast, and is moved with what holds it.
 
     Args:
         network: evaluated as it is.
@@ -46,9 +46,7 @@ class FeatureNetwork(nn.Module, ABC):
             return self.extract(images.float()).double()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureNetwork:
-        """Follow to another device, but not to another precision."""
-        here = next(self.network.parameters()).device
-        self.network.to(fn(torch.empty(0, device=here)).device)
+        self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -40,7 +40,6 @@ class FrechetDistance(TorchMetricsDistance):
 
     def __init__(self, features: FeatureNetwork, **options: Any) -> None:
         super().__init__(feature=features, **options)
-        self.orig_dtype = torch.float64  # of a process that gets no image, too
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images.

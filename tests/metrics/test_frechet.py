@@ -90,16 +90,20 @@ def test_the_distance_is_symmetric_and_zero_between_equal_sets():
     assert measure(FrechetDistance(SmallFeatures()), REAL, REAL) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("count", "size"), [(300, 16), (16, 16), (40, 64), (5, 64), (2, 64), (30, 300)])
-def test_the_distance_is_exact_whatever_the_rank(count, size):
-    """With fewer vectors than features, the nuclear norm of the small product of the vectors is the trace."""
-    rng = np.random.default_rng(count)
-    first, second = rng.normal(1, 1, (count, size)), rng.normal(1.2, 2, (count, size)) * rng.uniform(0, 1, size)
-    roots = [(x - x.mean(0)) / np.sqrt(count - 1) for x in (first, second)]
+@pytest.mark.parametrize(
+    ("counts", "size"),
+    [((300, 200), 16), ((16, 16), 16), ((40, 40), 64), ((5, 6), 64), ((2, 2), 64), ((30, 25), 300), ((5, 90), 20)],
+)
+def test_the_distance_is_exact_whatever_the_rank(counts, size):
+    """The singular values of the product of the centred vectors themselves know no rounded zeros."""
+    rng = np.random.default_rng(size)
+    first, second = (rng.normal(1, 1 + index, (count, size)) for index, count in enumerate(counts))
+    first *= rng.uniform(0, 1, size)
+    roots = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
     expected = np.sum((first.mean(0) - second.mean(0)) ** 2) + sum(np.sum(root**2) for root in roots)
     expected -= 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     vectors = [torch.from_numpy(x) for x in (first, second)]
-    found = frechet_distance(*(fit(x.sum(0), x.T @ x, count) for x in vectors))
+    found = frechet_distance(*(fit(x.sum(0), x.T @ x, len(x)) for x in vectors))
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
