@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from example_projects.mnist.methods import Method
+from example_projects.common.methods import Method
 from example_projects.mnist.network import Net
 from lightning_mtadam import MultiTermLightningModule
 
@@ -73,4 +73,4 @@ class ClassTerms(MultiTermLightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The method's optimizer."""
-        return self.method.configure(self.network, self.lr)
+        return self.method.configure(self.network.named_parameters(), self.lr)
