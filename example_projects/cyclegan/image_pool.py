@@ -32,6 +32,8 @@ class ImagePool:
         Returns:
             [B, C, H, W].
         """
+        if self.images is not None:
+            self.images = self.images.to(images.device)  # a checkpoint gives them back on the CPU
         return torch.stack([self._swap_one(image) for image in images])
 
     def _swap_one(self, image: Tensor) -> Tensor:

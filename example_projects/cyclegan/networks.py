@@ -1,21 +1,14 @@
-"""The networks of CycleGAN: the ResNet generator and the 70x70 PatchGAN discriminator, both with instance norm.
+"""The networks of CycleGAN: a ResNet as generator, a 70x70 PatchGAN as discriminator, both with instance norm.
 
-They have the shapes and the number of parameters of https://github.com/junyanz/pytorch-CycleGAN-and-pix2pix, so also its
-biases in front of the normalisation, which takes them away again.
+They have the layers and the number of parameters of https://github.com/junyanz/pytorch-CycleGAN-and-pix2pix, so also
+the biases in front of the normalisation, which takes them away again.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-
-def initialise(network: nn.Module) -> None:
-    """Draw the weights of all convolutions from N(0, 0.02) and set their biases to 0."""
-    for layer in network.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+from example_projects.common.patchgan import PatchGAN, initialise
 
 
 def _normalised(convolution: nn.Module, channels: int, activation: nn.Module) -> list[nn.Module]:
@@ -76,25 +69,8 @@ class Generator(nn.Module):
         return translated
 
 
-class Discriminator(nn.Module):
-    """Scores patches of 70x70: [B, 3, H, W] to [B, 1, H/8 - 2, W/8 - 2].
-
-    H and W are at least 24: below, the last normalisation would see a single value.
-
-    Args:
-        width: channels after the first convolution.
-    """
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        for channels, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
-            convolution = nn.Conv2d(channels, 2 * channels, 4, stride=stride, padding=1)
-            layers += _normalised(convolution, 2 * channels, nn.LeakyReLU(0.2, inplace=True))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
-        initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Score: 1 for real, 0 for made."""
-        scores: Tensor = self.layers(images)
-        return scores
+def discriminator(width: int = 64) -> PatchGAN:
+    """A discriminator of images of at least 24x24: below, its last normalisation would see a single value."""
+    network = PatchGAN(3, width, norm=nn.InstanceNorm2d, bias=True)
+    initialise(network)
+    return network

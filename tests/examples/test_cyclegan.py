@@ -1,0 +1,389 @@
+"""CycleGAN: its networks, six terms, image pool, data, training step, and the command with its runs."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from example_projects.common.image_data import Kept
+from example_projects.common.methods import IMAGE_METHODS
+from example_projects.cyclegan.data import TEST_SCENES, TRAINING_SCENES, Unpaired, UnpairedImages, load_size
+from example_projects.cyclegan.image_pool import ImagePool
+from example_projects.cyclegan.losses import DOMAINS, SETTINGS, discriminator_loss, generator_losses, lambdas
+from example_projects.cyclegan.module import CycleGAN
+from example_projects.cyclegan.networks import Generator, discriminator
+from example_projects.cyclegan.textures import scene
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
+
+TINY = {"width": 4, "blocks": 1}
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def random_images(number=1, size=24, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(number, 3, size, size, generator=generator, dtype=dtype) * 2 - 1
+
+
+# Networks
+
+
+@pytest.mark.parametrize(("blocks", "parameters"), [(9, 11_378_179), (6, 7_837_699)])
+def test_a_generator_has_as_many_parameters_as_the_original(blocks, parameters):
+    with torch.device("meta"):
+        assert count(Generator(blocks=blocks)) == parameters
+
+
+def test_a_discriminator_has_as_many_parameters_as_the_original():
+    with torch.device("meta"):
+        assert count(discriminator()) == 2_764_737
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (32, 40)])
+def test_a_generator_keeps_the_size_and_stays_within_the_range(shape):
+    made = Generator(**TINY)(100 * torch.randn(2, 3, *shape))
+    assert made.shape == (2, 3, *shape)
+    assert made.abs().max() <= 1
+
+
+def test_a_score_is_that_of_a_patch_of_70_by_70():
+    network = discriminator(width=2)
+    for index, layer in enumerate(network):
+        if isinstance(layer, nn.InstanceNorm2d):
+            network[index] = nn.Identity()  # it looks at the whole image
+    images = torch.randn(1, 3, 256, 256, requires_grad=True)
+    scores = network(images)
+    assert scores.shape == (1, 1, 30, 30)
+    (gradient,) = torch.autograd.grad(scores[0, 0, 15, 15], images)
+    seen = gradient.abs().sum((0, 1)) > 0
+    assert seen.any(0).sum() == seen.any(1).sum() == 70
+
+
+def test_an_image_is_translated_alike_alone_and_in_a_batch():
+    torch.manual_seed(0)
+    network, images = Generator(**TINY).double(), random_images(3, dtype=torch.float64)
+    alone = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(network(images), alone, rtol=0, atol=1e-12)
+
+
+def test_weights_are_drawn_from_a_normal_distribution_of_deviation_0_02_and_biases_are_zero():
+    torch.manual_seed(0)
+    for network in (Generator(width=16, blocks=2), discriminator(width=16)):
+        weights = torch.cat([p.flatten() for name, p in network.named_parameters() if name.endswith("weight")])
+        assert weights.mean().abs() < 1e-3
+        assert weights.std().item() == pytest.approx(0.02, rel=0.02)
+        assert all((p == 0).all() for name, p in network.named_parameters() if name.endswith("bias"))
+
+
+# Losses
+
+
+def test_the_six_terms_are_those_of_the_paper():
+    def constant(a, b):
+        return {"A": torch.full((2, 3, 4, 4), a), "B": torch.full((2, 3, 4, 4), b)}
+
+    losses = generator_losses(
+        real=constant(0.0, 0.5), cycled=constant(0.3, 0.25), kept=constant(-0.2, 0.6), scores=constant(0.4, 3.0)
+    )
+    expected = {
+        "cycle_A": 0.3, "cycle_B": 0.25, "identity_A": 0.2, "identity_B": 0.1, "gan_A": 0.36, "gan_B": 4.0,
+    }  # fmt: skip
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
+
+
+def test_a_discriminator_pays_half_for_real_and_half_for_made_images():
+    assert discriminator_loss(torch.tensor([0.5, 2.0]), torch.tensor([0.2])).item() == pytest.approx(
+        ((0.25 + 1) / 2 + 0.04) / 2
+    )
+
+
+def test_the_lambdas_are_1_10_and_half_of_the_cycles_and_unbalanced_the_cycle_has_1000():
+    assert list(SETTINGS["balanced"].values()) == [10, 10, 1, 1, 5, 5]
+    assert list(SETTINGS["unbalanced"].values()) == [1000, 1000, 1, 1, 500, 500]
+    assert list(lambdas(identity=0)) == [f"{kind}_{domain}" for kind in ("cycle", "gan", "identity") for domain in "AB"]
+
+
+# The training step
+
+
+class Step(pl.Callback):
+    """Keeps what the module hands to its optimizers."""
+
+    def on_train_start(self, trainer, module):
+        self.reached, self.left = {}, []
+        update = module.update
+
+        def watched(losses, optimizer):
+            generators = dict(module.generators.named_parameters())
+            for name, loss in losses.items():
+                found = torch.autograd.grad(loss, generators.values(), retain_graph=True, allow_unused=True)
+                self.reached[name] = {key[0] for key, gradient in zip(generators, found) if gradient is not None}
+            update(losses, optimizer)
+            self.left.append([p.grad is None for p in module.discriminators.parameters()])
+
+        module.update = watched
+
+
+def fit(module, batches, *, callbacks=(), epochs=1, precision="64-true"):
+    """Train on batches as they are."""
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches, None))
+    return trainer
+
+
+def pairs(count=3, size=24):
+    return [
+        (random_images(1, size, 2 * index, torch.float64), random_images(1, size, 2 * index + 1, torch.float64))
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("method", ["mtadam", "adam"])
+def test_a_term_reaches_the_generators_it_passes_through_and_no_discriminator(method):
+    torch.manual_seed(0)
+    step = Step()
+    fit(CycleGAN(IMAGE_METHODS[method], SETTINGS["unbalanced"], **TINY), pairs(1), callbacks=[step])
+    assert step.reached == {
+        **{f"cycle_{domain}": {"A", "B"} for domain in DOMAINS},
+        **{f"{kind}_{domain}": {domain} for kind in ("gan", "identity") for domain in DOMAINS},
+        **{f"discriminator_{domain}": set() for domain in DOMAINS},
+    }
+    assert all(step.left[0]), "the generators' step left gradients on the discriminators"
+    assert not any(step.left[1])
+
+
+def original(module, batches, weights):
+    """Train by the procedure of the original's code, with Adam and without a history of images."""
+    g_ab, g_ba = module.generators["B"], module.generators["A"]
+    d_a, d_b = module.discriminators["A"], module.discriminators["B"]
+    generator = torch.optim.Adam([*g_ab.parameters(), *g_ba.parameters()], lr=2e-4, betas=(0.5, 0.999))
+    discriminators = torch.optim.Adam([*d_a.parameters(), *d_b.parameters()], lr=2e-4, betas=(0.5, 0.999))
+    lambda_gan, lambda_cycle, lambda_identity = weights
+    for a, b in batches:
+        fake_b, fake_a = g_ab(a), g_ba(b)
+        score_a, score_b = d_a(fake_a), d_b(fake_b)
+        loss = lambda_gan * ((score_a - 1).square().mean() + (score_b - 1).square().mean())
+        loss = loss + lambda_cycle * ((g_ba(fake_b) - a).abs().mean() + (g_ab(fake_a) - b).abs().mean())
+        identity = (g_ba(a) - a).abs().mean() + (g_ab(b) - b).abs().mean()
+        generator.zero_grad()
+        (loss + lambda_cycle * lambda_identity * identity).backward()
+        generator.step()
+        discriminators.zero_grad()
+        for network, real, fake in ((d_a, a, fake_a.detach()), (d_b, b, fake_b.detach())):
+            (0.5 * ((network(real) - 1).square().mean() + network(fake).square().mean())).backward()
+        discriminators.step()
+
+
+@pytest.mark.parametrize(("setting", "weights"), [("balanced", (1, 10, 0.5)), ("unbalanced", (1, 1000, 0.5))])
+def test_with_adam_the_training_is_that_of_the_original(setting, weights):
+    modules = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        modules.append(CycleGAN(IMAGE_METHODS["adam"], SETTINGS[setting], pool_size=0, decay=False, **TINY))
+    ours, theirs = modules
+    fit(ours, pairs())
+    original(theirs.double(), pairs(), weights)
+    for (name, weight), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_with_mtadam_the_lambdas_change_nothing():
+    outputs = []
+    for setting in SETTINGS:
+        torch.manual_seed(0)
+        module = CycleGAN(IMAGE_METHODS["mtadam"], SETTINGS[setting], pool_size=0, **TINY)
+        fit(module, pairs())
+        outputs.append(module.generators["B"](random_images(dtype=torch.float64)))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+def test_the_learning_rates_fall_in_the_second_half_of_the_epochs():
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
+
+    module = CycleGAN(IMAGE_METHODS["mtadam"], SETTINGS["unbalanced"], lr=1.0, **TINY)
+    fit(module, pairs(1), callbacks=[Watch()], epochs=4)
+    assert rates == [[pytest.approx(factor)] * 2 for factor in (1, 1, 2 / 3, 1 / 3)]
+    rates.clear()
+    fit(CycleGAN(IMAGE_METHODS["adam"], SETTINGS["unbalanced"], lr=0.5, decay=False, **TINY), pairs(1),
+        callbacks=[Watch()], epochs=3)  # fmt: skip
+    assert rates == [[0.5, 0.5]] * 3
+
+
+def test_a_translation_is_shown_beside_its_source_and_the_other_domain():
+    module = CycleGAN(IMAGE_METHODS["adam"], SETTINGS["unbalanced"], **TINY)
+    a, b = random_images(seed=1), random_images(seed=2)
+    inputs, outputs, truths = module.generate((a, b))
+    assert torch.equal(inputs, a)
+    assert torch.equal(outputs, module.generators["B"](a))
+    assert torch.equal(truths, b)
+
+
+# The image pool
+
+
+def numbered(first, count):
+    """Images that are told apart by their value."""
+    return torch.arange(first, first + count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+
+def values(images):
+    return [] if images is None else images[:, 0, 0, 0].tolist()
+
+
+def test_an_empty_pool_lets_every_image_through():
+    pool, images = ImagePool(0), random_images(5)
+    assert torch.equal(pool.swap(images), images)
+    assert pool.images is None
+
+
+def test_a_pool_gives_what_it_takes_until_it_is_full():
+    pool = ImagePool(5)
+    assert values(pool.swap(numbered(0, 3))) == [0, 1, 2]
+    assert values(pool.swap(numbered(3, 2))) == [3, 4]
+    assert values(pool.images) == [0, 1, 2, 3, 4]
+
+
+def test_a_full_pool_swaps_every_second_image_and_loses_none():
+    torch.manual_seed(0)
+    pool = ImagePool(50)
+    pool.swap(numbered(0, 50))
+    given = values(pool.swap(numbered(50, 2000)))
+    assert sorted(given + values(pool.images)) == list(range(2050))
+    old = sum(value != new for value, new in zip(given, range(50, 2050), strict=True))
+    assert 900 < old < 1100
+    assert len(pool.images) == 50
+
+
+def test_what_a_pool_gave_does_not_change_afterwards():
+    torch.manual_seed(0)
+    pool = ImagePool(1)
+    given = [pool.swap(numbered(index, 1)) for index in range(20)]
+    assert sorted([value for images in given for value in values(images)][1:] + values(pool.images)) == list(range(20))
+
+
+# Data
+
+
+def test_a_scene_is_the_same_in_both_domains_but_for_the_texture_of_its_objects():
+    for number in range(5):
+        a, b = scene("A", number, 64).int(), scene("B", number, 64).int()
+        changed = (a != b).any(0)
+        assert 0.02 < changed.float().mean() < 0.6
+        assert (a - b).abs().amax(0)[changed].float().mean() > 30
+    assert not torch.equal(scene("A", 0, 64), scene("A", 1, 64))
+
+
+def test_domains_share_no_scene_in_training_and_all_in_testing():
+    data = UnpairedImages(None, 24, batch_size=1, seed=0)
+    assert data.paired
+    assert len(data.train.a) == len(data.train.b) == len(data.train) == TRAINING_SCENES
+    drawn = [
+        {tuple(scene("A", number, 8).flatten().tolist()): number for number in range(2 * TRAINING_SCENES + TEST_SCENES)}
+    ]
+    assert len(drawn[0]) == 2 * TRAINING_SCENES + TEST_SCENES, "two scenes are alike"
+    assert torch.equal(data.train.a[3], scene("A", 3, load_size(24)))
+    assert torch.equal(data.train.b[3], scene("B", TRAINING_SCENES + 3, load_size(24)))
+    first = 2 * TRAINING_SCENES
+    for index in (0, TEST_SCENES - 1):
+        for image, domain in zip(data.test[index], DOMAINS, strict=True):
+            torch.testing.assert_close(image, scene(domain, first + index, 24) / 127.5 - 1)
+
+
+def labelled(count, size=4):
+    """Images whose value is their index."""
+    return Kept(lambda index: torch.full((3, size, size), index, dtype=torch.uint8), count)
+
+
+def index_of(image):
+    return round((image.mean().item() + 1) * 127.5)
+
+
+@pytest.mark.parametrize(("a", "b"), [(7, 3), (3, 7)])
+def test_every_image_of_the_larger_domain_comes_once_with_random_company(a, b):
+    data = Unpaired(labelled(a), labelled(b), 4)
+    assert len(data) == 7
+    epochs = [[data[index, 100 * epoch + index] for index in range(7)] for epoch in range(10)]
+    for epoch in epochs:
+        assert [index_of(image) for image, _ in epoch] == [index % a for index in range(7)]
+    company = [[index_of(image) for _, image in epoch] for epoch in epochs]
+    assert len({tuple(epoch) for epoch in company}) == 10
+    assert {index for epoch in company for index in epoch} == set(range(b))
+
+
+def test_a_sample_is_a_crop_that_may_be_mirrored_and_depends_on_its_seed_alone():
+    ramp = (torch.arange(5)[:, None] * 40 + torch.arange(5) * 8).to(torch.uint8).expand(3, 5, 5)
+    data = Unpaired(*[Kept(lambda index: ramp, 1)] * 2, 4)
+    crops = [ramp[:, top : top + 4, left : left + 4] for top in range(2) for left in range(2)]
+    possible = [(crop.flip(2) if mirrored else crop) / 127.5 - 1 for crop in crops for mirrored in (False, True)]
+    samples = [data[0, seed] for seed in range(60)]
+    seen = {next(k for k, crop in enumerate(possible) if torch.allclose(image, crop)) for image, _ in samples}
+    assert seen == set(range(8))
+    assert all(torch.equal(one, two) for one, two in zip(data[0, 5], data[0, 5], strict=True))
+    assert any(not torch.equal(a, b) for a, b in samples), "both domains get the same crop"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six red A and four blue B to train on, three and two to test on, of several sizes, one of them grey."""
+    root = tmp_path_factory.mktemp("two domains")
+    for name, number, colour in (("trainA", 6, "red"), ("trainB", 4, "blue"), ("testA", 3, "red"), ("testB", 2, "blue")):
+        (root / name).mkdir()
+        for index in range(number):
+            Image.new("RGB", (40 + index, 30), colour).save(root / name / f"{name}_{index}.png")
+    Image.new("L", (33, 44), 255).save(root / "testA" / "testA_0.png")
+    return root
+
+
+def test_folders_are_read_resized_and_grey_images_converted(folder):
+    data = UnpairedImages(folder, 24, batch_size=1, seed=0)
+    assert not data.paired
+    assert (len(data.train), len(data.test)) == (6, 2)
+    assert data.train.a[0].shape == (3, load_size(24), load_size(24))
+    red, blue = data.train[0, 0]
+    assert red.shape == blue.shape == (3, 24, 24)
+    assert [red[:, 0, 0].tolist(), blue[:, 0, 0].tolist()] == [[1, -1, -1], [-1, -1, 1]]
+    assert (data.test[0][0] == 1).all()
+    assert data.test[1][1][:, 5, 5].tolist() == [-1, -1, 1]
+
+
+def test_the_other_direction_exchanges_the_domains(folder):
+    data = UnpairedImages(folder, 24, batch_size=1, seed=0, direction="BtoA")
+    blue, red = data.train[0, 0]
+    assert [red[:, 0, 0].tolist(), blue[:, 0, 0].tolist()] == [[1, -1, -1], [-1, -1, 1]]
+    assert data.test[1][0][:, 5, 5].tolist() == [-1, -1, 1]
+    assert "4 B, 6 A for training, 2 of each for testing" in data.announcement
+
+
+def test_a_missing_domain_is_named(folder, tmp_path):
+    (tmp_path / "trainA").symlink_to(folder / "trainA")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*trainB"):
+        UnpairedImages(tmp_path, 24, batch_size=1, seed=0)
+
+
+def test_it_says_that_textures_are_no_photographs():
+    assert "procedural textures" in UnpairedImages(None, 24, batch_size=1, seed=0).announcement
