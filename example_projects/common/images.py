@@ -46,7 +46,9 @@ def read_image(path: Path) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError)):
             raise
-        raise ValueError(f"{path} is not a whole image ({error}). Get it again, or take it out of the folder.") from error
+        raise ValueError(
+            f"{path} is not a whole image ({error}). Get it again, or take it out of the folder."
+        ) from error
 
 
 def to_bytes(image: Image.Image) -> Tensor:

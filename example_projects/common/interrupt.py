@@ -37,7 +37,8 @@ class SaveOnInterrupt(pl.Callback):
         if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             trainer.save_checkpoint(self.path)
             if trainer.is_global_zero:
-                print(f"\nStopped after step {trainer.global_step}. The same command with --resume goes on from here.")
+                step = trainer.global_step // len(trainer.optimizers)
+                print(f"\nStopped after step {step}. The same command with --resume goes on from here.")
             raise KeyboardInterrupt
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from example_projects.common.checkpoints import SaveEvery
+from example_projects.common.clock import TrainingClock
+from example_projects.common.disk import naming_a_full_disk
 from example_projects.common.exact_resume import RandomState
 from example_projects.common.interrupt import SaveOnInterrupt
 
@@ -40,46 +42,43 @@ def run(
         read_result: takes the figures to report from the trainer after testing.
         settings: what makes this run what it is; a run is only continued with the same.
         resume: continue from the last checkpoint, and do not repeat what has ended.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: batches between checkpoints.
         callbacks: more callbacks.
         trainer_options: for the trainer.
 
     Raises:
         ValueError: a run is to be continued that was made with other settings.
+        OSError: the disk is full.
 
     Returns:
-        The figures, with "seconds_per_step", over this process's steps.
+        The figures, with "steps" and "seconds_per_step", over this process's; a step is one of every optimizer.
     """
     result_file = folder / "result.json"
     if resume:
         check_settings(folder / "settings.json", settings)
     if resume and result_file.exists():
         return dict(json.loads(result_file.read_text()))
-    _prepare(folder, settings, resume=resume)
-    last = folder / "checkpoints" / "last.ckpt"
-    timer = Timer()
-    trainer = pl.Trainer(
-        logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
-        callbacks=[
-            *callbacks,
-            timer,
-            RandomState(),
-            SaveOnInterrupt(last),
-            ModelCheckpoint(last.parent, save_last=True, every_n_train_steps=checkpoint_every),
-        ],
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **trainer_options,
-    )
-    steps_before = _step_of(last) if resume and last.exists() else 0
-    trainer.fit(module, data, ckpt_path=str(last) if steps_before else None)
-    steps = trainer.global_step - steps_before
-    trainer.test(module, data, verbose=False)
-    result = {**read_result(trainer), "steps": trainer.global_step}
-    result["seconds_per_step"] = timer.time_elapsed("train") / max(steps, 1)
-    if trainer.is_global_zero:
-        result_file.write_text(json.dumps(result, indent=2))
+    with naming_a_full_disk(folder):
+        _prepare(folder, settings, resume=resume)
+        last = folder / "checkpoints" / "last.ckpt"
+        clock = TrainingClock()
+        trainer = pl.Trainer(
+            logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
+            callbacks=[clock, *callbacks, RandomState(), SaveOnInterrupt(last), SaveEvery(last, checkpoint_every)],
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            **trainer_options,
+        )
+        steps_before = _step_of(last) if resume and last.exists() else 0
+        trainer.fit(module, data, ckpt_path=str(last) if steps_before else None)
+        optimizers = len(trainer.optimizers)
+        steps = (trainer.global_step - steps_before) // optimizers
+        trainer.test(module, data, verbose=False)
+        result = {**read_result(trainer), "steps": trainer.global_step // optimizers}
+        result["seconds_per_step"] = clock.seconds / max(steps, 1)
+        if trainer.is_global_zero:
+            result_file.write_text(json.dumps(result, indent=2))
     return result
 
 

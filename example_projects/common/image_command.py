@@ -1,0 +1,130 @@
+"""The command of every image project: its options, its runs one after the other, and its table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Adam
+
+from example_projects.common.command import keep_quiet, write_tables
+from example_projects.common.image_project import ImageProject, Job, train
+from example_projects.common.methods import IMAGE_METHODS, Method
+from example_projects.common.runs import Result
+
+HYPERBAND = "hyperband"
+
+
+def parser_of(project: ImageProject) -> argparse.ArgumentParser:
+    """The options of all projects and the project's own."""
+    parser = argparse.ArgumentParser(
+        f"python -m example_projects.{project.name}",
+        description=project.description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_what_is_compared(parser)
+    _add_data_and_networks(parser)
+    _add_measuring(parser)
+    _add_running(parser)
+    project.add_options(parser)
+    parser.set_defaults(output_dir=Path("runs") / project.name, search_metric=project.columns[0], **project.defaults)
+    return parser
+
+
+def _add_what_is_compared(parser: argparse.ArgumentParser) -> None:
+    methods = [*IMAGE_METHODS, HYPERBAND]
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--method", nargs="+", choices=methods, default=["mtadam", "adam", "balanced-adam"], metavar="METHOD",
+        help="one or several of: " + ", ".join(methods))  # fmt: skip
+    add("--setting", choices=("unbalanced", "balanced"), default="unbalanced",
+        help="lambdas of the losses: the paper's unbalanced ones, or those that the original prescribes;"
+        " balanced-adam always has the latter")  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0], help="one run per method, learning rate and seed")
+    add("--lr", nargs="+", type=float, metavar="LR", help="learning rates, one run each")
+    add("--trials", type=int, default=40, help="of hyperband: how many lambdas it tries")
+    add("--search-metric", metavar="METRIC", help="of hyperband: the metric that it looks for the best of")
+
+
+def _add_data_and_networks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data and networks").add_argument
+    add("--data-dir", type=Path, default=None, help="folder with the images; if left out, images are generated")
+    add("--image-size", type=int, metavar="PIXELS", help="height and width that networks are trained on")
+    add("--width", type=int, metavar="CHANNELS", help="of the networks' first layers; others are multiples of it")
+    add("--batch-size", type=int, metavar="IMAGES", help="of each process")
+    add("--max-epochs", type=int, metavar="EPOCHS")
+    add("--limit-train-batches", type=int, default=None, metavar="BATCHES", help="of an epoch; all if left out")
+    add("--num-workers", type=int, default=0, metavar="PROCESSES", help="that load training images")
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--metrics-every", type=int, default=1, metavar="EPOCHS", help="epochs between two looks at the hold-out set")
+    add("--limit-test-batches", type=int, default=None, metavar="BATCHES", help="of the hold-out set; all if left out")
+    add("--samples", type=int, default=4, metavar="IMAGES", help="of the hold-out set that are shown")
+    add("--feature-extractor", choices=("none", "inception", "vgg16"), default="none",
+        help="network for a Frechet distance: pytorch-fid's (FID) or VGG16 (FD-VGG16)")  # fmt: skip
+    add("--weights", type=Path, default=None, help="file with that network's weights")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("running").add_argument
+    add("--output-dir", type=Path, help="where logs, checkpoints, samples and tables go")
+    add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
+    add("--checkpoint-every", type=int, default=500, metavar="BATCHES", help="batches between checkpoints")
+    add("--accelerator", default="auto", help="as for Lightning's Trainer")
+    add("--devices", default="auto", help="as for Lightning's Trainer")
+    add("--strategy", default="auto", help="as for Lightning's Trainer")
+    add("--precision", default="32-true", help="as for Lightning's Trainer")
+    add("--no-progress-bar", dest="progress_bar", action="store_false", help="print one line per run only")
+
+
+def jobs_of(project: ImageProject, options: argparse.Namespace) -> Iterator[Job]:
+    """The runs that the options ask for; of "hyperband" after its search."""
+    for seed in options.seeds:
+        for lr in options.lr:
+            for name in options.method:
+                if name == HYPERBAND:
+                    from example_projects.common.hyperband import search  # which needs an extra
+
+                    yield Job(name, Method(Adam), search(project, options, lr), lr, seed)
+                else:
+                    method = IMAGE_METHODS[name]
+                    setting = "balanced" if method.balanced else options.setting
+                    yield Job(name, method, project.lambdas[setting], lr, seed)
+
+
+def train_all(project: ImageProject, options: argparse.Namespace) -> list[Result]:
+    """Run what the options ask for, one after the other."""
+    say = rank_zero_only(print)
+    say(project.make_data(options, options.seeds[0]).announcement)
+    results = []
+    for job in jobs_of(project, options):
+        weights = ", ".join(f"{factor:g} {term}" for term, factor in job.lambdas.items())
+        say(f"{job.name}, seed {job.seed}, lr {job.lr:g}, {weights}", flush=True)
+        label = job.name if len(options.lr) == 1 else f"{job.name}, lr {job.lr:g}"
+        results.append({"method": label, "lr": job.lr, "seed": job.seed, **train(project, options, job)})
+    return results
+
+
+def columns_of(project: ImageProject, results: Sequence[Result]) -> list[str]:
+    """The project's columns that were measured in all runs, and the time."""
+    measured = [column for column in project.columns if all(column in result for result in results)]
+    distance = any(column.startswith("F") for column in measured)
+    return [*measured, *(["n"] if distance else []), "seconds_per_step"]
+
+
+def main(project: ImageProject, arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    options = parser_of(project).parse_args(arguments)
+    keep_quiet()
+    write(project, options, train_all(project, options))
+
+
+@rank_zero_only
+def write(project: ImageProject, options: argparse.Namespace, results: list[Result]) -> None:
+    """Print the table and write it as Markdown and CSV, with the runs it summarises."""
+    table = write_tables(options, results, columns_of(project, results))
+    print(f"\n{table}\n\nWritten to {options.output_dir}: table.md, table.csv; every run in results.csv.")
+    print(f"See samples, curves and the balance with: tensorboard --logdir {options.output_dir}")

@@ -1,0 +1,137 @@
+"""One image project and its runs: what differs between pix2pix, CycleGAN and SRGAN, and what does not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from example_projects.common.evaluation import Evaluation, Metrics
+from example_projects.common.image_data import ImageData
+from example_projects.common.image_module import ImageModule
+from example_projects.common.methods import Method
+from example_projects.common.runs import Result, run
+from example_projects.common.samples import Samples
+from lightning_mtadam import MTAdam
+from lightning_mtadam.callbacks import BalanceWeightMonitor
+
+# Options that a run may be continued with another value of.
+NOT_OF_A_RUN = {
+    "method", "seeds", "lr", "setting", "output_dir", "resume", "accelerator", "devices", "strategy", "num_workers",
+    "checkpoint_every", "samples", "trials", "search_metric",
+}  # fmt: skip
+
+
+def pixel_metrics(options: argparse.Namespace) -> Metrics:
+    """L1, L2, NMSE, PSNR and SSIM, and the Frechet distance that was asked for."""
+    from example_projects.common.image_metrics import ImageMetrics, make_distance
+
+    return ImageMetrics(make_distance(options.feature_extractor, options.weights))
+
+
+@dataclass(frozen=True)
+class ImageProject:
+    """What a project is made of.
+
+    Attributes:
+        name: of its package.
+        description: of its command.
+        lambdas: per setting ("unbalanced", "balanced") what each term is multiplied by, the anchor first.
+        columns: the metrics of its table, as in the paper; those that were not measured are left out.
+        defaults: of the options that all projects have, where they differ.
+        make_data: takes the options and the seed.
+        make_module: takes the options, the method, the lambdas and the learning rate.
+        make_metrics: takes the options.
+        add_options: adds the project's own options to the parser.
+        paper: the paper's numbers, where they are known: per data set and method, by column.
+    """
+
+    name: str
+    description: str
+    lambdas: Mapping[str, Mapping[str, float]]
+    columns: Sequence[str]
+    defaults: Mapping[str, Any]
+    make_data: Callable[[argparse.Namespace, int], ImageData]
+    make_module: Callable[[argparse.Namespace, Method, Mapping[str, float], float], ImageModule]
+    make_metrics: Callable[[argparse.Namespace], Metrics] = pixel_metrics
+    add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        name: of the method.
+        method: how the generator is trained.
+        lambdas: of the generator's terms.
+        lr: learning rate.
+        seed: of initial weights, data and augmentation.
+    """
+
+    name: str
+    method: Method
+    lambdas: Mapping[str, float]
+    lr: float
+    seed: int
+
+    def folder(self, options: argparse.Namespace) -> Path:
+        """Where the run is kept."""
+        return Path(options.output_dir) / f"{options.setting}-lr{self.lr:g}" / f"{self.name}-seed{self.seed}"
+
+
+def train(
+    project: ImageProject,
+    options: argparse.Namespace,
+    job: Job,
+    *,
+    folder: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+) -> Result:
+    """Train, validate and test one run in its folder, or continue it, or read its result (see :func:`~runs.run`)."""
+    folder = folder or job.folder(options)
+    pl.seed_everything(job.seed, verbose=False)
+    data = project.make_data(options, job.seed)
+    module = project.make_module(options, job.method, job.lambdas, job.lr)
+    shown = [Evaluation(folder, project.make_metrics(options)), Samples(folder, options.samples)]
+    if job.method.optimizer is MTAdam:
+        shown.append(BalanceWeightMonitor())
+    return run(
+        folder,
+        module,
+        data,
+        read_metrics,
+        settings=settings_of(options, job),
+        resume=options.resume,
+        checkpoint_every=options.checkpoint_every,
+        callbacks=[*shown, *callbacks],
+        log_every_n_steps=10,
+        max_epochs=options.max_epochs,
+        check_val_every_n_epoch=options.metrics_every,
+        limit_train_batches=options.limit_train_batches,
+        limit_val_batches=options.limit_test_batches,
+        limit_test_batches=options.limit_test_batches,
+        accelerator=options.accelerator,
+        devices=options.devices if options.devices == "auto" else int(options.devices),
+        strategy=options.strategy,
+        precision=options.precision,
+        enable_progress_bar=options.progress_bar,
+    )
+
+
+def read_metrics(trainer: pl.Trainer) -> Result:
+    """The metrics of the hold-out set after training."""
+    found = trainer.callback_metrics.items()
+    return {name.removeprefix("test/"): float(value) for name, value in found if name.startswith("test/")}
+
+
+def settings_of(options: argparse.Namespace, job: Job) -> dict[str, object]:
+    """What makes the run what it is."""
+    chosen = {name: value for name, value in vars(options).items() if name not in NOT_OF_A_RUN}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
+    return {**plain, "lambdas": dict(job.lambdas)}

@@ -1,0 +1,134 @@
+"""Pairs of images: the halves of one file each, or generated facades and their label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from example_projects.common.augmentation import Draw, generator_of, random_crop, random_flip
+from example_projects.common.image_data import ImageData, Kept
+from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
+from example_projects.pix2pix.procedural import draw_facade
+
+JITTER = 286 / 256  # the original resizes to 286 pixels and crops 256
+HOLD_OUT = ("test", "val")  # the names that the hold-out set has in facades and in maps
+TRAIN_FACADES, TEST_FACADES = 100, 20  # generated
+
+Pair = tuple[Tensor, Tensor]  # source and target, float [3, H, W] in [-1, 1] each
+
+
+def find_hold_out(folder: Path) -> Path:
+    """The folder of the hold-out set: "test" or, as in maps, "val".
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    for name in HOLD_OUT:
+        if (folder / name).is_dir():
+            return folder / name
+    raise FileNotFoundError(
+        f"There is neither {folder / HOLD_OUT[0]} nor {folder / HOLD_OUT[1]}. Give --data-dir a folder with train/ and"
+        " test/, of images that are two side by side, or leave it out to train on generated images."
+    )
+
+
+def halves(image: Image.Image, size: int, direction: str) -> Tensor:
+    """Cut an image in its two halves, A on the left and B on the right, and resize both.
+
+    Args:
+        image: of any size.
+        size: height and width of the halves afterwards.
+        direction: "AtoB" or "BtoA": which is the source.
+
+    Returns:
+        uint8 [6, size, size], the source before the target.
+    """
+    half = image.width // 2
+    sides = [image.crop((start, 0, start + half, image.height)) for start in (0, half)]
+    resized = [to_bytes(side.resize((size, size), Image.Resampling.BICUBIC)) for side in sides]
+    return torch.cat(resized if direction == "AtoB" else resized[::-1])
+
+
+def split(pair: Tensor) -> Pair:
+    """A pair of bytes, [6, H, W], as source and target in [-1, 1]."""
+    source, target = from_bytes(pair).chunk(2)
+    return source, target
+
+
+class TrainPairs(Dataset[Pair]):
+    """Pairs that are cropped out of larger ones and mirrored at random, source and target alike.
+
+    Args:
+        pairs: uint8 [6, H, W].
+        size: height and width of the crop.
+    """
+
+    def __init__(self, pairs: Kept, size: int) -> None:
+        self.pairs, self.size = pairs, size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, draw: Draw) -> Pair:
+        index, seed = draw
+        generator = generator_of(seed)
+        return split(random_flip(random_crop(self.pairs[index], self.size, generator), generator))
+
+
+class TestPairs(Dataset[Pair]):
+    """Pairs as they are.
+
+    Args:
+        pairs: uint8 [6, H, W].
+    """
+
+    def __init__(self, pairs: Kept) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return split(self.pairs[index])
+
+
+def make_data(
+    folder: Path | None, *, size: int, direction: str, batch_size: int, seed: int, workers: int = 0
+) -> ImageData:
+    """The pairs in ``folder``, or generated ones without a folder.
+
+    Args:
+        folder: with ``train`` and ``test`` (or ``val``).
+        size: height and width to train on.
+        direction: "AtoB" or "BtoA".
+        batch_size: of training, of each process.
+        seed: of the order and of the augmentation.
+        workers: processes that load.
+    """
+
+    def pairs(draw: Callable[[int], Image.Image], count: int, at: int) -> Kept:
+        return Kept(lambda index: halves(draw(index), at, direction), count)
+
+    larger = round(size * JITTER)
+    if folder is None:
+        train = pairs(draw_facade, TRAIN_FACADES, larger)
+        test = pairs(lambda index: draw_facade(TRAIN_FACADES + index), TEST_FACADES, size)
+        origin = "Generated facades and their label maps, since there is no --data-dir"
+    else:
+        train_files, test_files = list_images(folder / "train"), list_images(find_hold_out(folder))
+        train = pairs(lambda index: read_image(train_files[index]), len(train_files), larger)
+        test = pairs(lambda index: read_image(test_files[index]), len(test_files), size)
+        origin = f"Pairs from {folder}"
+    return ImageData(
+        TrainPairs(train, size),
+        TestPairs(test),
+        batch_size=batch_size,
+        seed=seed,
+        announcement=f"{origin}: {len(train)} to train on, {len(test)} held out, {direction}.",
+        workers=workers,
+    )
