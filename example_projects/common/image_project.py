@@ -46,6 +46,7 @@ class ImageProject:
         make_data: takes the options and the seed.
         make_module: takes the options, the method, the lambdas and the learning rate.
         make_metrics: takes the options.
+        evaluation: the callback that measures, made of a run's folder and the metrics.
         add_options: adds the project's own options to the parser.
         paper: the paper's numbers, where they are known: per data set and method, by column.
     """
@@ -58,6 +59,7 @@ class ImageProject:
     make_data: Callable[[argparse.Namespace, int], ImageData]
     make_module: Callable[[argparse.Namespace, Method, Mapping[str, float], float], ImageModule]
     make_metrics: Callable[[argparse.Namespace], Metrics] = pixel_metrics
+    evaluation: type[Evaluation] = Evaluation
     add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
@@ -98,7 +100,7 @@ def train(
     pl.seed_everything(job.seed, verbose=False)
     data = project.make_data(options, job.seed)
     module = project.make_module(options, job.method, job.lambdas, job.lr)
-    shown = [Evaluation(folder, project.make_metrics(options)), Samples(folder, options.samples)]
+    shown = [project.evaluation(folder, project.make_metrics(options)), Samples(folder, options.samples)]
     if job.method.optimizer is MTAdam:
         shown.append(BalanceWeightMonitor())
     return run(

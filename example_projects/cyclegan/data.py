@@ -1,7 +1,9 @@
-"""Two domains without pairs: the folders trainA, trainB, testA and testB, or procedural textures."""
+"""Two domains: the folders trainA, trainB, testA and testB, or pairs that are taken apart, or procedural textures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,19 +15,10 @@ from example_projects.common.augmentation import Draw, generator_of, random_crop
 from example_projects.common.image_data import ImageData, Kept
 from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
 from example_projects.cyclegan.textures import scene
+from example_projects.pix2pix.data import JITTER, find_hold_out, halves
 
 Pair = tuple[Tensor, Tensor]  # an image of A and one of B, float [3, S, S] in [-1, 1]
 TRAINING_SCENES, TEST_SCENES = 200, 20  # of each domain of the procedural data set
-
-
-def load_size(image_size: int) -> int:
-    """To what size a training image is resized before a crop of ``image_size`` is taken out of it.
-
-    Example:
-        >>> load_size(256)
-        286
-    """
-    return round(image_size * 286 / 256)
 
 
 class Unpaired(Dataset[Pair]):
@@ -74,66 +67,66 @@ class SideBySide(Dataset[Pair]):
         return from_bytes(self.a[index]), from_bytes(self.b[index])
 
 
-class UnpairedImages(ImageData):
-    """Two domains in batches of (A, B), each [B, 3, S, S].
+def has_truth(folder: Path | None) -> bool:
+    """Whether both domains show the same scenes in testing, so that there is a truth for every translation."""
+    return folder is None or (folder / "train").is_dir()
+
+
+def make_data(
+    folder: Path | None, *, size: int, direction: str, batch_size: int, seed: int, workers: int = 0
+) -> ImageData:
+    """The images in ``folder``, or procedural textures without a folder, in batches of (A, B).
 
     Args:
-        folder: with trainA, trainB, testA and testB; ``None`` for the procedural textures.
-        image_size: S.
+        folder: with trainA, trainB, testA and testB; or as for pix2pix with ``train`` and ``test`` (or ``val``), of
+            images that are two side by side: those of training are taken apart, so that they are unpaired.
+        size: height and width to train on.
+        direction: "AtoB", or "BtoA" to exchange the domains.
         batch_size: of training, of each process.
         seed: of the order, of the augmentation and of who meets whom.
-        direction: "AtoB", or "BtoA" to exchange the domains.
-        workers: processes that load training samples.
-
-    Attributes:
-        paired: whether both domains show the same scenes in testing, so that a translation has a truth.
+        workers: processes that load.
     """
-
-    def __init__(
-        self,
-        folder: Path | None,
-        image_size: int,
-        *,
-        batch_size: int,
-        seed: int,
-        direction: str = "AtoB",
-        workers: int = 0,
-    ) -> None:
-        domains = ("A", "B") if direction == "AtoB" else ("B", "A")
-        larger = load_size(image_size)
-        if folder is None:
-            train = [drawn_images("train", domain, larger) for domain in domains]
-            test = [drawn_images("test", domain, image_size) for domain in domains]
-            source = "Without --data-dir: procedural textures, orange squares (A) and blue discs (B), not photographs"
-        else:
-            train = [folder_images(folder / f"train{domain}", larger) for domain in domains]
-            test = [folder_images(folder / f"test{domain}", image_size) for domain in domains]
-            source = f"Images from {folder}"
-        counts = ", ".join(f"{len(images)} {domain}" for images, domain in zip(train, domains, strict=True))
-        held_out = SideBySide(*test)
-        super().__init__(
-            Unpaired(*train, image_size),
-            held_out,
-            batch_size=batch_size,
-            seed=seed,
-            announcement=f"{source}: {counts} for training, {len(held_out)} of each for testing.",
-            workers=workers,
-        )
-        self.paired = folder is None
+    domains = ("A", "B") if direction == "AtoB" else ("B", "A")
+    images, origin = _source(folder)
+    train = [images("train", domain, round(size * JITTER)) for domain in domains]
+    test = SideBySide(*(images("test", domain, size) for domain in domains))
+    counts = " and ".join(f"{len(kept)} {domain}" for kept, domain in zip(train, domains, strict=True))
+    truth = "with" if has_truth(folder) else "without"
+    return ImageData(
+        Unpaired(*train, size),
+        test,
+        batch_size=batch_size,
+        seed=seed,
+        announcement=f"{origin}: {counts} to train on, {len(test)} of each held out, {truth} a truth, {direction}.",
+        workers=workers,
+    )
 
 
-def folder_images(folder: Path, size: int) -> Kept:
-    """The images of a folder, by name, resized to [3, size, size]."""
-    paths = list_images(folder)
+def _source(folder: Path | None) -> tuple[Callable[[str, str, int], Kept], str]:
+    """What gives the images of a split and a domain in a size, uint8 [3, size, size], and where they are from."""
+    if folder is None:
+        return textures, "Procedural textures, orange squares (A) and blue discs (B), since there is no --data-dir"
+    if has_truth(folder):
+        return partial(halves_of_pairs, folder), f"Pairs from {folder}, taken apart"
+    return partial(images_of_domain, folder), f"Images from {folder}"
 
-    def read(index: int) -> Tensor:
-        return to_bytes(read_image(paths[index]).resize((size, size), Image.Resampling.BICUBIC))
 
-    return Kept(read, len(paths))
+def images_of_domain(folder: Path, split: str, domain: str, size: int) -> Kept:
+    """The images of ``<split><domain>``, by name."""
+    files = list_images(folder / f"{split}{domain}")
+    resized = Image.Resampling.BICUBIC
+    return Kept(lambda index: to_bytes(read_image(files[index]).resize((size, size), resized)), len(files))
 
 
-def drawn_images(split: str, domain: str, size: int) -> Kept:
-    """Procedural images, [3, size, size]: in training the domains share no scene, in testing all."""
+def halves_of_pairs(folder: Path, split: str, domain: str, size: int) -> Kept:
+    """The left (A) or right (B) halves of the images of a split, by name."""
+    files = list_images(folder / "train" if split == "train" else find_hold_out(folder))
+    direction = "AtoB" if domain == "A" else "BtoA"
+    return Kept(lambda index: halves(read_image(files[index]), size, direction)[:3].clone(), len(files))
+
+
+def textures(split: str, domain: str, size: int) -> Kept:
+    """Procedural scenes: in training the domains share none, in testing all."""
     if split == "test":
         first, count = 2 * TRAINING_SCENES, TEST_SCENES
     else:

@@ -25,28 +25,31 @@ class CycleGAN(ImageModule):
         method: how the generators are trained.
         lambdas: what each of their terms is multiplied by.
         lr: learning rate of generators and discriminators.
+        epochs: of the whole training, in the second half of which the learning rate falls; ``None``: it stays.
         width: channels of the networks' first convolutions.
         blocks: residual blocks of a generator.
         pool_size: how many generated images of each domain are kept for the discriminators.
-        decay: whether the learning rate falls in the second half of the epochs, as in the original.
+
+    References:
+        Zhu et al., Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks, ICCV 2017.
     """
 
     def __init__(
         self,
         method: Method,
         lambdas: Mapping[str, float],
-        lr: float = 2e-4,
+        lr: float,
         *,
+        epochs: int | None,
         width: int = 64,
         blocks: int = 9,
         pool_size: int = 50,
-        decay: bool = True,
     ) -> None:
         super().__init__(method, lambdas, lr)
+        self.epochs = epochs
         self.generators = nn.ModuleDict({domain: Generator(width, blocks) for domain in DOMAINS})
         self.discriminators = nn.ModuleDict({domain: discriminator(width) for domain in DOMAINS})
         self.pools = {domain: ImagePool(pool_size) for domain in DOMAINS}
-        self.decay = decay
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Train the generators on the six terms, then the discriminators on what was generated."""
@@ -74,9 +77,14 @@ class CycleGAN(ImageModule):
         return discriminator_loss(network(real), network(self.pools[domain].swap(made.detach())))
 
     def generate(self, batch: tuple[Tensor, Tensor]) -> Images:
-        """A, what is made of it, and B: its truth if the data are paired, else just an image of that domain."""
+        """A, what is made of it, and B: the truth where there is one, else any image of that domain."""
         a, b = batch
         return Images(a, self.generators["B"](a), b)
+
+    def bring_back(self, images: Tensor) -> Tensor:
+        """Images of A that were translated, as images of A again."""
+        again: Tensor = self.generators["A"](images)
+        return again
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The method's optimizer for both generators, the original's Adam for both discriminators."""
@@ -84,8 +92,9 @@ class CycleGAN(ImageModule):
             self.method.configure(self.generators.named_parameters("generators"), self.lr, betas=BETAS),
             Adam(self.discriminators.parameters(), lr=self.lr, betas=BETAS),
         ]
-        epochs = self.trainer.max_epochs
-        return optimizers, [linear_decay(optimizer, epochs) for optimizer in optimizers] if self.decay else []
+        if self.epochs is None:
+            return optimizers, []
+        return optimizers, [linear_decay(optimizer, self.epochs) for optimizer in optimizers]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the image pools: a resumed run goes on with the same. Of several processes, the first one's."""

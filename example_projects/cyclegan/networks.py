@@ -43,8 +43,6 @@ class Residual(nn.Module):
 class Generator(nn.Module):
     """Halves an image twice, passes residual blocks, doubles it twice: [B, 3, H, W] to the same, in [-1, 1].
 
-    H and W are multiples of 4.
-
     Args:
         width: channels at the full size.
         blocks: residual blocks; the original takes 9 for images of 256 and 6 for images of 128.
@@ -69,8 +67,21 @@ class Generator(nn.Module):
         return translated
 
 
+def check_size(size: int) -> None:
+    """Raise unless both networks take images of this height and width.
+
+    Raises:
+        ValueError: they don't.
+    """
+    if size % 4 or size < 24:
+        raise ValueError(
+            f"The generators halve and double images twice, and the discriminators need 24 pixels: the size must be 24,"
+            f" 28, 32, ..., but is {size}. Give another --image-size."
+        )
+
+
 def discriminator(width: int = 64) -> PatchGAN:
-    """A discriminator of images of at least 24x24: below, its last normalisation would see a single value."""
+    """A 70x70 PatchGAN. Below 24x24 its last normalisation would see a single value."""
     network = PatchGAN(3, width, norm=nn.InstanceNorm2d, bias=True)
     initialise(network)
     return network

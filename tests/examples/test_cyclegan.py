@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
 ]
 
 TINY = {"width": 4, "blocks": 1}
