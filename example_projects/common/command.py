@@ -10,11 +10,19 @@ from collections.abc import Callable, Sequence
 
 from example_projects.common import report
 
+UNREMARKABLE = (
+    ".*does not have many workers.*",
+    ".*exists and is not empty.*",
+    ".*LeafSpec.*",
+    ".*smaller than the logging interval.*",
+    ".*your dataloader is not resumable.*",  # EpochSampler is
+)
+
 
 def keep_quiet() -> None:
     """Silence what Lightning says of every run, and of none in particular."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+    for message in UNREMARKABLE:
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -12,11 +12,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from example_projects.common.checkpoints import SaveEvery
 from example_projects.common.clock import TrainingClock
 from example_projects.common.disk import naming_a_full_disk
 from example_projects.common.exact_resume import RandomState
-from example_projects.common.interrupt import SaveOnInterrupt
+from example_projects.common.saving import Saving
 
 Result = dict[str, Any]
 
@@ -64,7 +63,7 @@ def run(
         clock = TrainingClock()
         trainer = pl.Trainer(
             logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
-            callbacks=[clock, *callbacks, RandomState(), SaveOnInterrupt(last), SaveEvery(last, checkpoint_every)],
+            callbacks=[clock, *callbacks, RandomState(), Saving(last, checkpoint_every)],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,

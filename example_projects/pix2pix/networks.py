@@ -50,7 +50,7 @@ class UNet(nn.Module):
     54.4 M parameters for 256 pixels and a width of 64.
 
     Args:
-        size: height and width of the images, a power of two, of at least 8.
+        size: height and width of the images, a power of two, of at least 32 for the discriminator.
         width: channels of the outermost layer; there are 2, 4 and then 8 times as many further in.
 
     Raises:
@@ -60,9 +60,9 @@ class UNet(nn.Module):
     def __init__(self, size: int = 256, width: int = 64) -> None:
         super().__init__()
         depth = size.bit_length() - 1
-        if size != 2**depth or depth < 3:
+        if size != 2**depth or depth < 5:
             raise ValueError(
-                f"The U-Net halves images down to one pixel, so their size must be 8, 16, 32, ..., but is {size}."
+                f"The U-Net halves images down to one pixel, so their size must be 32, 64, 128, ..., but is {size}."
                 " Give another --image-size."
             )
         channels = [width * min(2**level, 8) for level in range(depth)]

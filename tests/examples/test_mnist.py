@@ -674,7 +674,7 @@ def test_ctrl_c_loses_nothing(tiny, tmp_path, uninterrupted, monkeypatch, capsys
     expected, _, expected_batches = uninterrupted["mtadam"]
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "Timer", lambda: CtrlCAt(5))
+        patch.setattr(runs, "TrainingClock", lambda: CtrlCAt(5))
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             train(tmp_path, tiny, every=100, interrupt_at=100)
     signal.signal(signal.SIGINT, before)
