@@ -56,7 +56,8 @@ def _ellipse(x: Tensor, y: Tensor, part: Tensor) -> Tensor:
 
 def _texture(domain: str, x: Tensor, y: Tensor, phase: Tensor) -> Tensor:
     """Squares (A) or discs (B) around the same centres. [3, S, S]."""
-    distances = torch.stack([((position / PERIOD + shift) % 1 - 0.5).abs() for position, shift in zip((x, y), phase)])
+    offsets = torch.stack([x, y]) / PERIOD + phase[:, None, None]
+    distances = (offsets % 1 - 0.5).abs()  # from the nearest centre, across and down
     inside = distances.amax(0) < 0.3 if domain == "A" else distances.square().sum(0).sqrt() < 0.35
     ground, figure = (torch.tensor(colour)[:, None, None] for colour in COLOURS[domain])
     return torch.where(inside, figure, ground)
