@@ -37,7 +37,15 @@ def write_tables(
     Returns:
         The table, as Markdown.
     """
-    rows = report.summarise(results, "method", columns, show)
+    return write_rows(options, report.summarise(results, "method", columns, show), results)
+
+
+def write_rows(options: argparse.Namespace, rows: Sequence[report.Row], results: Sequence[report.Row]) -> str:
+    """Write a table as Markdown and CSV, with the options and the results of all runs, to ``options.output_dir``.
+
+    Returns:
+        The table, as Markdown.
+    """
     table = report.markdown(rows)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "table.md").write_text(table + "\n")

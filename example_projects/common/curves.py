@@ -6,32 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+COLUMNS = 3  # panels beside each other
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """Draw a panel per metric with a line per history, as a PNG file.
 
     Args:
-        histories: by label, a mapping with "epoch" and the metrics per evaluation; "n" is left out. Labels that begin
-            alike, up to ", seed", share a colour.
+        histories: by label, a mapping with "epoch" and the metrics per evaluation; "n" is left out. Labels that are the
+            same up to ", seed" share a colour and an entry of the legend.
         path: of the PNG file.
     """
     metrics = [name for name in next(iter(histories.values()))[0] if name not in ("epoch", "n")]
     groups = list(dict.fromkeys(label.partition(", seed")[0] for label in histories))
-    figure = Figure(figsize=(4.2 * len(metrics), 3.4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+    columns = min(COLUMNS, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, index + 1) for index in range(len(metrics))]
+    for axes, metric in zip(panels, metrics, strict=True):
         for label, history in histories.items():
-            group = label.partition(", seed")[0]
-            first = label == next(other for other in histories if other.partition(", seed")[0] == group)
-            axes.plot(
-                [row["epoch"] for row in history],
-                [row[metric] for row in history],
-                marker=".",
-                color=f"C{groups.index(group)}",
-                label=group if first else None,
-            )
+            colour = f"C{groups.index(label.partition(', seed')[0])}"
+            axes.plot([row["epoch"] for row in history], [row[metric] for row in history], marker=".", color=colour)
         axes.set(title=metric, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if groups != [""]:
-            axes.legend(fontsize=8)
+    if groups != [""]:
+        lines = [Line2D([], [], color=f"C{index}", marker=".") for index in range(len(groups))]
+        figure.legend(lines, groups, loc="outside lower center", ncols=columns, fontsize=9)
     figure.savefig(path, dpi=90)

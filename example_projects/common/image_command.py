@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -81,38 +82,49 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def jobs_of(project: ImageProject, options: argparse.Namespace) -> Iterator[Job]:
-    """The runs that the options ask for; of "hyperband" after its search."""
+    """The runs that the options ask for; of "hyperband" after its search, of which there is one per learning rate."""
+    found: dict[float, dict[str, float]] = {}
     for seed in options.seeds:
         for lr in options.lr:
             for name in options.method:
                 if name == HYPERBAND:
-                    from example_projects.common.hyperband import search  # which needs an extra
-
-                    yield Job(name, Method(Adam), search(project, options, lr), lr, seed)
+                    found[lr] = found.get(lr) or _search(project, options, lr)
+                    yield Job(name, Method(Adam), found[lr], lr, seed)
                 else:
                     method = IMAGE_METHODS[name]
                     setting = "balanced" if method.balanced else options.setting
                     yield Job(name, method, project.lambdas[setting], lr, seed)
 
 
+def _search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:
+    if find_spec("optuna") is None:
+        raise ImportError("hyperband needs Optuna: pip install 'lightning_mtadam[search]'.")
+    from example_projects.common.hyperband import search
+
+    print(f"hyperband: {options.trials} trials, lr {lr:g}, by {options.search_metric}", flush=True)
+    return search(project, options, lr)
+
+
 def train_all(project: ImageProject, options: argparse.Namespace) -> list[Result]:
-    """Run what the options ask for, one after the other."""
+    """Run what the options ask for, one after the other, and return the results, after those of the references."""
     say = rank_zero_only(print)
     say(project.make_data(options, options.seeds[0]).announcement)
-    results = []
+    results = list(project.references(options))
     for job in jobs_of(project, options):
         weights = ", ".join(f"{factor:g} {term}" for term, factor in job.lambdas.items())
         say(f"{job.name}, seed {job.seed}, lr {job.lr:g}, {weights}", flush=True)
         label = job.name if len(options.lr) == 1 else f"{job.name}, lr {job.lr:g}"
-        results.append({"method": label, "lr": job.lr, "seed": job.seed, **train(project, options, job)})
+        folder = str(job.folder(options).relative_to(options.output_dir))
+        results.append(
+            {"method": label, "lr": job.lr, "seed": job.seed, "folder": folder, **train(project, options, job)}
+        )
     return results
 
 
 def columns_of(project: ImageProject, results: Sequence[Result]) -> list[str]:
-    """The project's columns that were measured in all runs, and the time."""
-    measured = [column for column in project.columns if all(column in result for result in results)]
-    distance = any(column.startswith("F") for column in measured)
-    return [*measured, *(["n"] if distance else []), "seconds_per_step"]
+    """The project's columns that were measured, the number of images of a distance, and the time."""
+    wanted = [*project.columns, "n", "seconds_per_step"]
+    return [column for column in wanted if any(column in result for result in results)]
 
 
 def main(project: ImageProject, arguments: list[str] | None = None) -> None:

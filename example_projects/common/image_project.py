@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 
 from example_projects.common.evaluation import Evaluation, Metrics
 from example_projects.common.image_data import ImageData
+from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.image_module import ImageModule
 from example_projects.common.methods import Method
 from example_projects.common.runs import Result, run
@@ -28,7 +29,9 @@ NOT_OF_A_RUN = {
 
 def pixel_metrics(options: argparse.Namespace) -> Metrics:
     """L1, L2, NMSE, PSNR and SSIM, and the Frechet distance that was asked for."""
-    from example_projects.common.image_metrics import ImageMetrics, make_distance
+    if options.feature_extractor == "none":
+        return ImageMetrics()
+    from example_projects.common.image_metrics import make_distance
 
     return ImageMetrics(make_distance(options.feature_extractor, options.weights))
 
@@ -46,8 +49,9 @@ class ImageProject:
         make_data: takes the options and the seed.
         make_module: takes the options, the method, the lambdas and the learning rate.
         make_metrics: takes the options.
-        evaluation: the callback that measures, made of a run's folder and the metrics.
+        evaluation: makes the callback that measures, of the run's folder and the metrics.
         add_options: adds the project's own options to the parser.
+        references: takes the options and gives rows of the table that need no training.
         paper: the paper's numbers, where they are known: per data set and method, by column.
     """
 
@@ -59,8 +63,9 @@ class ImageProject:
     make_data: Callable[[argparse.Namespace, int], ImageData]
     make_module: Callable[[argparse.Namespace, Method, Mapping[str, float], float], ImageModule]
     make_metrics: Callable[[argparse.Namespace], Metrics] = pixel_metrics
-    evaluation: type[Evaluation] = Evaluation
+    evaluation: Callable[[Path, Any], Evaluation] = Evaluation
     add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    references: Callable[[argparse.Namespace], Sequence[Result]] = lambda options: ()
     paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 

@@ -17,9 +17,10 @@ def mean_and_spread(values: Sequence[float]) -> str:
         >>> mean_and_spread([97.0, 98.0, 99.0])
         '98.00 +- 1.00'
         >>> mean_and_spread([0.1234])
-        '0.12'
+        '0.123'
     """
-    digits = 4 if 0 < max(map(abs, values)) < 0.1 else 2
+    largest = max(map(abs, values))
+    digits = 4 if 0 < largest < 0.1 else 3 if 0 < largest < 1 else 2
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
 
@@ -43,13 +44,14 @@ def summarise(
     columns: Sequence[str],
     show: Callable[[Sequence[float]], str] = mean_and_spread,
 ) -> list[dict[str, str]]:
-    """One row per value of ``by``: what ``show`` makes of each column, and the number of runs."""
+    """One row per value of ``by``: what ``show`` makes of each column (nothing, where it is not), and how many runs."""
     rows = []
     for value in dict.fromkeys(result[by] for result in results):
         chosen = [result for result in results if result[by] == value]
         row = {by: str(value), "runs": str(len(chosen))}
         for column in columns:
-            row[column] = show([float(str(result[column])) for result in chosen])
+            values = [float(str(result[column])) for result in chosen if column in result]
+            row[column] = show(values) if values else ""
         rows.append(row)
     return rows
 
@@ -70,8 +72,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, one line each."""
+    """Write the rows, one line each, with the columns of all of them."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

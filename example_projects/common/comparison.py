@@ -1,0 +1,119 @@
+"""The report of a comparison: its table, the curves of all runs, and samples of all methods beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from example_projects.common import report
+from example_projects.common.command import write_rows
+from example_projects.common.curves import draw_curves
+from example_projects.common.image_command import columns_of
+from example_projects.common.image_project import ImageProject
+from example_projects.common.images import GAP, grid, read_image, to_tensor
+from example_projects.common.runs import Result
+
+Numbers = Mapping[str, Mapping[str, float]]  # by method and column
+
+LABEL, FONT_SIZE = 18, 11  # characters in a line of a label, and its size
+NARROWEST = 120  # pixels of an image under a label
+
+
+def write_comparison(project: ImageProject, options: argparse.Namespace, results: Sequence[Result]) -> str:
+    """Write ``comparison.md`` with its table, ``curves.png`` and ``samples.png`` to ``options.output_dir``.
+
+    Args:
+        project: what was trained.
+        options: of its command.
+        results: of its runs, in the order of the table.
+
+    Returns:
+        The table, as Markdown.
+    """
+    folder = options.output_dir
+    paper = project.paper.get(options.data_dir.name if options.data_dir else "", {})
+    table = write_rows(
+        options, beside(report.summarise(results, "method", columns_of(project, results)), paper), results
+    )
+    trained = [result for result in results if "folder" in result]
+    draw_curves({f"{run['method']}, seed {run['seed']}": read_curve(folder / run["folder"]) for run in trained},
+                folder / "curves.png")  # fmt: skip
+    first = {run["method"]: folder / run["folder"] / "final" for run in reversed(trained)}
+    draw_samples(dict(reversed(first.items())), folder / "samples.png")
+    without = "" if paper else " The paper's numbers for these images are not known here, so they are not beside ours."
+    (folder / "comparison.md").write_text(
+        f"# {project.name}, {options.setting}\n\n{table}\n\nMean +- standard deviation over the runs.{without}\n\n"
+        "![Metrics of the hold-out set by epoch](curves.png)\n\n"
+        f"![Input, what each method made of it with seed {options.seeds[0]}, and the truth](samples.png)\n"
+    )
+    return table
+
+
+def beside(rows: Sequence[Mapping[str, str]], paper: Numbers) -> list[dict[str, str]]:
+    """The rows of a table with the paper's numbers in columns of their own, beside those that the paper has.
+
+    Example:
+        >>> beside([{"method": "adam", "L1": "40", "L2": "50"}], {"adam": {"L1": 41.0}, "mtadam": {"L1": 30.0}})
+        [{'method': 'adam', 'L1': '40', 'L1 (paper)': '41.0', 'L2': '50'}]
+    """
+    known = {column for numbers in paper.values() for column in numbers}
+    wide = []
+    for row in rows:
+        wide.append({})
+        for column, value in row.items():
+            wide[-1][column] = value
+            if column in known:
+                wide[-1][f"{column} (paper)"] = str(paper.get(row["method"], {}).get(column, ""))
+    return wide
+
+
+def read_curve(run: Path) -> list[dict[str, float]]:
+    """The metrics of a run, epoch by epoch."""
+    with (run / "curve.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def draw_samples(finals: Mapping[str, Path], path: Path) -> None:
+    """Draw a row per sample: the input, what each method made of it, the truth.
+
+    Args:
+        finals: per method the folder with the images of a run.
+        path: of the PNG file.
+    """
+    folders = list(finals.values())
+    count = min(len(list(folder.glob("*_input.png"))) for folder in folders)
+
+    def image(folder: Path, index: int, kind: str) -> Tensor:
+        found = read_image(folder / f"{index}_{kind}.png")
+        factor = -(-NARROWEST // found.width)
+        return to_tensor(found.resize((found.width * factor, found.height * factor), Image.Resampling.NEAREST))
+
+    rows = [
+        [
+            image(folders[0], index, "input"),
+            *(image(folder, index, "output") for folder in folders),
+            image(folders[0], index, "truth"),
+        ]
+        for index in range(count)
+    ]
+    sheet = Image.fromarray(grid(rows).permute(1, 2, 0).numpy())
+    label_columns(sheet, ["input", *finals, "truth"]).save(path)
+
+
+def label_columns(sheet: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """Write the labels above the columns of a grid."""
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = ["\n".join(textwrap.wrap(label, LABEL)) for label in labels]
+    header = max(text.count("\n") + 1 for text in texts) * (FONT_SIZE + 4) + 4
+    labelled = Image.new("RGB", (sheet.width, header + sheet.height), "white")
+    labelled.paste(sheet, (0, header))
+    draw = ImageDraw.Draw(labelled)
+    for column, text in enumerate(texts):
+        draw.multiline_text((column * (sheet.width + GAP) // len(texts) + 2, 2), text, "black", font)
+    return labelled

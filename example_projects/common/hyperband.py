@@ -1,0 +1,121 @@
+"""Search for the lambdas of the generator's terms: random ones, of which Hyperband ends the bad ones early.
+
+The search looks at the hold-out set, as the table does: what it finds is favoured by that, against the other methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import optuna
+from optuna.pruners import HyperbandPruner
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from torch.optim import Adam
+
+from example_projects.common.image_project import ImageProject, Job, settings_of, train
+from example_projects.common.methods import Method
+from example_projects.common.runs import check_settings
+
+LOWEST, HIGHEST = 1e-3, 1e3  # of a lambda, relative to that of the first term
+HIGHER_IS_BETTER = {"PSNR", "SSIM", "PSNR-Y", "SSIM-Y"}
+HANDLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+
+
+def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:
+    """Train with Adam on ``options.trials`` random lambdas and return the best of those that were not ended early.
+
+    With ``options.resume`` an interrupted search goes on with the trial that it was at.
+
+    Raises:
+        ValueError: several processes are asked for, or a search is to be continued that was made with other settings.
+    """
+    if options.strategy != "auto" or options.devices != "1":
+        raise ValueError("hyperband searches in one process: give --devices 1, without --strategy.")
+    terms = list(project.lambdas[options.setting])
+    seed = options.seeds[0]
+    folder = Path(options.output_dir) / f"{options.setting}-lr{lr:g}" / "hyperband-search"
+    study = _open_study(project, options, lr, folder)
+    _enqueue(study, draws(terms, options.trials, seed))
+
+    def objective(trial: optuna.Trial) -> float:
+        lambdas = {term: trial.suggest_float(term, LOWEST, HIGHEST, log=True) for term in terms[1:]}
+        job = Job("hyperband", Method(Adam), {terms[0]: 1.0, **lambdas}, lr, seed)
+        own = folder / f"trial{trial.user_attrs['draw']}"
+        once = argparse.Namespace(**{**vars(options), "resume": False})
+        result = train(project, once, job, folder=own, callbacks=[Prune(trial, options.search_metric)])
+        shutil.rmtree(own / "checkpoints", ignore_errors=True)  # of so many networks, none is used again
+        return float(result[options.search_metric])
+
+    study.optimize(objective, n_trials=len(study.get_trials(states=[TrialState.WAITING])))
+    return {terms[0]: 1.0, **study.best_params}
+
+
+def draws(terms: list[str], count: int, seed: int) -> list[dict[str, float]]:
+    """Random lambdas of all terms but the first, whose lambda is 1: Adam does not feel a common factor.
+
+    The first ones are the same whatever the count.
+    """
+    exponents = np.random.default_rng(seed).uniform(math.log(LOWEST), math.log(HIGHEST), (count, len(terms) - 1))
+    return [dict(zip(terms[1:], row, strict=True)) for row in np.exp(exponents).tolist()]
+
+
+class Prune(pl.Callback):
+    """Reports a metric after every validation, and ends the trial if Hyperband says so or the metric is not finite.
+
+    Args:
+        trial: of the study.
+        metric: by its name in the table.
+    """
+
+    def __init__(self, trial: optuna.Trial, metric: str) -> None:
+        self.trial, self.metric = trial, metric
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report."""
+        if f"val/{self.metric}" not in trainer.callback_metrics:
+            measured = sorted(name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ValueError(f"{self.metric!r} is not measured. Give --search-metric one of {', '.join(measured)}.")
+        value = trainer.callback_metrics[f"val/{self.metric}"].item()
+        if not math.isfinite(value):
+            raise optuna.TrialPruned
+        self.trial.report(value, trainer.current_epoch + 1)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def _open_study(project: ImageProject, options: argparse.Namespace, lr: float, folder: Path) -> optuna.Study:
+    settings = {"metric": options.search_metric, **settings_of(options, Job("hyperband", Method(Adam), {}, lr, 0))}
+    if options.resume:
+        check_settings(folder / "settings.json", settings)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
+        study_name=project.name,  # the bracket of a trial depends on it
+        direction="maximize" if options.search_metric in HIGHER_IS_BETTER else "minimize",
+        sampler=optuna.samplers.RandomSampler(),  # never asked: all trials are enqueued
+        pruner=HyperbandPruner(max_resource=options.max_epochs),
+        load_if_exists=True,
+    )
+
+
+def _enqueue(study: optuna.Study, lambdas: list[Mapping[str, float]]) -> None:
+    """Enqueue what was not tried to its end."""
+    for trial in study.get_trials(states=[TrialState.RUNNING]):  # when the process was ended
+        study.tell(trial.number, state=TrialState.FAIL)
+    handled = {trial.user_attrs["draw"] for trial in study.get_trials(states=HANDLED)}
+    for draw, chosen in enumerate(lambdas):
+        if draw not in handled:
+            study.enqueue_trial(chosen, user_attrs={"draw": draw})
