@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from itertools import islice
+
+from torch.utils.data import DataLoader
 
 from example_projects.common import image_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.image_project import ImageProject, pixel_metrics
 from example_projects.common.methods import Method
+from example_projects.common.runs import Result
 from example_projects.cyclegan.data import has_truth, make_data
 from example_projects.cyclegan.evaluation import RoundTripEvaluation, RoundTripMetrics
 from example_projects.cyclegan.losses import SETTINGS
@@ -65,6 +69,15 @@ def metrics_of(options: argparse.Namespace) -> RoundTripMetrics:
     return RoundTripMetrics(pixel_metrics(options), ImageMetrics(), truth=has_truth(options.data_dir))
 
 
+def untranslated(options: argparse.Namespace) -> list[Result]:
+    """What generators that change nothing would give: a row of the table that needs no training."""
+    metrics = metrics_of(options)
+    for a, b in islice(DataLoader(data_of(options, 0).test), options.limit_test_batches):
+        metrics.update(a, b)
+        metrics.update_cycle(a, a)
+    return [{"method": "no translation", **metrics.compute()}]
+
+
 PROJECT = ImageProject(
     name="cyclegan",
     description=__doc__,
@@ -76,6 +89,7 @@ PROJECT = ImageProject(
     make_metrics=metrics_of,
     evaluation=RoundTripEvaluation,
     add_options=add_options,
+    references=untranslated,
 )
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import io
+import shlex
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from example_projects.common import evaluation
+from example_projects import compare
+from example_projects.common import evaluation, image_command
 from example_projects.common.image_data import Kept
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.methods import IMAGE_METHODS
@@ -487,9 +490,9 @@ def test_pairs_are_taken_apart_in_training_and_kept_together_in_testing(tmp_path
 # The command
 
 
-COMMAND = [
-    "--image-size", 24, "--width", 4, "--blocks", 1, "--limit-train-batches", 2, "--limit-test-batches", 2,
-    "--max-epochs", 1, "--accelerator", "cpu", "--no-progress-bar",
+COMMAND_LINE = [
+    "--image-size=24", "--width=4", "--blocks=1", "--limit-train-batches=2", "--limit-test-batches=2",
+    "--max-epochs=1", "--accelerator=cpu", "--no-progress-bar",
 ]  # fmt: skip
 
 
@@ -503,13 +506,30 @@ def call(*arguments):
     """Run the command and return what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        command.main([str(argument) for argument in (*COMMAND, *arguments)])
+        command.main([*COMMAND_LINE, *map(str, arguments)])
     return printed.getvalue()
 
 
 def read_results(folder):
+    """The rows of the runs; the first, of what generators that change nothing would give, is left out."""
     with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        untranslated, *runs = csv.DictReader(file)
+    assert untranslated["method"] == "no translation"
+    return runs
+
+
+def documented():
+    lines = (Path(command.__file__).parent / "README.md").read_text().splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("python -m ")]
+
+
+@pytest.mark.parametrize("line", documented(), ids=" ".join)
+def test_a_documented_command_is_understood(line):
+    if line[2] == "example_projects.compare":
+        assert compare.parse(line[3:])[0] is command.PROJECT
+    else:
+        assert line[2] == "example_projects.cyclegan"
+        assert image_command.parser_of(command.PROJECT).parse_args(line[3:])
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -526,6 +546,16 @@ def test_every_method_runs_and_has_a_row(tmp_path):
         assert all(0 < float(row[name]) < 255 for name in ("L1", "L2", "cycle_L1", "cycle_L2"))
     weights = [f"{cycle} cycle_A, {cycle} cycle_B, 1 gan_A, 1 gan_B, {cycle // 2} identity_A" for cycle in (1000, 10)]
     assert [printed.count(line) for line in weights] == [len(IMAGE_METHODS) - 1, 1]
+
+
+def test_the_images_as_they_are_stand_in_the_table_for_generators_that_change_nothing():
+    options = image_command.parser_of(command.PROJECT).parse_args(COMMAND_LINE)
+    (row,) = command.untranslated(options)
+    pairs_of_test = [data_of().test[index] for index in range(2)]
+    expected = sum((a - b).abs().mean() for a, b in pairs_of_test) / 2 * 127.5
+    assert row["L1"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row["cycle_L1"] == 0
+    assert row["cycle_SSIM"] == pytest.approx(1)
 
 
 def test_without_a_truth_no_metric_of_the_translation_is_shown(folder, tmp_path):
