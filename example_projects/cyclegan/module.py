@@ -83,7 +83,7 @@ class CycleGAN(ImageModule):
 
     def bring_back(self, images: Tensor) -> Tensor:
         """Images of A that were translated, as images of A again."""
-        again: Tensor = self.generators["A"](images)
+        again: Tensor = self.generators["A"](images.to(self.dtype))  # callbacks are not in the autocast of the step
         return again
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:

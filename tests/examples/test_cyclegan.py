@@ -566,6 +566,14 @@ def test_without_a_truth_no_metric_of_the_translation_is_shown(folder, tmp_path)
     assert (tmp_path / "unbalanced-lr0.0002" / "adam-seed0" / "curves.png").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions_train_and_measure(tmp_path, precision):
+    call("--method", "mtadam", "--precision", precision, "--output-dir", tmp_path)
+    (row,) = read_results(tmp_path)
+    assert 0 < float(row["cycle_L1"]) < 255
+
+
 def state_of(folder, method="mtadam"):
     last = folder / "unbalanced-lr0.0002" / f"{method}-seed0" / "checkpoints" / "last.ckpt"
     return torch.load(last, weights_only=False)
