@@ -74,6 +74,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, help="where logs, checkpoints, samples and tables go")
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
     add("--checkpoint-every", type=int, default=500, metavar="BATCHES", help="batches between checkpoints")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="between two values of losses and of the balance")
     add("--accelerator", default="auto", help="as for Lightning's Trainer")
     add("--devices", default="auto", help="as for Lightning's Trainer")
     add("--strategy", default="auto", help="as for Lightning's Trainer")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from lightning_mtadam.metrics import normalized_squared_errors
+from lightning_mtadam.metrics import (
+    FrechetDistance,
+    FrechetInceptionDistance,
+    FrechetVGG16Distance,
+    normalized_squared_errors,
+)
 
 PEAK = 255.0
+FEATURE_EXTRACTORS = ("inception", "vgg16", "none")
 # Luma of ITU-R BT.601 in 16..235, of red, green and blue in 0..255: that of MATLAB's rgb2ycbcr.
 LUMA, LUMA_OFFSET = (65.481 / 255, 128.553 / 255, 24.966 / 255), 16.0
 
@@ -37,7 +43,7 @@ class ImageMetrics:
         {'L1': 25.0, 'L2': 25.0, 'NMSE': 0.04, 'PSNR': 20.17, 'SSIM': 0.98}
     """
 
-    def __init__(self, distance: Any = None, *, y_border: int | None = None) -> None:
+    def __init__(self, distance: FrechetDistance | None = None, *, y_border: int | None = None) -> None:
         self.distance = distance
         self._means = _PixelMeans(y_border)
 
@@ -74,6 +80,34 @@ class ImageMetrics:
         self._means.reset()
         if self.distance is not None:
             self.distance.reset()
+
+
+def make_distance(feature_extractor: str, weights: Path | None) -> FrechetDistance | None:
+    """The Frechet distance to report: FID, FD-VGG16, or none.
+
+    Args:
+        feature_extractor: "inception", "vgg16" or "none".
+        weights: the file of the network's weights; for "inception" it may be left out, see
+            :class:`lightning_mtadam.metrics.FrechetInceptionDistance`.
+
+    Raises:
+        FileNotFoundError: the weights are not there, and could not be downloaded.
+        ValueError: the file holds other weights, or is missing, or given where none is needed.
+    """
+    if feature_extractor not in FEATURE_EXTRACTORS:
+        raise ValueError(f"--feature-extractor must be one of {FEATURE_EXTRACTORS}, but is {feature_extractor!r}.")
+    if feature_extractor == "inception":
+        return FrechetInceptionDistance(weights)
+    if feature_extractor == "none":
+        if weights is not None:
+            raise ValueError("--weights is given, but --feature-extractor is none. Leave one of the two out.")
+        return None
+    if weights is None:
+        raise ValueError(
+            "--feature-extractor vgg16 needs --weights, the file of the weights of torchvision's vgg16() or of its"
+            " features."
+        )
+    return FrechetVGG16Distance(weights)
 
 
 def y_channel_metrics(prediction: Tensor, truth: Tensor, border: int = 4) -> dict[str, float]:

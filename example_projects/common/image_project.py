@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 
 from example_projects.common.evaluation import Evaluation, Metrics
 from example_projects.common.image_data import ImageData
-from example_projects.common.image_metrics import ImageMetrics
+from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_module import ImageModule
 from example_projects.common.methods import Method
 from example_projects.common.runs import Result, run
@@ -23,16 +23,12 @@ from lightning_mtadam.callbacks import BalanceWeightMonitor
 # Options that a run may be continued with another value of.
 NOT_OF_A_RUN = {
     "method", "seeds", "lr", "setting", "output_dir", "resume", "accelerator", "devices", "strategy", "num_workers",
-    "checkpoint_every", "samples", "trials", "search_metric",
+    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric",
 }  # fmt: skip
 
 
 def pixel_metrics(options: argparse.Namespace) -> Metrics:
     """L1, L2, NMSE, PSNR and SSIM, and the Frechet distance that was asked for."""
-    if options.feature_extractor == "none":
-        return ImageMetrics()
-    from example_projects.common.image_metrics import make_distance
-
     return ImageMetrics(make_distance(options.feature_extractor, options.weights))
 
 
@@ -117,7 +113,7 @@ def train(
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
         callbacks=[*shown, *callbacks],
-        log_every_n_steps=10,
+        log_every_n_steps=options.log_every,
         max_epochs=options.max_epochs,
         check_val_every_n_epoch=options.metrics_every,
         limit_train_batches=options.limit_train_batches,

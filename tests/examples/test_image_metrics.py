@@ -1,4 +1,4 @@
-"""The image metrics of the example projects: units, rounding, the luma, several processes, diverged networks."""
+"""The image metrics of the example projects: units, rounding, the luma, the distance, several processes."""
 
 import math
 
@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from example_projects.common.image_metrics import ImageMetrics, y_channel_metrics
+from example_projects.common.image_metrics import ImageMetrics, make_distance, y_channel_metrics
+from lightning_mtadam.metrics import FrechetInceptionDistance, FrechetVGG16Distance
 from tests.distributed.ranks import results, run_ranks
+from tests.metrics.random_weights import write_vgg16
 
 NAMES = ["L1", "L2", "NMSE", "PSNR", "SSIM"]
 
@@ -159,16 +161,78 @@ def test_an_image_that_is_all_border_raises():
         y_channel_metrics(*random_images(), border=12)
 
 
+# The Frechet distance
+
+
+@pytest.fixture(scope="module")
+def random_vgg16(tmp_path_factory):
+    path = write_vgg16(tmp_path_factory.mktemp("weights") / "vgg16.pth")
+    yield path
+    path.unlink()  # 29 MB
+
+
+def test_the_distance_is_reported_by_its_label_with_the_number_of_images(random_vgg16):
+    prediction, truth = random_images()
+    found = measure(prediction, truth, distance=make_distance("vgg16", random_vgg16))
+    assert list(found) == [*NAMES, "FD-VGG16", "n"]
+    assert found["n"] == 5
+    distance = FrechetVGG16Distance(random_vgg16)
+    for images, real in ((prediction, False), (truth, True)):
+        pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2).to(torch.uint8)
+        distance.update(pixels, real=real)
+    assert found["FD-VGG16"] == pytest.approx(distance.compute().item(), rel=1e-5)
+    assert found["FD-VGG16"] > 0.01
+
+
+def test_reset_forgets_the_images_of_the_distance(random_vgg16):
+    metrics = ImageMetrics(make_distance("vgg16", random_vgg16))
+    metrics.update(*random_images(count=2, seed=1))
+    metrics.reset()
+    metrics.update(*random_images(count=3))
+    assert metrics.compute()["n"] == 3
+
+
+def test_a_diverged_network_has_no_distance(random_vgg16):
+    prediction, truth = random_images()
+    found = measure(prediction * math.nan, truth, distance=make_distance("vgg16", random_vgg16))
+    assert math.isnan(found["FD-VGG16"])
+
+
+def test_metrics_move_with_their_distance(random_vgg16):
+    distance = make_distance("vgg16", random_vgg16)
+    ImageMetrics(distance).to("meta")
+    assert distance.device.type == next(distance.inception.network.parameters()).device.type == "meta"
+
+
+def test_the_distance_is_chosen_by_name(random_vgg16, random_inception):
+    assert make_distance("none", None) is None
+    assert isinstance(make_distance("vgg16", random_vgg16), FrechetVGG16Distance)
+    assert isinstance(make_distance("inception", random_inception), FrechetInceptionDistance)
+
+
+@pytest.mark.parametrize(
+    ("extractor", "weights", "message"),
+    [
+        ("vgg16", None, "--feature-extractor vgg16 needs --weights"),
+        ("none", "vgg16.pth", "--weights is given, but --feature-extractor is none"),
+        ("vgg19", None, "must be one of .*inception.*, but is 'vgg19'"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_raises_and_says_what_to_give(extractor, weights, message):
+    with pytest.raises(ValueError, match=message):
+        make_distance(extractor, weights)
+
+
 # Several processes
 
 
-def of_a_share(rank):
+def of_a_share(rank, weights):
     prediction, truth = random_images()
     share = slice(0, 1) if rank == 0 else slice(1, 5)
-    return measure(prediction[share], truth[share], y_border=2)
+    return measure(prediction[share], truth[share], y_border=2, distance=make_distance("vgg16", weights))
 
 
-def test_two_ranks_equal_one_process(tmp_path):
-    alone = measure(*random_images(), y_border=2)
-    for found in results(run_ranks(of_a_share, tmp_path)):
-        assert found == pytest.approx(alone, rel=1e-6)
+def test_two_ranks_equal_one_process(random_vgg16, tmp_path):
+    alone = measure(*random_images(), y_border=2, distance=make_distance("vgg16", random_vgg16))
+    for found in results(run_ranks(of_a_share, tmp_path, random_vgg16)):
+        assert found == pytest.approx(alone, rel=1e-5)

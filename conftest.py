@@ -1,0 +1,22 @@
+"""Examples in docstrings and pages run as at a user's who has Inception's weights: here they are random."""
+
+import pytest
+
+EXAMPLES = ("lightning_mtadam.metrics.frechet.FrechetInceptionDistance", "test_snippets_run[metrics.md]")
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory):
+    """Random weights in the file that pytorch-fid expects. A distance with them is not FID."""
+    from tests.metrics.random_weights import write_inception
+
+    path = write_inception(tmp_path_factory.mktemp("weights") / "random.pth")
+    yield path
+    path.unlink()  # 96 MB
+
+
+@pytest.fixture(autouse=True)
+def _weights_for_examples(request, monkeypatch):
+    if request.node.name in EXAMPLES:
+        weights = request.getfixturevalue("random_inception")
+        monkeypatch.setenv("LIGHTNING_MTADAM_INCEPTION_WEIGHTS", str(weights))
