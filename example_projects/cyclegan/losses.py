@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from example_projects.common.patchgan import square_loss
 
 DOMAINS = ("A", "B")
-
-Images = Mapping[str, Tensor]  # a batch per domain
+ByDomain = Mapping[str, Tensor]  # a batch each
 
 
 def lambdas(gan: float = 1.0, cycle: float = 10.0, identity: float = 0.5) -> dict[str, float]:
@@ -35,7 +34,7 @@ def lambdas(gan: float = 1.0, cycle: float = 10.0, identity: float = 0.5) -> dic
 SETTINGS = {"balanced": lambdas(), "unbalanced": lambdas(cycle=1000.0)}
 
 
-def generator_losses(real: Images, cycled: Images, kept: Images, scores: Images) -> dict[str, Tensor]:
+def generator_losses(real: ByDomain, cycled: ByDomain, kept: ByDomain, scores: ByDomain) -> dict[str, Tensor]:
     """The six terms, each under the letter of the domain that its images are to belong to.
 
     Args:

@@ -75,7 +75,7 @@ def check_size(size: int) -> None:
     """
     if size % 4 or size < 24:
         raise ValueError(
-            f"The generators halve and double images twice, and the discriminators need 24 pixels: the size must be 24,"
+            "The generators halve and double images twice, and the discriminators need 24 pixels: the size must be 24,"
             f" 28, 32, ..., but is {size}. Give another --image-size."
         )
 
