@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from example_projects.common import cost_figure
+from example_projects import compare
+from example_projects.common import cost_figure, image_command
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "example_projects").glob("*/README.md")),
+]
 
 
 def blocks(page, language):
@@ -52,6 +57,19 @@ def test_commands_that_draw_a_figure_are_understood(arguments):
     assert cost_figure.parse(arguments)
 
 
+IMAGE_COMMANDS = [(project, call) for project in compare.PROJECTS for call in commands(f"example_projects.{project}")]
+
+
+@pytest.mark.parametrize(("project", "arguments"), IMAGE_COMMANDS, ids=str)
+def test_commands_of_the_image_projects_are_understood(project, arguments):
+    assert image_command.parser_of(compare.project_of(project)).parse_args(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("example_projects.compare"), ids=" ".join)
+def test_commands_that_compare_are_understood(arguments):
+    assert compare.parse(arguments)
+
+
 def cli_commands():
     lines = [line for block in blocks(ROOT / "docs" / "cli.md", "bash") for line in block.splitlines()]
     return [line.partition("python train.py ")[2] for line in lines]
@@ -76,6 +94,8 @@ def test_there_are_commands_and_snippets():
     assert len(commands("example_projects.mnist")) >= 3
     assert commands("example_projects.pinn")
     assert commands("example_projects.common.cost_figure")
+    assert commands("example_projects.compare")
+    assert {"pix2pix"} <= {project for project, _ in IMAGE_COMMANDS}
     assert len(cli_commands()) == 3
     assert blocks(ROOT / "README.md", "python")
 

@@ -54,7 +54,7 @@ def _add_data_and_networks(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, metavar="PIXELS", help="height and width that networks are trained on")
     add("--width", type=int, metavar="CHANNELS", help="of the networks' first layers; others are multiples of it")
     add("--batch-size", type=int, metavar="IMAGES", help="of each process")
-    add("--max-epochs", type=int, metavar="EPOCHS")
+    add("--max-epochs", type=int, metavar="EPOCHS", help="epochs of training")
     add("--limit-train-batches", type=int, default=None, metavar="BATCHES", help="of an epoch; all if left out")
     add("--num-workers", type=int, default=0, metavar="PROCESSES", help="that load training images")
 

@@ -20,9 +20,9 @@ class Kept:
     """Images by index, each made once and kept, as long as there is room.
 
     Args:
-        make: takes the index and makes the image, uint8 [3, H, W].
+        make: takes the index and makes the image, uint8 [C, H, W].
         size: the number of images.
-        memory: how many bytes are kept at most; what is beyond them is made again every time.
+        memory: how many bytes are kept at most, in each process; what is beyond them is made again every time.
     """
 
     def __init__(self, make: Callable[[int], Tensor], size: int, memory: int = MEMORY) -> None:
@@ -77,6 +77,7 @@ class ImageData(pl.LightningDataModule):
             self.batch_size,
             sampler=DrawSampler(order),
             num_workers=self.workers,
+            persistent_workers=self.workers > 0,  # with the images that they keep
             generator=torch.Generator(),
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,6 +98,21 @@ class TestPairs(Dataset[Pair]):
         return split(self.pairs[index])
 
 
+def draw_held_out(index: int) -> Image.Image:
+    """A generated facade that is not among those trained on."""
+    return draw_facade(TRAIN_FACADES + index)
+
+
+def read_file(files: Sequence[Path], index: int) -> Image.Image:
+    """Read one of the files."""
+    return read_image(files[index])
+
+
+def make_pair(draw: Callable[[int], Image.Image], size: int, direction: str, index: int) -> Tensor:
+    """The pair that ``draw`` gives for an index, uint8 [6, size, size], the source before the target."""
+    return halves(draw(index), size, direction)
+
+
 def make_data(
     folder: Path | None, *, size: int, direction: str, batch_size: int, seed: int, workers: int = 0
 ) -> ImageData:
@@ -110,20 +126,20 @@ def make_data(
         seed: of the order and of the augmentation.
         workers: processes that load.
     """
-
-    def pairs(draw: Callable[[int], Image.Image], count: int, at: int) -> Kept:
-        return Kept(lambda index: halves(draw(index), at, direction), count)
-
-    larger = round(size * JITTER)
+    draws: tuple[Callable[[int], Image.Image], ...]
     if folder is None:
-        train = pairs(draw_facade, TRAIN_FACADES, larger)
-        test = pairs(lambda index: draw_facade(TRAIN_FACADES + index), TEST_FACADES, size)
+        counts = TRAIN_FACADES, TEST_FACADES
+        draws = draw_facade, draw_held_out
         origin = "Generated facades and their label maps, since there is no --data-dir"
     else:
-        train_files, test_files = list_images(folder / "train"), list_images(find_hold_out(folder))
-        train = pairs(lambda index: read_image(train_files[index]), len(train_files), larger)
-        test = pairs(lambda index: read_image(test_files[index]), len(test_files), size)
+        files = list_images(folder / "train"), list_images(find_hold_out(folder))
+        counts = len(files[0]), len(files[1])
+        draws = partial(read_file, files[0]), partial(read_file, files[1])
         origin = f"Pairs from {folder}"
+    train, test = (
+        Kept(partial(make_pair, draw, larger, direction), count)
+        for draw, count, larger in zip(draws, counts, (round(size * JITTER), size), strict=True)
+    )
     return ImageData(
         TrainPairs(train, size),
         TestPairs(test),

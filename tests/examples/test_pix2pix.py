@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import pickle
 import resource
 import signal
 import subprocess
@@ -314,6 +315,15 @@ def test_the_hold_out_set_is_whole_and_not_augmented(folder):
     target, source = pixels.chunk(2, dim=2)
     torch.testing.assert_close(test[1][0], source)
     torch.testing.assert_close(test[1][1], target)
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_workers_load_the_same_samples(folder, generated):
+    """Also where processes are spawned, which get the data pickled."""
+    data = data_of(None if generated else folder)
+    copy = pickle.loads(pickle.dumps(data.train))
+    for ours, theirs in zip(data.train[(1, 7)], copy[(1, 7)], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_announcement_says_where_images_are_from_and_how_many(folder):
