@@ -1,0 +1,1 @@
+"""CycleGAN: translate images between two domains without pairs, on six losses."""
