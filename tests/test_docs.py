@@ -95,7 +95,7 @@ def test_there_are_commands_and_snippets():
     assert commands("example_projects.pinn")
     assert commands("example_projects.common.cost_figure")
     assert commands("example_projects.compare")
-    assert {"pix2pix"} <= {project for project, _ in IMAGE_COMMANDS}
+    assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)
     assert len(cli_commands()) == 3
     assert blocks(ROOT / "README.md", "python")
 

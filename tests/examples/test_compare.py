@@ -1,8 +1,5 @@
 """The comparison of methods: what is trained and skipped, and the report."""
 
-import contextlib
-import csv
-import io
 import shutil
 
 import numpy as np
@@ -17,29 +14,17 @@ from example_projects.common.images import GAP, read_image, to_bytes
 from example_projects.common.samples import save_final
 from example_projects.pix2pix.__main__ import PROJECT
 from example_projects.pix2pix.module import Pix2Pix
+from tests.examples.running import QUIET, output_of, read_results, read_rows
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-]
+pytestmark = QUIET
 
 
 def call(output, *more):
-    printed = io.StringIO()
     given = [
         "pix2pix", "--image-size", 32, "--width", 2, "--limit-train-batches", 1, "--max-epochs", 2,
         "--limit-test-batches", 2, "--no-progress-bar", "--accelerator", "cpu", "--output-dir", output,
     ]  # fmt: skip
-    with contextlib.redirect_stdout(printed):
-        compare.main([str(argument) for argument in [*given, *more]])
-    return printed.getvalue()
-
-
-def rows_of(file):
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
+    return output_of(compare.main, *given, *more)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +55,8 @@ def test_the_report_has_a_table_curves_and_samples(compared):
     for name in ("curves.png", "samples.png"):
         assert f"]({name})" in report
         assert read_image(output / name).width > 200
-    assert [(row["method"], row["runs"]) for row in rows_of(output / "table.csv")] == [("mtadam", "2"), ("adam", "2")]
-    assert len(rows_of(output / "results.csv")) == 4
+    assert [(row["method"], row["runs"]) for row in read_rows(output / "table.csv")] == [("mtadam", "2"), ("adam", "2")]
+    assert len(read_results(output)) == 4
 
 
 def test_the_report_has_the_papers_numbers_where_they_are_known():
@@ -114,7 +99,7 @@ def test_rows_that_were_not_trained_are_in_the_table_only(compared, tmp_path):
     folder = tmp_path / "compared"
     shutil.copytree(compared[0], folder)
     options = parser_of(PROJECT).parse_args(["--output-dir", str(folder)])
-    results = [{"method": "bicubic", "L1": 3.0}, *rows_of(compared[0] / "results.csv")[:1]]
+    results = [{"method": "bicubic", "L1": 3.0}, *read_results(compared[0])[:1]]
     assert columns_of(PROJECT, results) == ["L1", "L2", "NMSE", "PSNR", "SSIM", "seconds_per_step"]
     table = write_comparison(PROJECT, options, results)
     bicubic = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]

@@ -1,10 +1,6 @@
 """CycleGAN: its networks, six terms, image pool, data, training step, and the command with its runs."""
 
-import contextlib
-import csv
-import io
-import shlex
-from pathlib import Path
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -13,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import nn
 
-from example_projects import compare
 from example_projects.common import evaluation, image_command
 from example_projects.common.image_data import Kept
 from example_projects.common.image_metrics import ImageMetrics
@@ -27,22 +22,21 @@ from example_projects.cyclegan.module import CycleGAN
 from example_projects.cyclegan.networks import Generator, check_size, discriminator
 from example_projects.cyclegan.textures import scene
 from tests.distributed.ranks import results, run_ranks
+from tests.examples import running
+from tests.examples.running import (
+    QUIET,
+    EndedError,
+    assert_same_weights,
+    count_parameters,
+    load_checkpoint,
+    output_of,
+    untimed,
+)
 from tests.lightning_models import needs_exact_resume
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
-]
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`")]
 
 TINY = {"width": 4, "blocks": 1}
-
-
-def count(network):
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def random_images(number=1, size=24, seed=0, dtype=torch.float32):
@@ -56,12 +50,12 @@ def random_images(number=1, size=24, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize(("blocks", "parameters"), [(9, 11_378_179), (6, 7_837_699)])
 def test_a_generator_has_as_many_parameters_as_the_original(blocks, parameters):
     with torch.device("meta"):
-        assert count(Generator(blocks=blocks)) == parameters
+        assert count_parameters(Generator(blocks=blocks)) == parameters
 
 
 def test_a_discriminator_has_as_many_parameters_as_the_original():
     with torch.device("meta"):
-        assert count(discriminator()) == 2_764_737
+        assert count_parameters(discriminator()) == 2_764_737
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (32, 40)])
@@ -495,6 +489,7 @@ COMMAND_LINE = [
     "--image-size=24", "--width=4", "--blocks=1", "--limit-train-batches=2", "--limit-test-batches=2",
     "--max-epochs=1", "--accelerator=cpu", "--no-progress-bar",
 ]  # fmt: skip
+call = partial(output_of, command.main, *COMMAND_LINE)
 
 
 @pytest.fixture
@@ -503,34 +498,11 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(evaluation, "draw_curves", lambda *_: None)
 
 
-def call(*arguments):
-    """Run the command and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command.main([*COMMAND_LINE, *map(str, arguments)])
-    return printed.getvalue()
-
-
 def read_results(folder):
     """The rows of the runs; the first, of what generators that change nothing would give, is left out."""
-    with (folder / "results.csv").open(newline="") as file:
-        untranslated, *runs = csv.DictReader(file)
+    untranslated, *runs = running.read_results(folder)
     assert untranslated["method"] == "no translation"
     return runs
-
-
-def documented():
-    lines = (Path(command.__file__).parent / "README.md").read_text().splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("python -m ")]
-
-
-@pytest.mark.parametrize("line", documented(), ids=" ".join)
-def test_a_documented_command_is_understood(line):
-    if line[2] == "example_projects.compare":
-        assert compare.parse(line[3:])[0] is command.PROJECT
-    else:
-        assert line[2] == "example_projects.cyclegan"
-        assert image_command.parser_of(command.PROJECT).parse_args(line[3:])
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -576,12 +548,7 @@ def test_other_precisions_train_and_measure(tmp_path, precision):
 
 
 def state_of(folder, method="mtadam"):
-    last = folder / "unbalanced-lr0.0002" / f"{method}-seed0" / "checkpoints" / "last.ckpt"
-    return torch.load(last, weights_only=False)
-
-
-class EndedError(Exception):
-    """The run was ended from outside."""
+    return load_checkpoint(folder / "unbalanced-lr0.0002" / f"{method}-seed0")
 
 
 @needs_exact_resume
@@ -605,13 +572,11 @@ def test_a_resumed_run_ends_with_the_weights_and_the_pools_of_an_uninterrupted_o
     call(*arguments, "--output-dir", tmp_path / "parts", "--resume")
     assert seen == [0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 4]
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
-    for name, weight in whole["state_dict"].items():
-        assert torch.equal(parts["state_dict"][name], weight), name
+    assert_same_weights(parts["state_dict"], whole["state_dict"])
     for domain in DOMAINS:
         assert whole["pools"][domain].shape == (2, 3, 24, 24)
         assert torch.equal(parts["pools"][domain], whole["pools"][domain])
-    whole, parts = (read_results(tmp_path / kind)[0] for kind in ("whole", "parts"))
-    assert {**parts, "seconds_per_step": ""} == {**whole, "seconds_per_step": ""}
+    assert untimed(read_results(tmp_path / "parts")) == untimed(read_results(tmp_path / "whole"))
 
 
 @pytest.mark.usefixtures("no_curves")

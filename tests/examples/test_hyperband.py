@@ -10,6 +10,7 @@ from torch.optim import Adam
 from example_projects.common import hyperband, image_command
 from example_projects.common.hyperband import HIGHEST, LOWEST, Prune, draws, search
 from example_projects.common.image_project import ImageProject
+from tests.examples.running import EndedError
 
 TERMS = {"l1": 100.0, "gan": 1.0, "perceptual": 0.1}
 
@@ -90,10 +91,6 @@ def test_networks_of_trials_are_not_kept(tmp_path, trained):
     completed = [folder for _, folder, count in trained if count == 9]
     assert completed
     assert not any((folder / "checkpoints").exists() for folder in completed)
-
-
-class EndedError(Exception):
-    """The search was ended from outside."""
 
 
 @pytest.mark.parametrize("error", [EndedError, KeyboardInterrupt])

@@ -1,7 +1,5 @@
 """What the image projects share: files and tensors, data, methods, evaluation, samples, curves, a full disk."""
 
-import csv
-
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -36,6 +34,9 @@ from example_projects.common.report import summarise, write_csv
 from example_projects.common.samples import Samples
 from example_projects.mnist.methods import METHODS as MNIST_METHODS
 from lightning_mtadam import MTAdam
+from tests.examples.running import QUIET, read_rows
+
+pytestmark = QUIET
 
 
 def colours(height=4, width=6, seed=0):
@@ -275,17 +276,9 @@ def fit(folder, epochs=2, **options):
     return trainer, module, data
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-]
-
-
 def test_the_hold_out_set_is_measured_after_every_epoch_and_at_the_end(tmp_path):
     trainer, module, data = fit(tmp_path)
-    with (tmp_path / "curve.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "curve.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {row["n"] for row in rows} == {"3.0"} or {row["n"] for row in rows} == {"3"}
     expected = np.abs(np.array([0.5, -0.5, 0.25]) - module.weight.item()).mean()

@@ -1,13 +1,11 @@
 """The MNIST project: its losses, its data, its runs that resume exactly, and the command itself."""
 
 import contextlib
-import csv
 import gzip
-import hashlib
-import io
 import itertools
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -28,15 +26,24 @@ from example_projects.mnist.make_subset import choose, write_idx
 from example_projects.mnist.methods import METHODS
 from example_projects.mnist.module import CLASSES, TERMS, ClassTerms, class_losses
 from tests.distributed.ranks import results, run_ranks
+from tests.examples.running import (
+    QUIET,
+    CtrlCAt,
+    EndedError,
+    InterruptAt,
+    assert_same_weights,
+    digest,
+    load_checkpoint,
+    output_of,
+    read_results,
+    read_rows,
+    untimed,
+)
 from tests.lightning_models import needs_exact_resume
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = QUIET
+
+call = partial(output_of, command.main)
 
 BATCH, EPOCH = 16, 4  # samples a batch, batches an epoch
 
@@ -52,23 +59,6 @@ def tiny(tmp_path_factory):
         write_idx(folder / f"{images}.gz", pixels)
         write_idx(folder / f"{labels}.gz", torch.arange(size, dtype=torch.uint8) % CLASSES)
     return folder
-
-
-def call(*arguments):
-    """Run the command and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command.main([str(argument) for argument in arguments])
-    return printed.getvalue()
-
-
-def read_results(folder):
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 # Losses
@@ -364,22 +354,6 @@ def small(monkeypatch):
     monkeypatch.setattr(mnist_module, "Net", Small)
 
 
-class EndedError(Exception):
-    """The run was ended from outside."""
-
-
-class InterruptAt(pl.Callback):
-    """Ends a run before its n-th batch, and keeps what was trained on until then."""
-
-    def __init__(self, batch=None):
-        self.left, self.seen = batch, []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if self.left is not None and len(self.seen) == self.left:
-            raise EndedError
-        self.seen.append((trainer.global_step, digest(batch)))
-
-
 @pytest.mark.usefixtures("small")
 def test_another_seed_is_another_run_with_its_own_row(tiny, tmp_path):
     call("--method", "adam", "--seeds", 3, 4, "--data-dir", tiny, "--output-dir", tmp_path, "--batch-size", BATCH,
@@ -417,8 +391,7 @@ def test_resume_skips_what_has_ended_and_runs_what_has_not(tiny, tmp_path, monke
 
     whole, parts = read_results(tmp_path / "whole"), read_results(tmp_path / "parts")
     assert [row["method"] for row in parts] == ["mtadam", "adam"]
-    for ours, theirs in zip(parts, whole, strict=True):
-        assert {**ours, "seconds_per_step": ""} == {**theirs, "seconds_per_step": ""}
+    assert untimed(parts) == untimed(whole)
 
 
 def test_two_ranks_end_as_one_process_with_the_doubled_batch(tiny, tmp_path, monkeypatch):
@@ -428,8 +401,8 @@ def test_two_ranks_end_as_one_process_with_the_doubled_batch(tiny, tmp_path, mon
     ddp = [*arguments, "--batch-size", BATCH // 2, "--strategy", "ddp", "--devices", 2]
     (tmp_path / "processes").mkdir()
     results(run_ranks(lambda rank: call(*ddp, "--output-dir", tmp_path / "two") and None, tmp_path / "processes"))
-    last = Path("code-lr0.001", "mtadam-seed0", "checkpoints", "last.ckpt")
-    weights, others = (torch.load(tmp_path / kind / last, weights_only=False)["state_dict"] for kind in ("one", "two"))
+    run = Path("code-lr0.001", "mtadam-seed0")
+    weights, others = (load_checkpoint(tmp_path / kind / run)["state_dict"] for kind in ("one", "two"))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-6)
     one, two = (read_results(tmp_path / kind)[0] for kind in ("one", "two"))
@@ -450,11 +423,6 @@ def test_without_resume_a_run_starts_over(tiny, tmp_path):
 
 
 # Exact resume
-
-
-def assert_same_weights(module, expected):
-    for (name, ours), theirs in zip(module.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs), f"{name} is off by {(ours - theirs).abs().max().item():.1e}"
 
 
 def train(folder, data, *, resume=False, interrupt_at=None, seed=0, method="mtadam", every=3, epochs=2):
@@ -515,7 +483,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     module, result, after = train(tmp_path, tiny, every=every, resume=True, seed=123, method=method)
     if resumed_from:  # else it starts over, and from another seed
         assert after == expected_batches[resumed_from:]
-        assert_same_weights(module, expected)
+        assert_same_weights(module.state_dict(), expected.state_dict())
         assert {**result, "seconds_per_step": 0} == {**expected_result, "seconds_per_step": 0}
     else:
         assert after == expected_batches
@@ -530,7 +498,7 @@ def test_a_run_may_be_interrupted_twice(tiny, tmp_path, uninterrupted):
     assert middle == expected_batches[2:5]
     module, _, last = train(tmp_path, tiny, every=2, resume=True, seed=8)
     assert last == expected_batches[4:]
-    assert_same_weights(module, expected)
+    assert_same_weights(module.state_dict(), expected.state_dict())
 
 
 @needs_exact_resume
@@ -548,7 +516,7 @@ def test_a_run_interrupted_in_testing_is_not_trained_again(tiny, tmp_path, unint
     module, result, seen = train(tmp_path, tiny, every=4, resume=True, seed=123)
     assert seen == []
     assert result["test_accuracy"] == expected_result["test_accuracy"]
-    assert_same_weights(module, expected)
+    assert_same_weights(module.state_dict(), expected.state_dict())
 
 
 @pytest.mark.usefixtures("small")
@@ -568,7 +536,7 @@ def test_the_real_network_resumes_in_the_middle_of_an_epoch_bit_for_bit(tiny, tm
     train(tmp_path / "parts", tiny, epochs=1, every=2, interrupt_at=3)
     module, _, seen = train(tmp_path / "parts", tiny, epochs=1, every=2, resume=True, seed=123)
     assert [step for step, _ in seen] == [2, 3]
-    assert_same_weights(module, expected)
+    assert_same_weights(module.state_dict(), expected.state_dict())
 
 
 class Progress:
@@ -643,9 +611,9 @@ def test_csv_keeps_every_value(tmp_path):
     rows = [{"method": "a, b", "accuracy": 0.1 + 0.2}, {"method": 'c "d"', "accuracy": 1e-12}]
     path = Path(tmp_path / "results.csv")
     report.write_csv(path, rows)
-    with path.open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert [(row["method"], float(row["accuracy"])) for row in read] == [(r["method"], r["accuracy"]) for r in rows]
+    assert [(row["method"], float(row["accuracy"])) for row in read_rows(path)] == [
+        (r["method"], r["accuracy"]) for r in rows
+    ]
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -655,17 +623,6 @@ def test_a_run_made_with_other_settings_is_not_resumed(tmp_path):
         runs.check_settings(tmp_path / "settings.json", {"max_epochs": 3, "batch_size": 64})
     runs.check_settings(tmp_path / "settings.json", {"max_epochs": 1, "batch_size": 64})
     runs.check_settings(tmp_path / "missing.json", {"max_epochs": 3})
-
-
-class CtrlCAt(pl.Callback):
-    """Presses Ctrl-C while a batch is being trained."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def on_before_zero_grad(self, trainer, *args):
-        if trainer.global_step == self.batch:
-            signal.raise_signal(signal.SIGINT)
 
 
 @needs_exact_resume
@@ -682,4 +639,4 @@ def test_ctrl_c_loses_nothing(tiny, tmp_path, uninterrupted, monkeypatch, capsys
     module, result, after = train(tmp_path, tiny, every=100, resume=True, seed=7)
     assert after == expected_batches[6:]
     assert result["steps"] == 8
-    assert_same_weights(module, expected)
+    assert_same_weights(module.state_dict(), expected.state_dict())

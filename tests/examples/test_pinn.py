@@ -1,11 +1,9 @@
 """The PINN project: its equation, its runs that resume exactly, the command, and the figure of quality against time."""
 
-import contextlib
-import csv
-import io
 import json
 import math
 import signal
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -20,30 +18,23 @@ from example_projects.pinn.methods import METHODS
 from example_projects.pinn.module import Equation
 from example_projects.pinn.network import Net
 from example_projects.pinn.problem import grid, pinn_losses, relative_error, second_derivative, solution, source
+from tests.examples.running import (
+    QUIET,
+    CtrlCAt,
+    EndedError,
+    InterruptAt,
+    assert_same_weights,
+    output_of,
+    read_results,
+    untimed,
+)
 from tests.lightning_models import needs_exact_resume
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = QUIET
+
+call = partial(output_of, command.main)
 
 STEPS = 8
-
-
-def call(*arguments):
-    """Run the command and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command.main([str(argument) for argument in arguments])
-    return printed.getvalue()
-
-
-def read_results(folder):
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # The equation
@@ -198,22 +189,6 @@ def test_every_step_sees_the_whole_grid(tmp_path):
 # Resume
 
 
-class EndedError(Exception):
-    """The run was ended from outside."""
-
-
-class InterruptAt(pl.Callback):
-    """Ends a run before its n-th batch, and counts."""
-
-    def __init__(self, batch):
-        self.left, self.seen = batch, 0
-
-    def on_train_batch_start(self, *args):
-        if self.seen == self.left:
-            raise EndedError
-        self.seen += 1
-
-
 def train(folder, *, resume=False, callbacks=(), seed=0, every=3, steps=STEPS):
     pl.seed_everything(seed, verbose=False)
     module = Equation(METHODS["mtadam"], 1.0, 1e-2)
@@ -234,33 +209,17 @@ def train(folder, *, resume=False, callbacks=(), seed=0, every=3, steps=STEPS):
     return module, result
 
 
-def assert_same_weights(module, expected):
-    for (name, ours), theirs in zip(module.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs), f"{name} is off by {(ours - theirs).abs().max().item():.1e}"
-
-
 @needs_exact_resume
 @pytest.mark.parametrize("interrupt_at", [4, 7])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, interrupt_at):
     expected, expected_result = train(tmp_path / "whole")
     with pytest.raises(EndedError):
         train(tmp_path / "parts", callbacks=[InterruptAt(interrupt_at)])
-    count = InterruptAt(None)
+    count = InterruptAt()
     module, result = train(tmp_path / "parts", resume=True, callbacks=[count], seed=123)
-    assert count.seen == STEPS - interrupt_at // 3 * 3
-    assert_same_weights(module, expected)
+    assert len(count.seen) == STEPS - interrupt_at // 3 * 3
+    assert_same_weights(module.state_dict(), expected.state_dict())
     assert {**result, "seconds_per_step": 0} == {**expected_result, "seconds_per_step": 0}
-
-
-class CtrlCAt(pl.Callback):
-    """Presses Ctrl-C while a batch is being trained."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def on_before_zero_grad(self, trainer, *args):
-        if trainer.global_step == self.batch:
-            signal.raise_signal(signal.SIGINT)
 
 
 @needs_exact_resume
@@ -271,10 +230,10 @@ def test_ctrl_c_loses_nothing(tmp_path, capsys):
         train(tmp_path / "parts", callbacks=[CtrlCAt(5)], every=100)
     signal.signal(signal.SIGINT, before)
     assert "Stopped after step 6. The same command with --resume" in capsys.readouterr().out
-    count = InterruptAt(None)
+    count = InterruptAt()
     module, _ = train(tmp_path / "parts", resume=True, callbacks=[count], every=100, seed=7)
-    assert count.seen == STEPS - 6
-    assert_same_weights(module, expected)
+    assert len(count.seen) == STEPS - 6
+    assert_same_weights(module.state_dict(), expected.state_dict())
 
 
 def test_resume_skips_what_has_ended_and_runs_what_has_not(tmp_path, monkeypatch):
@@ -305,8 +264,7 @@ def test_resume_skips_what_has_ended_and_runs_what_has_not(tmp_path, monkeypatch
     monkeypatch.setattr(runs, "_step_of", lambda checkpoint: 0)  # and from its beginning
     call(*arguments, "--resume")
     assert trained == [METHODS["adam"]] * 4
-    for ours, theirs in zip(read_results(tmp_path), whole, strict=True):
-        assert {**ours, "seconds_per_step": ""} == {**theirs, "seconds_per_step": ""}
+    assert untimed(read_results(tmp_path)) == untimed(whole)
 
 
 def test_a_run_with_other_steps_is_not_resumed(tmp_path):

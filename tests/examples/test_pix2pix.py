@@ -1,8 +1,5 @@
 """The pix2pix project: its networks and losses against the originals, its data, runs that resume, and the command."""
 
-import contextlib
-import csv
-import io
 import json
 import math
 import pickle
@@ -10,8 +7,8 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 
-import lightning.pytorch as pl
 import numpy as np
 import optuna
 import pytest
@@ -35,16 +32,22 @@ from example_projects.pix2pix.module import Pix2Pix
 from example_projects.pix2pix.networks import BatchStatistics, UNet
 from example_projects.pix2pix.procedural import LABELS, draw_facade
 from tests.distributed.ranks import results, run_ranks
+from tests.examples.running import (
+    QUIET,
+    CtrlCAt,
+    EndedError,
+    InterruptAt,
+    assert_same_weights,
+    count_parameters,
+    load_checkpoint,
+    output_of,
+    read_results,
+)
 from tests.lightning_models import needs_exact_resume
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-    pytest.mark.filterwarnings("ignore:.*find_unused_parameters=True"),
-]
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*find_unused_parameters=True")]
+
+call = partial(output_of, command.main)
 
 SIZE, WIDTH = 32, 2
 TRAIN, TEST = 6, 3
@@ -68,19 +71,6 @@ def arguments(output, *more):
     )]  # fmt: skip
 
 
-def call(*given):
-    """Run the command and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command.main([str(argument) for argument in given])
-    return printed.getvalue()
-
-
-def read_results(folder):
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def make_module(method="mtadam", lambdas=None, size=SIZE):
     torch.manual_seed(0)
     lambdas = lambdas or {"l1": 100.0, "gan": 1.0}
@@ -95,15 +85,11 @@ def make_batch(batch_size=1, size=SIZE):
 # Networks
 
 
-def count(network):
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def test_the_networks_have_as_many_parameters_as_the_originals():
     with torch.device("meta"):
         generator, discriminator = UNet(), PatchGAN(6, norm=BatchStatistics)
-    assert count(generator) == 54_413_955  # "54.414 M" of the authors' PyTorch code
-    assert count(discriminator) == 2_768_705  # "2.769 M"
+    assert count_parameters(generator) == 54_413_955  # "54.414 M" of the authors' PyTorch code
+    assert count_parameters(discriminator) == 2_768_705  # "2.769 M"
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -415,8 +401,7 @@ def test_final_images_are_those_that_were_measured(all_methods):
 
 
 def test_a_checkpoint_has_the_two_networks_and_their_optimizers_and_nothing_else(all_methods):
-    last = all_methods[0] / "unbalanced-lr0.0002" / "adam-seed0" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(last, weights_only=False)
+    checkpoint = load_checkpoint(all_methods[0] / "unbalanced-lr0.0002" / "adam-seed0")
     assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == {"generator", "discriminator"}
     sizes = [len(optimizer["state"]) for optimizer in checkpoint["optimizer_states"]]
     module = make_module()
@@ -451,24 +436,6 @@ def test_hyperband_searches_and_trains_with_what_it_found(folder, tmp_path, monk
 EPOCHS, BATCHES = 2, 3
 
 
-class EndedError(Exception):
-    """The run was ended from outside."""
-
-
-class InterruptAt(pl.Callback):
-    """Ends a run before its n-th batch, or presses Ctrl-C in it, and counts the batches."""
-
-    def __init__(self, batch=None, *, ctrl_c=False):
-        self.left, self.ctrl_c, self.seen = batch, ctrl_c, 0
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if self.seen == self.left:
-            if not self.ctrl_c:
-                raise EndedError
-            signal.raise_signal(signal.SIGINT)
-        self.seen += 1
-
-
 def train(output, folder, watch, *, every=100, resume=False):
     """A run of 6 batches in 2 epochs. Returns the final weights, the result and the curve."""
     given = arguments(output, "--data-dir", folder, "--max-epochs", EPOCHS, "--limit-train-batches", BATCHES,
@@ -478,7 +445,7 @@ def train(output, folder, watch, *, every=100, resume=False):
     (job,) = image_command.jobs_of(command.PROJECT, options)
     result = image_project.train(command.PROJECT, options, job, callbacks=[watch])
     run = job.folder(options)
-    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    weights = load_checkpoint(run)["state_dict"]
     return weights, {**result, "seconds_per_step": 0}, (run / "curve.csv").read_text()
 
 
@@ -488,8 +455,7 @@ def uninterrupted(folder, tmp_path_factory):
 
 
 def assert_same(found, expected):
-    for name, weight in expected[0].items():
-        assert torch.equal(found[0][name], weight), name
+    assert_same_weights(found[0], expected[0])
     assert found[1:] == expected[1:]
 
 
@@ -507,7 +473,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, folder, uninterrup
         train(tmp_path, folder, InterruptAt(at), every=every)
     count = InterruptAt()
     assert_same(train(tmp_path, folder, count, resume=True, every=100), uninterrupted)
-    assert count.seen == EPOCHS * BATCHES - at // every * every
+    assert len(count.seen) == EPOCHS * BATCHES - at // every * every
 
 
 @needs_exact_resume
@@ -515,12 +481,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, folder, uninterrup
 def test_ctrl_c_loses_nothing(tmp_path, folder, uninterrupted, at, capsys):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train(tmp_path, folder, InterruptAt(at, ctrl_c=True))
+        train(tmp_path, folder, CtrlCAt(at))
     signal.signal(signal.SIGINT, before)
     assert f"Stopped after step {at + 1}. The same command with --resume" in capsys.readouterr().out
     count = InterruptAt()
     assert_same(train(tmp_path, folder, count, resume=True), uninterrupted)
-    assert count.seen == EPOCHS * BATCHES - at - 1
+    assert len(count.seen) == EPOCHS * BATCHES - at - 1
 
 
 def test_resume_skips_what_has_ended(tmp_path, folder, monkeypatch):
@@ -575,8 +541,7 @@ def test_two_ranks_end_as_one_process_with_the_doubled_batch(folder, tmp_path, m
     (tmp_path / "processes").mkdir()
     results(run_ranks(lambda rank: call(*ddp) and None, tmp_path / "processes"))
     one, two = (read_results(tmp_path / kind)[0] for kind in ("one", "two"))
-    last = [tmp_path / kind / one["folder"] / "checkpoints" / "last.ckpt" for kind in ("one", "two")]
-    weights, others = (torch.load(path, weights_only=False)["state_dict"] for path in last)
+    weights, others = (load_checkpoint(tmp_path / kind / one["folder"])["state_dict"] for kind in ("one", "two"))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5)
     for name in ("L1", "L2", "NMSE", "PSNR", "SSIM"):

@@ -1,10 +1,6 @@
 """The SRGAN project: its networks and losses, its training, and the command itself."""
 
-import contextlib
-import csv
-import io
 import itertools
-import shlex
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,8 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from example_projects import compare
-from example_projects.common.image_command import parser_of
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.methods import IMAGE_METHODS
 from example_projects.srgan import __main__ as command
@@ -28,21 +22,21 @@ from example_projects.srgan.networks import Discriminator, Generator
 from example_projects.srgan.perceptual import DEVIATION, PerceptualLoss
 from lightning_mtadam import MTAdam
 from tests.distributed.ranks import results, run_ranks
+from tests.examples.running import (
+    QUIET,
+    EndedError,
+    assert_same_weights,
+    count_parameters,
+    load_checkpoint,
+    output_of,
+    read_results,
+    untimed,
+)
 from tests.lightning_models import needs_exact_resume
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = QUIET
 
 SIZE = 32
-
-
-def count(network):
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 class Halved(PerceptualLoss):
@@ -58,8 +52,8 @@ class Halved(PerceptualLoss):
 
 def test_parameter_counts_are_those_of_srresnet_and_of_the_discriminator_for_96_pixels():
     with torch.device("meta"):
-        assert count(Generator()) == 1_549_462
-        assert count(Discriminator()) == 23_565_505
+        assert count_parameters(Generator()) == 1_549_462
+        assert count_parameters(Discriminator()) == 23_565_505
 
 
 def test_the_counts_are_those_of_the_layers_of_the_papers_figure():
@@ -70,10 +64,10 @@ def test_the_counts_are_those_of_the_layers_of_the_papers_figure():
         generator, discriminator = Generator(width=8, blocks=3), Discriminator(image_size=48, width=4)
     block = 2 * (convolution(8, 8, 3) + 2 * 8) + 1
     ends = convolution(3, 8, 9) + 1 + convolution(8, 8, 3) + 2 * 8 + convolution(8, 3, 9)
-    assert count(generator) == 3 * block + ends + 2 * (convolution(8, 32, 3) + 1)
+    assert count_parameters(generator) == 3 * block + ends + 2 * (convolution(8, 32, 3) + 1)
     channels = [4, 4, 8, 8, 16, 16, 32, 32]
     normalised = sum(convolution(a, b, 3) + 2 * b for a, b in itertools.pairwise(channels))
-    assert count(discriminator) == convolution(3, 4, 3) + normalised + (32 * 9 + 1) * 64 + 64 + 1
+    assert count_parameters(discriminator) == convolution(3, 4, 3) + normalised + (32 * 9 + 1) * 64 + 64 + 1
 
 
 def test_the_generator_makes_images_of_any_size_four_times_larger():
@@ -210,7 +204,9 @@ def test_each_optimizer_has_the_parameters_of_its_network_alone():
     for optimizer, network in ((generator, module.generator), (discriminator, module.discriminator)):
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         assert {id(parameter) for parameter in held} == {id(parameter) for parameter in network.parameters()}
-    assert count(module.generator) == sum(p.numel() for group in pretraining.param_groups for p in group["params"])
+    assert count_parameters(module.generator) == sum(
+        p.numel() for group in pretraining.param_groups for p in group["params"]
+    )
     assert len(make_module().configure_optimizers()[0]) == 2
 
 
@@ -235,20 +231,9 @@ TINY = [
 
 def call(*arguments, perceptual_loss=lambda *_: Halved()):
     """Run the command and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "perceptual_loss", perceptual_loss)
-        command.main([str(argument) for argument in [*TINY, *arguments]])
-    return printed.getvalue()
-
-
-def read_results(folder):
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def load(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+        return output_of(command.main, *TINY, *arguments)
 
 
 def test_every_method_runs_offline_and_has_a_row_below_that_of_bicubic(tmp_path):
@@ -279,7 +264,7 @@ def test_the_real_perceptual_network_is_announced_once_and_in_no_checkpoint(tmp_
     printed = call(*methods, *options, perceptual_loss=command.perceptual_loss)
     assert printed.count("The perceptual loss is of a VGG19 with RANDOM weights, as asked: for trials only.") == 1
 
-    checkpoint, expected = load(tmp_path / "unbalanced-lr0.0001" / "mtadam-seed0"), make_module()
+    checkpoint, expected = load_checkpoint(tmp_path / "unbalanced-lr0.0001" / "mtadam-seed0"), make_module()
     assert list(checkpoint["state_dict"]) == list(expected.state_dict())
     assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == {"generator", "discriminator"}
     held = [sum(len(group["params"]) for group in state["param_groups"]) for state in checkpoint["optimizer_states"]]
@@ -313,25 +298,6 @@ def photographs(tmp_path):
     return ["--data-dir", tmp_path / "train", "--test-dir", tmp_path / "test", "--crops-per-image", 2]
 
 
-def readme_commands():
-    lines = (Path(command.__file__).parent / "README.md").read_text().splitlines()
-    return [line.removeprefix("python -m ") for line in lines if line.startswith("python -m ")]
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_commands_of_the_readme_are_understood(line):
-    module, *arguments = shlex.split(line)
-    if module == "example_projects.compare":
-        assert compare.parse(arguments)[0] is command.PROJECT
-    else:
-        assert module == "example_projects.srgan"
-        assert parser_of(command.PROJECT).parse_args(arguments)
-
-
-class EndedError(Exception):
-    pass
-
-
 @needs_exact_resume
 def test_a_resumed_run_ends_as_an_uninterrupted_one(photographs, tmp_path, monkeypatch):
     """Four batches in each of three epochs, the first on the squared error alone; ended in the first and the last."""
@@ -352,11 +318,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(photographs, tmp_path, monke
         call(*options, "--output-dir", tmp_path / "parts", "--resume")
     call(*options, "--output-dir", tmp_path / "parts", "--resume")
     assert len(done) == 12 + 2
-    whole, parts = (load(tmp_path / kind / "unbalanced-lr0.0001" / "mtadam-seed0") for kind in ("whole", "parts"))
-    for name, weight in whole["state_dict"].items():
-        assert torch.equal(parts["state_dict"][name], weight), name
-    for ours, theirs in zip(read_results(tmp_path / "parts"), read_results(tmp_path / "whole"), strict=True):
-        assert {**ours, "seconds_per_step": ""} == {**theirs, "seconds_per_step": ""}
+    whole, parts = (
+        load_checkpoint(tmp_path / kind / "unbalanced-lr0.0001" / "mtadam-seed0") for kind in ("whole", "parts")
+    )
+    assert_same_weights(parts["state_dict"], whole["state_dict"])
+    assert untimed(read_results(tmp_path / "parts")) == untimed(read_results(tmp_path / "whole"))
 
 
 @pytest.mark.usefixtures("unnormalised")
@@ -368,7 +334,7 @@ def test_two_ranks_end_as_one_process_with_the_doubled_batch(photographs, tmp_pa
     (tmp_path / "processes").mkdir()
     results(run_ranks(lambda rank: call(*ddp) and None, tmp_path / "processes"))
     last = Path("unbalanced-lr0.0001", f"{method}-seed0")
-    one, two = (load(tmp_path / kind / last)["state_dict"] for kind in ("one", "two"))
+    one, two = (load_checkpoint(tmp_path / kind / last)["state_dict"] for kind in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
     for ours, theirs in zip(read_results(tmp_path / "one"), read_results(tmp_path / "two"), strict=True):
