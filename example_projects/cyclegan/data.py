@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -114,15 +114,14 @@ def _source(folder: Path | None) -> tuple[Callable[[str, str, int], Kept], str]:
 def images_of_domain(folder: Path, split: str, domain: str, size: int) -> Kept:
     """The images of ``<split><domain>``, by name."""
     files = list_images(folder / f"{split}{domain}")
-    resized = Image.Resampling.BICUBIC
-    return Kept(lambda index: to_bytes(read_image(files[index]).resize((size, size), resized)), len(files))
+    return Kept(partial(resized, files, size), len(files))
 
 
 def halves_of_pairs(folder: Path, split: str, domain: str, size: int) -> Kept:
     """The left (A) or right (B) halves of the images of a split, by name."""
     files = list_images(folder / "train" if split == "train" else find_hold_out(folder))
     direction = "AtoB" if domain == "A" else "BtoA"
-    return Kept(lambda index: halves(read_image(files[index]), size, direction)[:3].clone(), len(files))
+    return Kept(partial(half, files, size, direction), len(files))
 
 
 def textures(split: str, domain: str, size: int) -> Kept:
@@ -131,4 +130,19 @@ def textures(split: str, domain: str, size: int) -> Kept:
         first, count = 2 * TRAINING_SCENES, TEST_SCENES
     else:
         first, count = TRAINING_SCENES * "AB".index(domain), TRAINING_SCENES
-    return Kept(lambda index: scene(domain, first + index, size), count)
+    return Kept(partial(numbered_scene, domain, first, size), count)
+
+
+def resized(files: Sequence[Path], size: int, index: int) -> Tensor:
+    """One of the files, uint8 [3, size, size]."""
+    return to_bytes(read_image(files[index]).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def half(files: Sequence[Path], size: int, direction: str, index: int) -> Tensor:
+    """The source of one of the pairs, uint8 [3, size, size]."""
+    return halves(read_image(files[index]), size, direction)[:3].clone()
+
+
+def numbered_scene(domain: str, first: int, size: int, index: int) -> Tensor:
+    """A scene by its place after the first, uint8 [3, size, size]."""
+    return scene(domain, first + index, size)

@@ -1,5 +1,6 @@
 """CycleGAN: its networks, six terms, image pool, data, training step, and the command with its runs."""
 
+import pickle
 from functools import partial
 
 import lightning.pytorch as pl
@@ -480,6 +481,19 @@ def test_pairs_are_taken_apart_in_training_and_kept_together_in_testing(tmp_path
     assert sum(a == b for a, b in company) < 20
     assert torch.equal(data.test[1][1], data_of(tmp_path, direction="BtoA").test[1][0])
     assert "taken apart" in data.announcement
+
+
+@pytest.mark.parametrize("kind", ["generated", "domains", "pairs"])
+def test_workers_load_the_same_samples(folder, tmp_path, kind):
+    """Also where processes are spawned, which get the data pickled."""
+    if kind == "pairs":
+        for split in ("train", "test"):
+            (tmp_path / split).mkdir()
+            Image.new("RGB", (60, 30), "red").save(tmp_path / split / "1.png")
+    data = data_of({"generated": None, "domains": folder, "pairs": tmp_path}[kind])
+    copy = pickle.loads(pickle.dumps(data.train))
+    for ours, theirs in zip(data.train[0, 7], copy[0, 7], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # The command
