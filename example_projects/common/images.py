@@ -12,6 +12,7 @@ from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 GAP, PAPER = 4, 255  # between the images of a grid, in pixels; its colour
+CELL = 256  # pixels of an image in a grid, at most
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -77,26 +78,48 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Put rows of images side by side, each enlarged by a whole factor to the size of the largest.
+def grid(rows: Sequence[Sequence[Tensor]], narrowest: int = 1) -> Tensor:
+    """Put rows of images side by side, the middle of each, of at most ``CELL`` pixels, all of a row in one size.
 
     Args:
         rows: of float [3, H, W] in [-1, 1]; a row may be shorter than others.
+        narrowest: pixels that the images of a row are enlarged to, by a whole factor.
 
     Returns:
         uint8 [3, height, width].
     """
-    images = [[to_image(tensor) for tensor in row] for row in rows]
+    images = [[middle(image) for image in alike([to_image(tensor) for tensor in row], narrowest)] for row in rows]
     width = max(image.width for row in images for image in row)
     height = max(image.height for row in images for image in row)
     columns = max(len(row) for row in images)
     sheet = Image.new("RGB", (columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP), (PAPER,) * 3)
     for top, row in enumerate(images):
         for left, image in enumerate(row):
-            factor = max(1, min(width // image.width, height // image.height))
-            larger = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-            sheet.paste(larger, (left * (width + GAP), top * (height + GAP)))
+            sheet.paste(image, (left * (width + GAP), top * (height + GAP)))
     return to_bytes(sheet)
+
+
+def alike(row: Sequence[Image.Image], narrowest: int = 1) -> list[Image.Image]:
+    """Enlarge images by whole factors to the size of the largest, and that to a width, so that pixels stay visible.
+
+    Example:
+        >>> [image.size for image in alike([Image.new("RGB", (8, 4)), Image.new("RGB", (2, 1))], narrowest=10)]
+        [(16, 8), (16, 8)]
+    """
+    width, height = (max(image.size[side] for image in row) for side in (0, 1))
+    enlarged = -(-narrowest // width)
+    factors = [max(1, min(enlarged * width // image.width, enlarged * height // image.height)) for image in row]
+    return [
+        image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        for image, factor in zip(row, factors, strict=True)
+    ]
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """What a grid has room for."""
+    width, height = (min(extent, CELL) for extent in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def save_grid(rows: Sequence[Sequence[Tensor]], path: Path) -> None:

@@ -18,7 +18,7 @@ from lightning_mtadam.callbacks import tensorboard
 class Samples(pl.Callback):
     """Writes a grid after every validation, to ``samples/`` and to TensorBoard: a row of input, output, truth each.
 
-    After testing, the images are written one by one to ``final/``.
+    Of large images it shows the middle. After testing, the whole images are written one by one to ``final/``.
 
     Args:
         folder: of the run.
