@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from example_projects.common import report
 from example_projects.common.curves import draw_curves
 from example_projects.common.image_module import Images
+
+BETWEEN_DRAWINGS = 60.0  # seconds: a drawing takes longer than a small epoch
 
 
 class Metrics(Protocol):
@@ -33,9 +36,9 @@ class Metrics(Protocol):
 class Evaluation(pl.Callback):
     """Logs ``val/<metric>`` after every validation and ``test/<metric>`` at the end.
 
-    The values of all epochs are in ``curve.csv``, drawn in ``curves.png``. They are part of the checkpoint, so that a
-    resumed run has those before it too. The metrics and their networks belong to this callback and not to the module:
-    they are neither trained nor saved.
+    The values of all epochs are in ``curve.csv``, drawn in ``curves.png`` when training ends or is interrupted, and in
+    between once a minute. They are part of the checkpoint, so that a resumed run has those before it too. The metrics
+    and their networks belong to this callback and not to the module: they are neither trained nor saved.
 
     Args:
         folder: of the run.
@@ -45,6 +48,7 @@ class Evaluation(pl.Callback):
     def __init__(self, folder: Path, metrics: Metrics) -> None:
         self.folder, self.metrics = folder, metrics
         self.history: list[dict[str, float]] = []
+        self._drawn = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics so far."""
@@ -66,12 +70,21 @@ class Evaluation(pl.Callback):
         self.metrics.update(outputs.outputs.float(), outputs.truths.float())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the metrics and draw their curves."""
+        """Log the metrics and, if it is time, draw their curves."""
         values = self._log(pl_module, "val")
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
         if trainer.is_global_zero:
             report.write_csv(self.folder / "curve.csv", self.history)
-            draw_curves({"": self.history}, self.folder / "curves.png")
+            if time.monotonic() - self._drawn > BETWEEN_DRAWINGS:
+                self._draw(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the curves."""
+        self._draw(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Draw the curves as far as they go."""
+        self._draw(trainer)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew."""
@@ -86,6 +99,11 @@ class Evaluation(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the metrics."""
         self._log(pl_module, "test")
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self.history:
+            draw_curves({"": self.history}, self.folder / "curves.png")
+            self._drawn = time.monotonic()
 
     def _log(self, pl_module: pl.LightningModule, stage: str) -> dict[str, float]:
         values = self.metrics.compute()
