@@ -8,6 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lightning_mtadam.metrics import FrechetInceptionDistance, FrechetVGG16Distance
+
+DISTANCES = (FrechetInceptionDistance.label, FrechetVGG16Distance.label)
 COLUMNS = 3  # panels beside each other
 
 
@@ -15,11 +18,12 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     """Draw a panel per metric with a line per history, as a PNG file.
 
     Args:
-        histories: by label, a mapping with "epoch" and the metrics per evaluation; "n" is left out. Labels that are the
-            same up to ", seed" share a colour and an entry of the legend.
+        histories: by label, a mapping with "epoch" and the metrics per evaluation; "n", the number of images, stands
+            beside a Frechet distance. Labels that are the same up to ", seed" share a colour and a place in the legend.
         path: of the PNG file.
     """
-    metrics = [name for name in next(iter(histories.values()))[0] if name not in ("epoch", "n")]
+    newest = next(iter(histories.values()))[-1]
+    metrics = [name for name in newest if name not in ("epoch", "n")]
     groups = list(dict.fromkeys(label.partition(", seed")[0] for label in histories))
     columns = min(COLUMNS, len(metrics))
     rows = -(-len(metrics) // columns)
@@ -29,7 +33,7 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
         for label, history in histories.items():
             colour = f"C{groups.index(label.partition(', seed')[0])}"
             axes.plot([row["epoch"] for row in history], [row[metric] for row in history], marker=".", color=colour)
-        axes.set(title=metric, xlabel="epoch")
+        axes.set(title=f"{metric}, n = {newest['n']:g}" if metric in DISTANCES else metric, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     if groups != [""]:
