@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common.command import keep_quiet
 from example_projects.common.comparison import write_comparison
-from example_projects.common.image_command import parser_of, train_all
+from example_projects.common.image_command import parser_of, print_table, train_all
 from example_projects.common.image_project import ImageProject
 
 PROJECTS = ("pix2pix", "cyclegan", "srgan")
@@ -47,9 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 def write(project: ImageProject, options: argparse.Namespace, results: list[dict[str, object]]) -> None:
     """Print the table and write the report."""
     table = write_comparison(project, options, results)
-    print(
-        f"\n{table}\n\nWritten to {options.output_dir}: comparison.md, table.csv, curves.png, samples.png, results.csv."
-    )
+    print_table(options, table, "comparison.md, table.csv, curves.png, samples.png, results.csv")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from example_projects.common import report
 from example_projects.common.command import write_rows
 from example_projects.common.curves import draw_curves
-from example_projects.common.image_command import columns_of
+from example_projects.common.image_command import columns_of, reservation
 from example_projects.common.image_project import ImageProject
 from example_projects.common.images import GAP, grid, read_image, to_tensor
 from example_projects.common.runs import Result
@@ -22,7 +22,7 @@ from example_projects.common.runs import Result
 Numbers = Mapping[str, Mapping[str, float]]  # by method and column
 
 LABEL, FONT_SIZE = 18, 11  # characters in a line of a label, and its size
-NARROWEST = 120  # pixels of an image under a label
+NARROWEST = 120  # pixels of an image, so that there is room for a label
 
 
 def write_comparison(project: ImageProject, options: argparse.Namespace, results: Sequence[Result]) -> str:
@@ -47,8 +47,9 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
     first = {run["method"]: folder / run["folder"] / "final" for run in reversed(trained)}
     draw_samples(dict(reversed(first.items())), folder / "samples.png")
     without = "" if paper else " The paper's numbers for these images are not known here, so they are not beside ours."
+    notes = f"Mean +- standard deviation over the runs.{without} {reservation(options)}".rstrip()
     (folder / "comparison.md").write_text(
-        f"# {project.name}, {options.setting}\n\n{table}\n\nMean +- standard deviation over the runs.{without}\n\n"
+        f"# {project.name}, {options.setting}\n\n{table}\n\n{notes}\n\n"
         "![Metrics of the hold-out set by epoch](curves.png)\n\n"
         f"![Input, what each method made of it with seed {options.seeds[0]}, and the truth](samples.png)\n"
     )
@@ -80,7 +81,7 @@ def read_curve(run: Path) -> list[dict[str, float]]:
 
 
 def draw_samples(finals: Mapping[str, Path], path: Path) -> None:
-    """Draw a row per sample: the input, what each method made of it, the truth.
+    """Draw a row per sample: the input, what each method made of it, the truth; of large images the middle.
 
     Args:
         finals: per method the folder with the images of a run.
@@ -90,9 +91,7 @@ def draw_samples(finals: Mapping[str, Path], path: Path) -> None:
     count = min(len(list(folder.glob("*_input.png"))) for folder in folders)
 
     def image(folder: Path, index: int, kind: str) -> Tensor:
-        found = read_image(folder / f"{index}_{kind}.png")
-        factor = -(-NARROWEST // found.width)
-        return to_tensor(found.resize((found.width * factor, found.height * factor), Image.Resampling.NEAREST))
+        return to_tensor(read_image(folder / f"{index}_{kind}.png"))
 
     rows = [
         [
@@ -102,7 +101,7 @@ def draw_samples(finals: Mapping[str, Path], path: Path) -> None:
         ]
         for index in range(count)
     ]
-    sheet = Image.fromarray(grid(rows).permute(1, 2, 0).numpy())
+    sheet = Image.fromarray(grid(rows, NARROWEST).permute(1, 2, 0).numpy())
     label_columns(sheet, ["input", *finals, "truth"]).save(path)
 
 

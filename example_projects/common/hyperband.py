@@ -26,7 +26,7 @@ from example_projects.common.methods import Method
 from example_projects.common.runs import check_settings
 
 LOWEST, HIGHEST = 1e-3, 1e3  # of a lambda, relative to that of the first term
-HIGHER_IS_BETTER = {"PSNR", "SSIM", "PSNR-Y", "SSIM-Y"}
+HIGHER_IS_BETTER = ("PSNR", "SSIM")  # also of the luma, also of the way back
 HANDLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
 
 
@@ -36,10 +36,8 @@ def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dic
     With ``options.resume`` an interrupted search goes on with the trial that it was at.
 
     Raises:
-        ValueError: several processes are asked for, or a search is to be continued that was made with other settings.
+        ValueError: a search is to be continued that was made with other settings.
     """
-    if options.strategy != "auto" or options.devices != "1":
-        raise ValueError("hyperband searches in one process: give --devices 1, without --strategy.")
     terms = list(project.lambdas[options.setting])
     seed = options.seeds[0]
     folder = Path(options.output_dir) / f"{options.setting}-lr{lr:g}" / "hyperband-search"
@@ -104,7 +102,7 @@ def _open_study(project: ImageProject, options: argparse.Namespace, lr: float, f
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
         study_name=project.name,  # the bracket of a trial depends on it
-        direction="maximize" if options.search_metric in HIGHER_IS_BETTER else "minimize",
+        direction="maximize" if any(name in options.search_metric for name in HIGHER_IS_BETTER) else "minimize",
         sampler=optuna.samplers.RandomSampler(),  # never asked: all trials are enqueued
         pruner=HyperbandPruner(max_resource=options.max_epochs),
         load_if_exists=True,

@@ -83,7 +83,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def jobs_of(project: ImageProject, options: argparse.Namespace) -> Iterator[Job]:
-    """The runs that the options ask for; of "hyperband" after its search, of which there is one per learning rate."""
+    """The runs that the options ask for; of "hyperband" after its search, of which there is one per learning rate.
+
+    Raises:
+        ValueError: "hyperband" is asked for, and several processes; raised before any run, as the other.
+        ImportError: "hyperband" is asked for without Optuna.
+    """
+    if HYPERBAND in options.method:
+        check_search(options)
     found: dict[float, dict[str, float]] = {}
     for seed in options.seeds:
         for lr in options.lr:
@@ -97,13 +104,34 @@ def jobs_of(project: ImageProject, options: argparse.Namespace) -> Iterator[Job]
                     yield Job(name, method, project.lambdas[setting], lr, seed)
 
 
-def _search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:
+def check_search(options: argparse.Namespace) -> None:
+    """Raise unless the lambdas can be searched for.
+
+    Raises:
+        ValueError: several processes are asked for.
+        ImportError: Optuna is not there.
+    """
+    if options.strategy != "auto" or options.devices != "1":
+        raise ValueError("hyperband searches in one process: give --devices 1, without --strategy.")
     if find_spec("optuna") is None:
         raise ImportError("hyperband needs Optuna: pip install 'lightning_mtadam[search]'.")
+
+
+def _search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:
     from example_projects.common.hyperband import search
 
-    print(f"hyperband: {options.trials} trials, lr {lr:g}, by {options.search_metric}", flush=True)
+    print(f"hyperband: {options.trials} trials, lr {lr:g}", flush=True)
     return search(project, options, lr)
+
+
+def reservation(options: argparse.Namespace) -> str:
+    """What the reader of a table must know; empty if there is nothing."""
+    if HYPERBAND not in options.method:
+        return ""
+    return (
+        f"The lambdas of {HYPERBAND} are the best of {options.trials} trials by {options.search_metric} on the hold-out"
+        " set, the same that is measured here: that favours it against the other methods."
+    )
 
 
 def train_all(project: ImageProject, options: argparse.Namespace) -> list[Result]:
@@ -128,6 +156,12 @@ def columns_of(project: ImageProject, results: Sequence[Result]) -> list[str]:
     return [column for column in wanted if any(column in result for result in results)]
 
 
+def print_table(options: argparse.Namespace, table: str, files: str) -> None:
+    """Print a table, what its reader must know, and the files that were written."""
+    parts = [table, reservation(options), f"Written to {options.output_dir}: {files}."]
+    print("\n" + "\n\n".join(part for part in parts if part))
+
+
 def main(project: ImageProject, arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parser_of(project).parse_args(arguments)
@@ -139,5 +173,5 @@ def main(project: ImageProject, arguments: list[str] | None = None) -> None:
 def write(project: ImageProject, options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
     table = write_tables(options, results, columns_of(project, results))
-    print(f"\n{table}\n\nWritten to {options.output_dir}: table.md, table.csv; every run in results.csv.")
+    print_table(options, table, "table.md, table.csv; every run in results.csv")
     print(f"See samples, curves and the balance with: tensorboard --logdir {options.output_dir}")

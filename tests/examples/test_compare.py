@@ -106,6 +106,18 @@ def test_rows_that_were_not_trained_are_in_the_table_only(compared, tmp_path):
     assert bicubic == ["bicubic", "1", "3.00", "", "", "", "", ""]
 
 
+def test_the_reader_is_told_that_hyperband_saw_the_hold_out_set(compared, tmp_path, capsys):
+    folder = tmp_path / "compared"
+    shutil.copytree(compared[0], folder)
+    results = read_results(folder)
+    said = "best of 7 trials by L1 on the hold-out set, the same that is measured here"
+    for methods, times in ((["adam"], 0), (["adam", "hyperband"], 1)):
+        given = ["--output-dir", str(folder), "--trials", "7", "--method", *methods]
+        compare.write(PROJECT, parser_of(PROJECT).parse_args(given), results)
+        assert capsys.readouterr().out.count(said) == times
+        assert (folder / "comparison.md").read_text().count(said) == times
+
+
 def test_the_options_are_those_of_the_project():
     project, options = compare.parse(["pix2pix", "--method", "adam", "--direction", "AtoB"])
     assert project is PROJECT

@@ -55,8 +55,9 @@ def trained(monkeypatch):
             seen[-1][2] += 1
             value = Value(error_of(job.lambdas) + 1 / (epoch + 1))
             for callback in callbacks:
-                callback.on_validation_end(FakeTrainer({"val/L1": value, "val/PSNR": Value(-value)}, epoch), None)
-        return {"L1": float(value), "PSNR": -float(value)}
+                metrics = {"val/L1": value, "val/PSNR": Value(-value), "val/cycle_SSIM-Y": Value(-value)}
+                callback.on_validation_end(FakeTrainer(metrics, epoch), None)
+        return {"L1": float(value), "PSNR": -float(value), "cycle_SSIM-Y": -float(value)}
 
     monkeypatch.setattr(hyperband, "train", train)
     return seen
@@ -73,7 +74,7 @@ def test_lambdas_are_drawn_over_six_decades_and_the_first_term_is_the_unit():
     assert draws(list(TERMS), 10, seed=1) != found[:10]
 
 
-@pytest.mark.parametrize("metric", ["L1", "PSNR"])
+@pytest.mark.parametrize("metric", ["L1", "PSNR", "cycle_SSIM-Y"])
 def test_the_best_of_the_trials_is_found_and_bad_ones_are_ended_early(tmp_path, trained, metric):
     found = search(make_project(), make_options(tmp_path, "--search-metric", metric, "--trials", 40), 1e-3)
     assert found["l1"] == 1
@@ -167,10 +168,10 @@ def test_a_metric_that_is_not_measured_is_named():
         Prune(trial, "FID").on_validation_end(trainer, None)
 
 
-def test_several_processes_are_refused(tmp_path):
+def test_several_processes_are_refused_before_anything_is_trained(tmp_path):
     for more in (["--strategy", "ddp"], ["--devices", "2"]):
         with pytest.raises(ValueError, match="one process: give --devices 1, without --strategy"):
-            search(make_project(), make_options(tmp_path, *more), 1e-3)
+            next(image_command.jobs_of(make_project(), make_options(tmp_path, "--method", "adam", "hyperband", *more)))
 
 
 def test_all_seeds_are_trained_with_what_one_search_found(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
-from example_projects.common import curves
+from example_projects.common import curves, evaluation
 from example_projects.common.augmentation import DrawSampler, generator_of, random_crop, random_flip
 from example_projects.common.command import keep_quiet
 from example_projects.common.curves import draw_curves
@@ -19,6 +19,7 @@ from example_projects.common.exact_resume import EpochSampler
 from example_projects.common.image_data import ImageData, Kept
 from example_projects.common.image_module import ImageModule, Images
 from example_projects.common.images import (
+    CELL,
     GAP,
     from_bytes,
     grid,
@@ -34,7 +35,7 @@ from example_projects.common.report import summarise, write_csv
 from example_projects.common.samples import Samples
 from example_projects.mnist.methods import METHODS as MNIST_METHODS
 from lightning_mtadam import MTAdam
-from tests.examples.running import QUIET, read_rows
+from tests.examples.running import QUIET, EndedError, read_rows
 
 pytestmark = QUIET
 
@@ -118,14 +119,29 @@ def test_values_out_of_range_are_clamped():
 
 
 def test_a_grid_puts_rows_below_each_other_and_enlarges_smaller_images(tmp_path):
-    large, small = torch.full((3, 8, 8), -1.0), torch.full((3, 3, 4), 1.0)
-    sheet = grid([[large, small], [small]])
+    large, small, grey = torch.full((3, 8, 8), -1.0), torch.full((3, 3, 4), 0.5), torch.full((3, 3, 4), 0.0)
+    rows = [[large, small], [grey]]
+    sheet = grid(rows)
     assert sheet.shape == (3, 2 * 8 + GAP, 2 * 8 + GAP)
     assert not sheet[:, :8, :8].any()
-    second = sheet[:, 8 + GAP :, :8]
-    assert (second[:, :6] == 255).all()
-    save_grid([[large, small], [small]], tmp_path / "new" / "grid.png")
+    assert (sheet[:, :6, 8 + GAP :] == 191).all(), "it is not enlarged to the size of the largest beside it"
+    second = sheet[:, 8 + GAP :]
+    assert (second[:, :3, :4] == 128).all()
+    assert (second[:, 3:] == 255).all(), "it is enlarged to the size of another row"
+    save_grid(rows, tmp_path / "new" / "grid.png")
     assert torch.equal(to_bytes(read_image(tmp_path / "new" / "grid.png")), sheet)
+
+
+def test_a_grid_of_large_images_shows_the_same_middle_of_all_in_a_row():
+    """Every pixel of the small one tells where it is; a row of other images is as wide as it."""
+    small = from_bytes(torch.stack([*torch.meshgrid(torch.arange(75), torch.arange(100), indexing="ij"),
+                                    torch.zeros(75, 100, dtype=torch.long)]))  # fmt: skip
+    large = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    sheet = grid([[small, large], [torch.zeros(3, 900, 20)]])
+    assert sheet.shape == (3, 2 * CELL + GAP, 2 * CELL + GAP)
+    shown = sheet[:, :CELL, :CELL]
+    assert torch.equal(shown, sheet[:, :CELL, CELL + GAP :])
+    assert torch.equal(from_bytes(shown), large[:, 22 : 22 + CELL, 72 : 72 + CELL])
 
 
 # Data
@@ -288,6 +304,26 @@ def test_the_hold_out_set_is_measured_after_every_epoch_and_at_the_end(tmp_path)
     assert (tmp_path / "curves.png").exists()
 
 
+def test_curves_are_drawn_once_at_the_end_and_at_an_interruption_but_not_at_every_validation(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_curves", lambda histories, path: drawn.append((len(histories[""]), path)))
+    fit(tmp_path, epochs=3)
+    assert drawn == [(3, tmp_path / "curves.png")]
+
+    def interrupted(self, batch, batch_idx):
+        if self.current_epoch == 2:
+            raise EndedError
+
+    monkeypatch.setattr(Constant, "training_step", interrupted)
+    with pytest.raises(EndedError):
+        fit(tmp_path, epochs=3)
+    assert [length for length, _ in drawn[1:]] == [2]
+    monkeypatch.setattr(evaluation, "BETWEEN_DRAWINGS", 0)
+    with pytest.raises(EndedError):
+        fit(tmp_path, epochs=3)
+    assert [length for length, _ in drawn[2:]] == [1, 2, 2]
+
+
 def test_the_metrics_network_is_neither_trained_nor_saved(tmp_path):
     trainer, module, _ = fit(tmp_path, epochs=1)
     assert [name for name, _ in module.named_parameters()] == ["weight"]
@@ -309,10 +345,10 @@ def test_samples_are_the_first_images_of_the_hold_out_set(tmp_path):
 def test_curves_have_a_panel_per_metric_and_a_colour_per_method(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(curves, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
-    history = [{"epoch": 1, "L1": 3.0, "PSNR": 10.0, "n": 5}, {"epoch": 2, "L1": 2.0, "PSNR": 11.0, "n": 5}]
+    history = [{"epoch": 1, "L1": 3.0, "FID": 10.0, "n": 5}, {"epoch": 2, "L1": 2.0, "FID": 11.0, "n": 5}]
     labels = ("adam, lr 0.1, seed 0", "adam, lr 0.1, seed 1", "mtadam, lr 0.1, seed 0")
     draw_curves(dict.fromkeys(labels, history), tmp_path / "curves.png")
-    assert [axes.get_title() for axes in figures[0].axes] == ["L1", "PSNR"]
+    assert [axes.get_title() for axes in figures[0].axes] == ["L1", "FID, n = 5"]
     first, second, third = figures[0].axes[0].lines
     assert first.get_xdata().tolist() == [1, 2]
     assert first.get_ydata().tolist() == [3.0, 2.0]
