@@ -26,7 +26,7 @@ from example_projects.common.methods import Method
 from example_projects.common.runs import check_settings
 
 LOWEST, HIGHEST = 1e-3, 1e3  # of a lambda, relative to that of the first term
-HIGHER_IS_BETTER = ("PSNR", "SSIM")  # also of the luma, also of the way back
+HIGHER_IS_BETTER = ("PSNR", "SSIM", "PSNR-Y", "SSIM-Y")  # and those of a round trip, "cycle_PSNR" and "cycle_SSIM"
 HANDLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
 
 
@@ -102,7 +102,7 @@ def _open_study(project: ImageProject, options: argparse.Namespace, lr: float, f
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
         study_name=project.name,  # the bracket of a trial depends on it
-        direction="maximize" if any(name in options.search_metric for name in HIGHER_IS_BETTER) else "minimize",
+        direction="maximize" if options.search_metric.endswith(HIGHER_IS_BETTER) else "minimize",
         sampler=optuna.samplers.RandomSampler(),  # never asked: all trials are enqueued
         pruner=HyperbandPruner(max_resource=options.max_epochs),
         load_if_exists=True,

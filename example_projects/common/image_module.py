@@ -79,5 +79,5 @@ class ImageModule(MultiTermLightningModule):
 
 def linear_decay(optimizer: Optimizer, epochs: int) -> LambdaLR:
     """The schedule of pix2pix and CycleGAN: constant in the first half of all epochs, then linearly towards zero."""
-    constant = epochs // 2
-    return LambdaLR(optimizer, lambda epoch: 1 - max(0, epoch + 1 - constant) / (epochs - constant + 1))
+    falling = epochs // 2
+    return LambdaLR(optimizer, lambda epoch: 1 - max(0, epoch + 1 - (epochs - falling)) / (falling + 1))

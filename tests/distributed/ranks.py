@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 @dataclass
@@ -79,6 +80,7 @@ def _outcome(file: Path) -> Outcome:
 def _child(function: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)  # a forked process cannot use its parent's threads
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    rank_zero_only.rank = rank  # what was inherited is the parent's, and holds until a trainer is made
     start = time.monotonic()
     result, error = None, None
     try:

@@ -6,7 +6,6 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import nn
 
@@ -609,7 +608,6 @@ def test_two_ranks_end_as_one_process_with_the_doubled_batch(tmp_path, method):
     (tmp_path / "processes").mkdir()
 
     def train(rank):
-        rank_zero_only.rank = rank  # a forked process takes itself for the first, until its trainer is made
         call(*ddp, "--output-dir", tmp_path / "two")
 
     results(run_ranks(train, tmp_path / "processes"))

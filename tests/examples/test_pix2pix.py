@@ -250,6 +250,12 @@ def test_the_learning_rate_falls_in_the_second_half_as_in_the_original():
     np.testing.assert_allclose(rates, expected)
 
 
+def test_the_learning_rate_of_a_single_epoch_does_not_fall():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    linear_decay(optimizer, 1)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
 # Data
 
 

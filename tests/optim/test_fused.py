@@ -19,7 +19,7 @@ def column(values, dtype):
 
 
 def block(terms, squares, reached, dtype, size, generator):
-    """Random parameters, gradients, moments and coefficients as in a training; nothing where a term never reached."""
+    """Random parameters, gradients, moments and coefficients; nothing where a term never reached."""
     mask = column([float(flag) for flag in reached], dtype)
     parameter = torch.randn(size, dtype=dtype, generator=generator)
     gradients = torch.randn(terms, size, dtype=dtype, generator=generator) * mask
