@@ -49,8 +49,10 @@ def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dic
         job = Job("hyperband", Method(Adam), {terms[0]: 1.0, **lambdas}, lr, seed)
         own = folder / f"trial{trial.user_attrs['draw']}"
         once = argparse.Namespace(**{**vars(options), "resume": False})
-        result = train(project, once, job, folder=own, callbacks=[Prune(trial, options.search_metric)])
-        shutil.rmtree(own / "checkpoints", ignore_errors=True)  # of so many networks, none is used again
+        try:
+            result = train(project, once, job, folder=own, callbacks=[Prune(trial, options.search_metric)])
+        finally:
+            shutil.rmtree(own / "checkpoints", ignore_errors=True)  # of so many networks, none is used again
         return float(result[options.search_metric])
 
     study.optimize(objective, n_trials=len(study.get_trials(states=[TrialState.WAITING])))
