@@ -28,6 +28,8 @@ NARROWEST = 120  # pixels of an image, so that there is room for a label
 def write_comparison(project: ImageProject, options: argparse.Namespace, results: Sequence[Result]) -> str:
     """Write ``comparison.md`` with its table, ``curves.png`` and ``samples.png`` to ``options.output_dir``.
 
+    Runs that were only measured at their end have no curves.
+
     Args:
         project: what was trained.
         options: of its command.
@@ -42,16 +44,18 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
         options, beside(report.summarise(results, "method", columns_of(project, results)), paper), results
     )
     trained = [result for result in results if "folder" in result]
-    draw_curves({f"{run['method']}, seed {run['seed']}": read_curve(folder / run["folder"]) for run in trained},
-                folder / "curves.png")  # fmt: skip
+    curves = {f"{run['method']}, seed {run['seed']}": read_curve(folder / run["folder"]) for run in trained}
+    measured = {label: curve for label, curve in curves.items() if curve}
+    if measured:
+        draw_curves(measured, folder / "curves.png")
     first = {run["method"]: folder / run["folder"] / "final" for run in reversed(trained)}
     draw_samples(dict(reversed(first.items())), folder / "samples.png")
     without = "" if paper else " The paper's numbers for these images are not known here, so they are not beside ours."
     notes = f"Mean +- standard deviation over the runs.{without} {reservation(options)}".rstrip()
     (folder / "comparison.md").write_text(
         f"# {project.name}, {options.setting}\n\n{table}\n\n{notes}\n\n"
-        "![Metrics of the hold-out set by epoch](curves.png)\n\n"
-        f"![Input, what each method made of it with seed {options.seeds[0]}, and the truth](samples.png)\n"
+        + ("![Metrics of the hold-out set by epoch](curves.png)\n\n" if measured else "")
+        + f"![Input, what each method made of it with seed {options.seeds[0]}, and the truth](samples.png)\n"
     )
     return table
 
@@ -75,7 +79,9 @@ def beside(rows: Sequence[Mapping[str, str]], paper: Numbers) -> list[dict[str, 
 
 
 def read_curve(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run, epoch by epoch."""
+    """The metrics of a run, epoch by epoch; none if it had fewer epochs than ``--metrics-every``."""
+    if not (run / "curve.csv").exists():
+        return []
     with (run / "curve.csv").open(newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 

@@ -118,6 +118,21 @@ def test_the_reader_is_told_that_hyperband_saw_the_hold_out_set(compared, tmp_pa
         assert (folder / "comparison.md").read_text().count(said) == times
 
 
+def test_runs_that_were_measured_at_their_end_only_have_no_curves(compared, tmp_path):
+    folder = tmp_path / "compared"
+    shutil.copytree(compared[0], folder)
+    for file in (*folder.rglob("curve.csv"), folder / "curves.png"):
+        file.unlink()
+    table = write_comparison(
+        PROJECT, parser_of(PROJECT).parse_args(["--output-dir", str(folder)]), read_results(folder)
+    )
+    report = (folder / "comparison.md").read_text()
+    assert table in report
+    assert "](samples.png)" in report
+    assert "curves.png" not in report
+    assert not (folder / "curves.png").exists()
+
+
 def test_the_options_are_those_of_the_project():
     project, options = compare.parse(["pix2pix", "--method", "adam", "--direction", "AtoB"])
     assert project is PROJECT
