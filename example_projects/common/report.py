@@ -38,20 +38,35 @@ def median_and_range(values: Sequence[float]) -> str:
     return median if len(values) == 1 else f"{median} ({min(values):.2g} to {max(values):.2g})"
 
 
+def counts(values: Sequence[float]) -> str:
+    """The whole numbers that occur.
+
+    Example:
+        >>> counts([20.0, 20.0])
+        '20'
+        >>> counts([20.0, 10.0])
+        '10, 20'
+    """
+    return ", ".join(f"{value:.0f}" for value in sorted(set(values)))
+
+
 def summarise(
     results: Sequence[Row],
     by: str,
     columns: Sequence[str],
     show: Callable[[Sequence[float]], str] = mean_and_spread,
 ) -> list[dict[str, str]]:
-    """One row per value of ``by``: what ``show`` makes of each column (nothing, where it is not), and how many runs."""
+    """One row per value of ``by``: what ``show`` makes of each column (nothing, where it is not), and how many runs.
+
+    Of the column "n", the number of images that a distance is of, every number is given.
+    """
     rows = []
     for value in dict.fromkeys(result[by] for result in results):
         chosen = [result for result in results if result[by] == value]
         row = {by: str(value), "runs": str(len(chosen))}
         for column in columns:
             values = [float(str(result[column])) for result in chosen if column in result]
-            row[column] = show(values) if values else ""
+            row[column] = (counts if column == "n" else show)(values) if values else ""
         rows.append(row)
     return rows
 

@@ -367,6 +367,13 @@ def test_what_only_some_rows_have_is_left_empty_in_the_others(tmp_path):
     assert (tmp_path / "results.csv").read_text().splitlines() == ["method,L1,seed", "bicubic,3.0,", "adam,2.0,0"]
 
 
+def test_the_number_of_images_of_a_distance_is_a_whole_number():
+    rows = [{"method": "adam", "FID": 90.0, "n": 20.0}, {"method": "adam", "FID": 92.0, "n": 20.0}]
+    assert summarise(rows, "method", ["FID", "n"]) == [
+        {"method": "adam", "runs": "2", "FID": "91.00 +- 1.41", "n": "20"}
+    ]
+
+
 # A full disk
 
 
