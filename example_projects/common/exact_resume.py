@@ -41,18 +41,19 @@ class RandomState(pl.Callback):
     """Keeps the random numbers' state in the checkpoint, so that dropout goes on as it would have."""
 
     def __init__(self) -> None:
-        self._restored: torch.Tensor | None = None
+        self._restored: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state now."""
-        return {"cpu": torch.get_rng_state()}
+        """The state now, of the CPU and of every GPU that this process sees."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until training starts: setting up uses random numbers too."""
-        self._restored = state_dict["cpu"]
+        self._restored = state_dict
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state, once."""
-        if self._restored is not None:
-            torch.set_rng_state(self._restored.cpu())
-            self._restored = None
+        if self._restored:
+            torch.set_rng_state(self._restored["cpu"].cpu())
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._restored["cuda"]])
+            self._restored = {}

@@ -120,7 +120,7 @@ def train(
         limit_val_batches=options.limit_test_batches,
         limit_test_batches=options.limit_test_batches,
         accelerator=options.accelerator,
-        devices=options.devices if options.devices == "auto" else int(options.devices),
+        devices=options.devices,
         strategy=options.strategy,
         precision=options.precision,
         enable_progress_bar=options.progress_bar,

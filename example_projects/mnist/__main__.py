@@ -83,7 +83,7 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
         max_epochs=options.max_epochs,
         limit_train_batches=options.limit_train_batches,
         accelerator=options.accelerator,
-        devices=options.devices if options.devices == "auto" else int(options.devices),
+        devices=options.devices,
         strategy=options.strategy,
     )
 
