@@ -115,9 +115,9 @@ def _update_rows(
     steps = balanced if denominator == "own" else [reduce(torch.add, balanced)]
     if denominator == "sum":
         balanced = steps
-    averaged = len(exp_avg_sq) // len(exp_avg)
+    divisor = len(exp_avg_sq) // len(exp_avg)
     first = [
-        torch.lerp(row.to(dtype), step / averaged, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)
+        torch.lerp(row.to(dtype), step / divisor, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)
     ]
     second = [
         torch.lerp(row.to(dtype), one * one, weight)

@@ -53,8 +53,7 @@ class Coefficients:
         weights: likewise, of the square in the average of the squares, ``(1 - beta2) / (1 - beta2^t)``: the average
             has then its bias corrected. Zero where the term has not reached.
         factor: [1, 1] or [1, b], or [I, ...] with denominator "own": what multiplies the denominator, the first
-            moment's bias correction over the number of gradients it is the mean of, times the number of reaching terms
-            with update "mean".
+            moment's bias correction over ``Moments.divisor``, times the number of reaching terms with update "mean".
         reaching: [1, 1] or [1, b], the number of terms that reach, at least 1; with denominator "mean" only.
         correction: as ``weights``, the second moments' bias correction, which amsgrad takes out again; only there.
     """
@@ -71,8 +70,7 @@ class Moments:
     """A block's moments, updated in place.
 
     Attributes:
-        exp_avg: [1, b], the average of the mean of the balanced gradients over the second moments; or [I, b] with
-            denominator "own".
+        exp_avg: [1, b], the average of the balanced gradient over ``divisor``; or [I, b] with denominator "own".
         exp_avg_sq: [V, b].
         max_exp_avg_sq: [V, b] with amsgrad.
     """
@@ -82,8 +80,8 @@ class Moments:
     max_exp_avg_sq: Tensor | None
 
     @property
-    def averaged(self) -> int:
-        """Of how many balanced gradients the first moment averages the mean."""
+    def divisor(self) -> int:
+        """What the sum of the balanced gradients is divided by in the first moment: V, or 1 where each has its own."""
         return len(self.exp_avg_sq) // len(self.exp_avg)
 
 
@@ -114,7 +112,7 @@ def update(
     if hyper.denominator == "sum":
         balanced = step
     # M <- beta1 M + (1 - beta1) / V sum_i g~_i   (Alg. 1, merged; per term with denominator "own")
-    mean = step if moments.averaged == 1 else step / moments.averaged
+    mean = step if moments.divisor == 1 else step / moments.divisor
     first = moments.exp_avg.to(balanced.dtype).lerp_(mean, hyper.or_else(1 - hyper.beta1, 0.0, mean))
     # v^_i <- v^_i + w (g~_i^2 - v^_i)   (Alg. 1, line 10, and the bias correction)
     second = moments.exp_avg_sq.to(balanced.dtype).lerp_(balanced.mul_(balanced), local.weights)
@@ -167,7 +165,7 @@ def finish(
     """
     wide = local.scales.dtype
     balanced = total.to(wide)
-    first = moments.exp_avg.to(wide).lerp_(balanced[None] / moments.averaged, 1 - hyper.beta1)
+    first = moments.exp_avg.to(wide).lerp_(balanced[None] / moments.divisor, 1 - hyper.beta1)
     second = moments.exp_avg_sq.to(wide)
     if hyper.denominator == "sum":
         second.lerp_((balanced * balanced)[None], local.weights)

@@ -30,9 +30,9 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
     """The names and shapes of a parameter's state, for I terms.
 
     Returns:
-        ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment, the
-        average of the mean of the balanced gradients, or one per term with denominator "own"; ``exp_avg_sq``
-        [I, *shape], or [1, *shape] with denominator "sum": the second moments, their bias already corrected;
+        ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment over
+        the number of second moments, or one per term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape]
+        with denominator "sum": the second moments, their bias already corrected;
         ``max_exp_avg_sq`` with amsgrad, not corrected; ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving
         averages of the layer's norms.
     """
