@@ -115,10 +115,8 @@ def _update_rows(
     steps = balanced if denominator == "own" else [reduce(torch.add, balanced)]
     if denominator == "sum":
         balanced = steps
-    divisor = len(exp_avg_sq) // len(exp_avg)
-    first = [
-        torch.lerp(row.to(dtype), step / divisor, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)
-    ]
+    means = [step / (len(exp_avg_sq) // len(exp_avg)) for step in steps]
+    first = [torch.lerp(row.to(dtype), mean, share.to(dtype)) for row, mean in zip(exp_avg, means, strict=True)]
     second = [
         torch.lerp(row.to(dtype), one * one, weight)
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)
