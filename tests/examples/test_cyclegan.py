@@ -534,6 +534,16 @@ def test_every_method_runs_and_has_a_row(tmp_path):
     assert [printed.count(line) for line in weights] == [len(IMAGE_METHODS) - 1, 1]
 
 
+def test_hyperband_searches_by_the_way_back_and_trains_with_what_it_found(tmp_path):
+    search = ["--method", "hyperband", "--trials", 2, "--search-metric", "cycle_SSIM", "--devices", 1]
+    printed = call(*search, "--output-dir", tmp_path)
+    (row,) = read_results(tmp_path)
+    assert (row["method"], row["steps"]) == ("hyperband", "2")
+    assert "hyperband: 2 trials" in printed
+    assert "1 cycle_A" in printed
+    assert "1000 cycle_A" not in printed
+
+
 def test_the_images_as_they_are_stand_in_the_table_for_generators_that_change_nothing():
     options = image_command.parser_of(command.PROJECT).parse_args(COMMAND_LINE)
     (row,) = command.untranslated(options)

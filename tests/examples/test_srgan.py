@@ -257,6 +257,15 @@ def test_every_method_runs_offline_and_has_a_row_below_that_of_bicubic(tmp_path)
         assert float(results[0][name]) == pytest.approx(value, rel=1e-6)
 
 
+def test_hyperband_searches_by_the_luma_and_trains_with_what_it_found(tmp_path):
+    search = ["--method", "hyperband", "--trials", 2, "--search-metric", "PSNR-Y", "--metrics-every", 1, "--devices", 1]
+    printed = call(*search, "--max-epochs", 1, "--limit-train-batches", 2, "--output-dir", tmp_path)
+    _, row = read_results(tmp_path)
+    assert (row["method"], row["steps"]) == ("hyperband", "2")
+    assert "hyperband: 2 trials" in printed
+    assert "hyperband, seed 0, lr 0.0001, 1 mse, 1 gan" not in printed
+
+
 def test_the_real_perceptual_network_is_announced_once_and_in_no_checkpoint(tmp_path):
     command.perceptual_loss.cache_clear()
     options = ["--max-epochs", 1, "--limit-train-batches", 1, "--metrics-every", 1, "--output-dir", tmp_path]
