@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Adam
 
 from example_projects.common.command import keep_quiet, write_tables
+from example_projects.common.image_metrics import FEATURE_EXTRACTORS
 from example_projects.common.image_project import ImageProject, Job, train
 from example_projects.common.methods import IMAGE_METHODS, Method
 from example_projects.common.runs import Result
@@ -64,7 +65,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add("--metrics-every", type=int, default=1, metavar="EPOCHS", help="epochs between two looks at the hold-out set")
     add("--limit-test-batches", type=int, default=None, metavar="BATCHES", help="of the hold-out set; all if left out")
     add("--samples", type=int, default=4, metavar="IMAGES", help="of the hold-out set that are shown")
-    add("--feature-extractor", choices=("none", "inception", "vgg16"), default="none",
+    add("--feature-extractor", choices=FEATURE_EXTRACTORS, default="none",
         help="network for a Frechet distance: pytorch-fid's (FID) or VGG16 (FD-VGG16)")  # fmt: skip
     add("--weights", type=Path, default=None, help="file with that network's weights")
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import VGG19_Weights, vgg16, vgg19
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]
+from lightning_mtadam.metrics.features import IMAGENET_MEAN, IMAGENET_STD
+
 RANDOM = Path("random")  # in place of a file
 
 # The layers up to the rectified last convolution, conv5_4 of VGG19 or conv5_3 of VGG16, by the number of convolutions.
@@ -36,7 +37,7 @@ class PerceptualLoss:
 
     def __init__(self, features: nn.Module, name: str) -> None:
         self.features, self.name = features.eval().requires_grad_(False), name
-        self.mean, self.deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+        self.mean, self.deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def to(self, device: torch.device) -> PerceptualLoss:
         """Move the network."""

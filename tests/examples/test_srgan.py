@@ -19,8 +19,9 @@ from example_projects.srgan import networks
 from example_projects.srgan.data import make_data
 from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic, discriminator_losses, generator_losses
 from example_projects.srgan.networks import Discriminator, Generator
-from example_projects.srgan.perceptual import DEVIATION, PerceptualLoss
+from example_projects.srgan.perceptual import PerceptualLoss
 from lightning_mtadam import MTAdam
+from lightning_mtadam.metrics.features import IMAGENET_STD
 from tests.distributed.ranks import results, run_ranks
 from tests.examples.running import (
     QUIET,
@@ -99,7 +100,7 @@ def test_losses_equal_those_computed_by_hand():
     losses = generator_losses(made, truth, discriminator, Halved())
     difference = (made - truth).numpy()
     verdicts = 1 / (1 + np.exp(-made.numpy().mean((1, 2, 3))))
-    spread = np.array(DEVIATION)[:, None, None]
+    spread = np.array(IMAGENET_STD)[:, None, None]
     assert tuple(losses) == tuple(LAMBDAS["balanced"]) == tuple(LAMBDAS["unbalanced"])
     assert losses["mse"].item() == pytest.approx((difference**2).mean(), rel=1e-12)
     assert losses["gan"].item() == pytest.approx(-np.log(verdicts).mean(), rel=1e-12)
@@ -191,7 +192,7 @@ def test_training_equals_a_hand_written_loop():
                 continue
             judged = F.logsigmoid(discriminator(high)) + F.logsigmoid(-discriminator(made.detach()))
             step(-judged.mean(), rival)
-            features = ((made - high) / 4 / torch.tensor(DEVIATION)[:, None, None]).square().mean()
+            features = ((made - high) / 4 / torch.tensor(IMAGENET_STD)[:, None, None]).square().mean()
             step(F.mse_loss(made, high) - F.logsigmoid(discriminator(made)).mean() + features, second)
     for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=lambda found, name=name: f"{name}: {found}")

@@ -6,14 +6,13 @@ from torch import nn
 from torchvision.models import VGG19_Weights, vgg16
 
 from example_projects.srgan.perceptual import (
-    DEVIATION,
-    MEAN,
     RANDOM,
     empty_features,
     make_perceptual_loss,
     random_vgg,
     read_vgg,
 )
+from lightning_mtadam.metrics.features import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 32
 
@@ -32,7 +31,7 @@ def test_weights_of_a_file_are_those_that_torchvisions_network_computes_with(tmp
     layers = save_vgg16(tmp_path / "vgg16.pth").half().float()
     loss = read_vgg(tmp_path / "vgg16.pth")
     made, truth = torch.rand(2, 1, 3, SIZE, SIZE) * 2 - 1
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     ours, theirs = (layers(((images + 1) / 2 - mean) / deviation) for images in (made, truth))
     assert loss.name == "VGG16"
     with torch.device("meta"):
