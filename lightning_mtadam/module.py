@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import lightning_internals
+from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import Losses, check_losses
@@ -29,12 +30,14 @@ class _PendingLosses:
         total: their sum; what Lightning scales and passes to ``backward`` derives from it.
         accumulated: by how many batches Lightning divides.
         optimizer: whose gradients are wanted.
+        balancer: makes one gradient of them; ``None`` with MTAdam, or if their sum is wanted.
     """
 
     losses: Losses
     total: Tensor
     accumulated: int
     optimizer: Optimizer
+    balancer: Balancer | None
 
 
 class MultiTermLightningModule(pl.LightningModule):
@@ -74,6 +77,46 @@ class MultiTermLightningModule(pl.LightningModule):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._logged: set[str] = set()
+        self._balancers: list[Balancer | None] = []  # what configure_balancer has returned, once it was asked
+
+    def configure_balancer(self) -> Balancer | None:
+        """Override it to balance the losses by something else than MTAdam, before any torch optimizer steps.
+
+        Returns:
+            A balancer, or ``None``: then the optimizer is MTAdam, or the module trains on the plain sum.
+
+        Example:
+            >>> from lightning_mtadam.balancers import GradNorm
+            >>> class Weighted(MultiTermLightningModule):
+            ...     def configure_balancer(self):
+            ...         return GradNorm(shared="encoder")
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.Adam(self.parameters())
+        """
+        return None
+
+    @property
+    def balancer(self) -> Balancer | None:
+        """What ``configure_balancer`` returned when it was first needed; what it learns is then part of this module."""
+        if not self._balancers:
+            try:
+                made = self.configure_balancer()
+            except AttributeError as error:  # a module's properties would say that there is no "balancer"
+                raise RuntimeError(f"configure_balancer failed: {error}") from error
+            if made is not None and not isinstance(made, Balancer):
+                raise TypeError(
+                    f"configure_balancer must return a balancer of lightning_mtadam.balancers or None, but returned a"
+                    f" {type(made).__name__}."
+                )
+            self._balancers.append(made)
+            if made is not None and made.learned is not None:
+                self.add_module("learned_balance", made.learned)
+        return self._balancers[0]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module; with what the balancer learns."""
+        _ = self.balancer
+        return super().load_state_dict(*args, **kwargs)
 
     @property
     def trainer(self) -> pl.Trainer:
@@ -86,15 +129,18 @@ class MultiTermLightningModule(pl.LightningModule):
         if trainer is not None:
             lightning_internals.set_result_reader(trainer, partial(self._read_training_step, trainer))
             Guard.watch(trainer)
+            _ = self.balancer  # before the optimizers are made of the parameters
 
-    def backward_terms(self, losses: Losses, optimizer: Optimizer) -> None:
+    def backward_terms(self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True) -> None:
         """In manual optimization: one backward pass per term, for this optimizer's parameters only.
 
-        Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam, one backward pass on the plain sum.
+        Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam the balancer balances the losses; if
+        there is none, it is one backward pass on the plain sum.
 
         Args:
             losses: named scalar losses.
             optimizer: one of ``self.optimizers()``.
+            balanced: whether the balancer is for these losses; it is for one optimizer's only.
 
         Example:
             In ``training_step``, with ``self.automatic_optimization = False``::
@@ -105,9 +151,10 @@ class MultiTermLightningModule(pl.LightningModule):
                 generator.step()
         """
         optimizer = lightning_internals.unwrap(optimizer)
-        self._check(losses, optimizer)
+        balancer = self.balancer if balanced else None
+        self._check(losses, optimizer, balancer)
         total = _sum(losses)
-        self._pending = _PendingLosses(losses, total, 1, optimizer)
+        self._pending = _PendingLosses(losses, total, 1, optimizer, balancer)
         self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
         try:
             self.manual_backward(total)
@@ -120,14 +167,14 @@ class MultiTermLightningModule(pl.LightningModule):
         if pending is None:
             return super().backward(loss, *args, **kwargs)
         if isinstance(pending.optimizer, MTAdam):
-            self._backward_terms(pending, pending.optimizer, loss)
-        elif self.automatic_optimization:
-            super().backward(loss, *args, **kwargs)
-        elif self.trainer.world_size == 1:
-            super().backward(loss, *args, inputs=_trainable(pending.optimizer), **kwargs)
-        else:  # the hooks that average want a pass through everything
-            with self._keeping_gradients_of_others(pending.optimizer):
-                super().backward(loss, *args, **kwargs)
+            pending.optimizer.name_parameters(self.named_parameters())
+            self._backward_terms(pending, pending.optimizer.backward, loss)
+        elif pending.balancer is not None:
+            run = partial(self._backward_once, pending, *args, **kwargs)
+            balance = partial(pending.balancer.backward, optimizer=pending.optimizer, run=run)
+            self._backward_terms(pending, balance, loss)
+        else:
+            self._backward_once(pending, loss, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pending": None}
@@ -147,12 +194,21 @@ class MultiTermLightningModule(pl.LightningModule):
         if limit:
             mtadam.clip_gradients(limit, str(getattr(algorithm, "value", algorithm) or "norm"))  # type: ignore[arg-type]
 
-    def _backward_terms(self, pending: _PendingLosses, optimizer: MTAdam, loss: Tensor) -> None:
+    def _backward_once(self, pending: _PendingLosses, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """An ordinary backward pass; in manual optimization for the parameters of one optimizer."""
+        if self.automatic_optimization:
+            super().backward(loss, *args, **kwargs)
+        elif self.trainer.world_size == 1:
+            super().backward(loss, *args, inputs=_trainable(pending.optimizer), **kwargs)
+        else:  # the hooks that average want a pass through everything
+            with self._keeping_gradients_of_others(pending.optimizer):
+                super().backward(loss, *args, **kwargs)
+
+    def _backward_terms(self, pending: _PendingLosses, balance: Callable[..., None], loss: Tensor) -> None:
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
         (factor,) = torch.autograd.grad(loss, pending.total)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        optimizer.name_parameters(self.named_parameters())
-        optimizer.backward(
+        balance(
             pending.losses,
             model=self.trainer.strategy.model,
             grad_output=factor,
@@ -177,13 +233,20 @@ class MultiTermLightningModule(pl.LightningModule):
             return ClosureResult.from_training_step_output(output, accumulated)
         optimizer = self.trainer.optimizers[0]
         named = isinstance(output, Mapping) and "loss" not in output
+        balancer = self.balancer
+        if not named and output is not None and balancer is not None:
+            raise TypeError(
+                f"{type(balancer).__name__} balances named losses, but training_step returned"
+                f" {'one loss' if isinstance(output, Mapping) else 'a ' + type(output).__name__}. Return a dict of"
+                " named scalar losses, or no balancer from configure_balancer."
+            )
         if not named and (output is None or not isinstance(optimizer, MTAdam)):
             return ClosureResult.from_training_step_output(output, accumulated)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
-        self._check(losses, optimizer)
+        self._check(losses, optimizer, balancer)
         total = _sum(losses) if named else losses["loss"]
         if not lightning_internals.skips_backward(self.trainer):
-            self._pending = _PendingLosses(losses, total, accumulated, optimizer)
+            self._pending = _PendingLosses(losses, total, accumulated, optimizer, balancer)
         elif isinstance(optimizer, MTAdam):
             optimizer.skip_step()
         if not named:
@@ -193,11 +256,12 @@ class MultiTermLightningModule(pl.LightningModule):
             {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
         )
 
-    def _check(self, losses: Losses, optimizer: Optimizer) -> None:
-        terms = optimizer.terms if isinstance(optimizer, MTAdam) else None
+    def _check(self, losses: Losses, optimizer: Optimizer, balancer: Balancer | None) -> None:
+        source = optimizer if isinstance(optimizer, MTAdam) else balancer
         alone = self.trainer.world_size == 1
-        check_losses(losses, terms or None, finite=False, graph=alone)
-        if not alone and not isinstance(optimizer, MTAdam) and not any(loss.requires_grad for loss in losses.values()):
+        check_losses(losses, None if source is None else source.terms or None, finite=False, graph=alone)
+        reduced = source is None or (isinstance(source, Balancer) and source.one_backward)
+        if not alone and reduced and not any(loss.requires_grad for loss in losses.values()):
             check_losses(losses, finite=False)  # MTAdam's ranks agree on terms without a graph, DDP's reducer does not
 
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:

@@ -1,4 +1,4 @@
-"""Logs the balance weights n_i / n_anchor of every layer and term."""
+"""Logs the balance weights n_i / n_anchor of every layer and term, or a weight per term."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_mtadam import lightning_internals
+from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.callbacks import tensorboard
+from lightning_mtadam.guard import balancer_of
 from lightning_mtadam.optim import MTAdam
 
 SUMMARY_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
 class BalanceWeightMonitor(pl.Callback):
-    """Log the balance weights of MTAdam to every logger of the trainer.
+    """Log the balance weights of MTAdam, or what a balancer multiplies the losses by, to every logger of the trainer.
 
     Per layer and term the scalar ``balance_weight.<term>/<layer>``; per term the median and the 10th and 90th
     percentile over the layers, ``balance_weight/<term>.median``, ``.p10``, ``.p90``. To a TensorBoard logger also a
     heatmap of layers by terms (Images), and a chart per term of the median between its percentiles (Custom Scalars).
-    A layer that a term never reached has no value. Between logging steps it costs nothing.
+    A layer that a term never reached has no value. Between logging steps it costs nothing. A balancer that has one
+    weight per term is logged as ``term_weight/<term>``; ``MetaBalance`` is logged as MTAdam is.
 
     With several optimizers the first part of a tag tells them apart, as in
     :class:`~lightning.pytorch.callbacks.LearningRateMonitor`: ``balance_weight-MTAdam``, ``balance_weight-MTAdam-1``.
@@ -66,11 +69,12 @@ class BalanceWeightMonitor(pl.Callback):
         self._laid_out = {}
         if not trainer.loggers:
             raise MisconfigurationException("Cannot use `BalanceWeightMonitor` with a `Trainer` that has no logger.")
-        if not any(isinstance(optimizer, MTAdam) for optimizer in trainer.optimizers):
+        if not any(True for _ in named_sources(trainer)):
             names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise MisconfigurationException(
                 f"`BalanceWeightMonitor` needs an MTAdam optimizer, but `configure_optimizers` returned {names}."
-                " Return MTAdam(self.named_parameters()), or leave the callback out."
+                " Return MTAdam(self.named_parameters()), or leave the callback out. A balancer that"
+                " `configure_balancer` returns will do as well."
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -95,17 +99,19 @@ class BalanceWeightMonitor(pl.Callback):
         metrics: dict[str, float] = {}
         terms_of: dict[str, tuple[str, ...]] = {}
         image_due = self.image_every_n > 0 and self._logged % self.image_every_n == 0
-        for prefix, optimizer in named_optimizers(trainer.optimizers):
-            weights = optimizer.balance_weights()
+        for prefix, source in named_sources(trainer):
+            if isinstance(source, Balancer):
+                metrics |= {f"term_weight/{term}": float(weight) for term, weight in source.term_weights().items()}
+            weights = source.balance_weights()
             if not weights:
                 continue
-            terms_of[prefix] = optimizer.terms
+            terms_of[prefix] = source.terms
             table = torch.stack(list(weights.values())).cpu()
-            metrics |= summaries(prefix, optimizer.terms, table)
-            metrics |= self._series(prefix, optimizer.terms, list(weights), table)
+            metrics |= summaries(prefix, source.terms, table)
+            metrics |= self._series(prefix, source.terms, list(weights), table)
             for writer in tensorboard.writers(trainer.loggers):
                 if image_due and table.numel() <= self.max_series:
-                    tensorboard.add_heatmap(writer, prefix, optimizer.terms, list(weights), table, step)
+                    tensorboard.add_heatmap(writer, prefix, source.terms, list(weights), table, step)
         if terms_of != self._laid_out:
             for writer in tensorboard.writers(trainer.loggers):
                 tensorboard.add_layout(writer, terms_of)
@@ -143,6 +149,15 @@ def summaries(prefix: str, terms: tuple[str, ...], table: Tensor) -> dict[str, f
             values = torch.quantile(reached, levels).tolist()
             found |= {f"{prefix}/{term}.{name}": v for name, v in zip(SUMMARY_QUANTILES, values, strict=True)}
     return found
+
+
+def named_sources(trainer: pl.Trainer) -> Iterator[tuple[str, MTAdam | Balancer]]:
+    """What balances losses in a trainer, each with the first part of its tags."""
+    balancer = balancer_of(trainer.lightning_module)
+    if balancer is not None:
+        yield "balance_weight", balancer
+        return
+    yield from named_optimizers(trainer.optimizers)
 
 
 def named_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, MTAdam]]:

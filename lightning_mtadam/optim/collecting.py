@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.agreement import Announcement, agree, tell
+from lightning_mtadam.distributed.agreement import Parameters, tell
 from lightning_mtadam.distributed.averaging import Averaging
+from lightning_mtadam.distributed.joint_terms import agree_on_terms
 from lightning_mtadam.distributed.processes import Processes, processes_of
 from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
 from lightning_mtadam.lightning_internals import as_fabric_backward
@@ -216,47 +217,26 @@ class TermOptimizer(Optimizer):
     def _check(
         self, losses: Losses, loss_scale: Tensor | None, processes: Processes, model: nn.Module | None
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Raise, on all processes, unless the losses are good on all of them.
+        """As ``agree_on_terms``."""
+        graph = processes.group is None or processes.sharded  # of replicated processes, one may have a constant term
 
-        Returns:
-            The names of these losses and of what is pending, in an order on which all ranks agree; those of them that
-            have no graph on any rank, so that they count as absent.
-        """
-        group = processes.group
-        graph = group is None or processes.sharded  # of replicated processes, one may have a constant term
-        try:
+        def check() -> Parameters:
             finite = loss_scale is None and self._options.on_nonfinite == "raise" and self._is_on_host()
             check_losses(losses, self.terms or None, finite=finite, graph=graph)
             self._options.check_terms(self.terms or tuple(losses))
             self._book.layers(self.param_groups)
             if not self._last_scales:  # a walk over the whole graph: before the first step only
                 refuse_reentrant_checkpoints(losses)
-            names = tuple(dict.fromkeys((*self._pending.terms, *losses)))
-            if group is None:
-                return names, ()
-            constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
-            modules = model.modules() if constant and model is not None else ()
-            has_sync_batch_norm = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
-            mine = Announcement(names, constant, self._trained(), processes.averages, has_sync_batch_norm)
-        except Exception as error:
-            if group is not None:
-                tell(error, group)
-            raise
-        terms, absent = agree(mine, group)
-        unknown = [name for name in absent if name not in self.terms]
-        if unknown or len(absent) == len(terms):
-            raise ValueError(
-                f"losses[{(unknown or absent)[0]!r}] has no graph on any rank, so it reaches no parameter. Compute it"
-                " from the network's output without .detach(), .data or torch.no_grad(), or leave it out of the losses"
-                " and log it instead."
-            )
-        return terms, absent
+            return self._trained()
+
+        pending = self._pending.terms
+        return agree_on_terms(losses, check, pending=pending, known=self.terms, processes=processes, model=model)
 
     def _is_on_host(self) -> bool:
         """Whether to look at the losses already: an accelerator would have to be waited for."""
         return all(is_host(parameter.device) for parameter in self._parameters())
 
-    def _trained(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    def _trained(self) -> Parameters:
         named = zip(self._book.labels, self._parameters(), strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 

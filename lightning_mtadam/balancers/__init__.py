@@ -1,0 +1,7 @@
+"""Ways to balance losses with any torch optimizer."""
+
+from lightning_mtadam.balancers.balancer import Balancer
+from lightning_mtadam.balancers.fixed_weights import FixedWeights
+from lightning_mtadam.balancers.gradnorm import GradNorm
+
+__all__ = ["Balancer", "FixedWeights", "GradNorm"]

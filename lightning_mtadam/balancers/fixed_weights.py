@@ -1,0 +1,50 @@
+"""The weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.balancers.balancer import Balancer, Batch
+
+
+class FixedWeights(Balancer):
+    """The weighted sum of the losses, with constant weights.
+
+    Args:
+        weights: by term; the terms are those that have one.
+
+    Raises:
+        ValueError: no weights, or one that is inf or nan.
+
+    Example:
+        >>> from torch import nn
+        >>> w = nn.Parameter(torch.tensor(2.0))
+        >>> model = nn.ParameterList([w])
+        >>> balancer = FixedWeights({"fit": 1.0, "decay": 0.1})
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> balancer.backward({"fit": (w - 1).square(), "decay": w.square()}, optimizer, model=model)
+        >>> w.grad
+        tensor(2.4000)
+    """
+
+    works_on_shards: ClassVar[bool] = True
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__(weights)
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"weights[{name!r}] must be finite, but is {weight!r}.")
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+
+    def term_weights(self) -> dict[str, Tensor]:
+        """The weights."""
+        return {name: torch.tensor(weight) for name, weight in self.weights.items()}
+
+    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
+        weighted = [self.weights[name] * loss for name, loss in batch.losses.items()]
+        batch.run(torch.stack(weighted).sum() * batch.grad_output)

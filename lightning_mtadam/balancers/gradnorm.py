@@ -1,0 +1,199 @@
+"""GradNorm: weights that make the terms learn at one pace, by their gradients at a shared layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_mtadam.balancers import gradnorm_rule as rule
+from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of
+from lightning_mtadam.distributed.processes import Processes
+from lightning_mtadam.terms import Losses
+
+
+class GradNorm(Balancer):
+    r"""GradNorm (Chen et al. 2018): a weight per term, learned so that the gradients at a shared layer keep pace.
+
+    With ``W`` the weights of the shared layer, for I terms::
+
+        G_i      = ||grad_W (w_i L_i)||
+        r_i      = (L_i / L_i(0)) / mean_j (L_j / L_j(0))
+        L_grad   = sum_i |G_i - mean_j(G_j) r_i^alpha|          the target counts as constant
+        w        = I softmax(z),   z <- z - Adam(grad_z L_grad)
+
+    The gradient of ``L_grad`` has a closed form of first order, ``sign(G_i - mean(G) r_i^alpha) ||grad_W L_i||``, so
+    no gradient is differentiated again. The network is trained on ``sum_i w_i L_i`` by one backward pass, with the
+    weights as they were before this step; beside it the terms are differentiated down to the shared layer only.
+
+    Args:
+        shared: the name of the module or parameter at which gradients are compared, in the network: commonly the last
+            layer that all terms share.
+        alpha: how strongly terms that learn slowly are favoured; 0 makes all norms equal.
+        lr: learning rate of the weights' own Adam.
+        initial_losses: L_i(0): those of the "first" step; the mean of so many first steps, in which the weights stay
+            at one; or given, by term.
+        terms: the names of the losses, if known ahead.
+
+    Raises:
+        ValueError: an option is out of range; a name that the network has not, or that holds no trained parameter; a
+            term that does not reach the shared layer; an initial loss that is not above zero.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> balancer = GradNorm(shared="0")
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> output = model(torch.ones(8, 4))
+        >>> losses = {"fit": (output - 1).square().mean(), "size": 1e3 * output.square().mean()}
+        >>> balancer.backward(losses, optimizer, model=model)
+        >>> optimizer.step()
+        >>> bool(balancer.term_weights()["fit"] > balancer.term_weights()["size"])
+        True
+
+    References:
+        Chen, Badrinarayanan, Lee, Rabinovich: GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
+        Multitask Networks, ICML 2018, Algorithm 1. There the weights themselves are learned and then renormalised,
+        and can cross zero; here their logarithms are.
+    """
+
+    def __init__(
+        self,
+        shared: str,
+        alpha: float = 1.5,
+        lr: float = 0.025,
+        initial_losses: Literal["first"] | int | Mapping[str, float] = "first",
+        terms: Iterable[str] | None = None,
+    ) -> None:
+        given = initial_losses if isinstance(initial_losses, Mapping) else None
+        super().__init__(given if terms is None and given is not None else terms)
+        if not lr > 0:
+            raise ValueError(f"lr must be above 0, but got {lr!r}.")
+        if not alpha >= 0:
+            raise ValueError(f"alpha must be at least 0, but got {alpha!r}.")
+        if given is not None:
+            _check_given(given, self._terms)
+        elif initial_losses != "first" and not (isinstance(initial_losses, int) and initial_losses > 0):
+            raise ValueError(
+                "initial_losses must be 'first', a number of steps above 0 or a mapping of terms to losses, but got"
+                f" {initial_losses!r}."
+            )
+        self.shared, self.alpha, self.lr = shared, alpha, lr
+        self._given = None if given is None else [float(given[name]) for name in self._terms]
+        self._start_length = initial_losses if isinstance(initial_losses, int) else 1
+        self._started: set[str] = set()  # the terms whose initial losses are known, and were checked
+        self._layer: tuple[nn.Module, list[Tensor]] | None = None  # the shared parameters, and whose they are
+        self._observed = torch.empty(0)  # in this step so far: presence, loss and gradient at W, [I, 2 + |W|]
+
+    def term_weights(self) -> dict[str, Tensor]:
+        """The weights w_i, which are positive and sum to I."""
+        if not self._state:
+            return {}
+        return dict(zip(self._terms, rule.weights_of(self._state["logits"]).unbind(), strict=True))
+
+    def average_weights(self) -> dict[str, Tensor]:
+        """The geometric mean of the weights over the steps so far, [1] for each term; empty before the first."""
+        if not self._state:
+            return {}
+        means = torch.exp(self._state["log_weights"] / self._state["steps"])
+        return {name: mean[None] for name, mean in zip(self._terms, means.unbind(), strict=True)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As of every balancer."""
+        super().load_state_dict(state_dict)
+        self._started.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layer": None}
+
+    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
+        super()._check(losses, model, parameters, processes)
+        if self._layer is None or self._layer[0] is not model:
+            self._layer = model, parameters_of(model, self.shared)
+
+    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
+        assert self._layer is not None
+        dtype = torch.promote_types(next(iter(batch.losses.values())).dtype, torch.float32)
+        before = self._before or self._beginning(len(terms), dtype, batch.grad_output.device)
+        seen = torch.zeros(
+            len(terms), 2 + sum(p.numel() for p in self._layer[1]), dtype=dtype, device=batch.grad_output.device
+        )
+        for name, loss in batch.losses.items():
+            row = seen[terms.index(name)]
+            row[0], row[1] = batch.share, batch.share * loss.detach()
+            row[2:] = gradient_at(self._layer[1], name, loss, batch, dtype)
+        observed = seen if batch.begins else self._observed + seen
+        after = self._advance(before, _of_all(observed, batch.processes))
+        self._check_start(batch.losses, terms, after)
+        weights = rule.weights_of(before["logits"])
+        weighted = [weights[terms.index(name)] * loss for name, loss in batch.losses.items()]
+        batch.run(torch.stack(weighted).sum() * batch.grad_output)
+        self._observed, self._state = observed, after
+
+    def _beginning(self, terms: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The state before the first step."""
+        zeros = torch.zeros(terms, dtype=dtype, device=device)
+        known = self._given is not None
+        return {
+            **dict.fromkeys(("logits", "exp_avg", "exp_avg_sq", "log_weights"), zeros),
+            **dict.fromkeys(("steps", "moves"), zeros.sum()),
+            "initial_losses": torch.tensor(self._given, dtype=dtype, device=device) if known else zeros,
+            "averaged": torch.full_like(zeros, self._start_length) if known else zeros,
+        }
+
+    def _advance(self, state: dict[str, Tensor], observed: Tensor) -> dict[str, Tensor]:
+        """The state after a step in which this was observed, [I, 2 + |W|]; the same if it is not finite."""
+        present, losses = observed[:, 0] > 0, observed[:, 1]
+        norms = torch.linalg.vector_norm(observed[:, 2:], dim=1)
+        counting = present & (state["averaged"] < self._start_length)
+        averaged = state["averaged"] + counting
+        initial = torch.where(
+            counting, torch.lerp(state["initial_losses"], losses, 1 / averaged.clamp(min=1)), state["initial_losses"]
+        )
+        ready = present & (averaged >= self._start_length)
+        gradient = rule.logit_gradient(
+            state["logits"], norms, rule.training_rates(losses, initial, ready), self.alpha, ready
+        )
+        moves = state["moves"] + ready.any()
+        moved, moments = rule.adam_step(
+            state["logits"], gradient, (state["exp_avg"], state["exp_avg_sq"]), moves.clamp(min=1), self.lr
+        )
+        kept = {"averaged": averaged, "initial_losses": initial, "steps": state["steps"] + 1}
+        kept["log_weights"] = state["log_weights"] + rule.weights_of(state["logits"]).log()
+        learned = {"logits": moved, "exp_avg": moments[0], "exp_avg_sq": moments[1], "moves": moves}
+        learned = {key: torch.where(ready.any(), value, state[key]) for key, value in learned.items()}
+        finite = observed.isfinite().all()
+        return {key: torch.where(finite, value, state[key]) for key, value in {**kept, **learned}.items()}
+
+    def _check_start(self, losses: Losses, terms: tuple[str, ...], state: dict[str, Tensor]) -> None:
+        """Raise if an initial loss is not above zero; the host reads them only until all are known."""
+        if self._started.issuperset(losses):
+            return
+        for name, initial, averaged in zip(terms, state["initial_losses"], state["averaged"], strict=True):
+            if averaged >= self._start_length and not initial > 0:
+                raise ValueError(
+                    f"The initial loss of the term {name!r} is {float(initial)}, but GradNorm divides by it: it must be"
+                    " above 0. Give initial_losses by term, or a number of steps to average, or leave the term out."
+                )
+            if averaged >= self._start_length:
+                self._started.add(name)
+
+
+def _of_all(observed: Tensor, processes: Processes) -> Tensor:
+    """The mean over the processes, where they average in this batch."""
+    if processes.group is None or not processes.averages:
+        return observed
+    joint = observed / dist.get_world_size(processes.group)
+    dist.all_reduce(joint, group=processes.group)
+    return joint
+
+
+def _check_given(given: Mapping[str, float], terms: tuple[str, ...]) -> None:
+    if set(given) != set(terms):
+        raise ValueError(f"initial_losses has the terms {tuple(given)}, but terms are {terms}. Give one for each.")
+    for name, value in given.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"initial_losses[{name!r}] must be finite and above 0, but is {value!r}.")

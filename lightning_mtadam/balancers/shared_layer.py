@@ -1,0 +1,64 @@
+"""The gradients of the terms at a layer that they share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtadam.balancers.balancer import Batch
+
+
+def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
+    """The trained parameters of a module, or the one parameter, of this name.
+
+    Raises:
+        ValueError: there is none of this name, with near matches; or it holds no trained parameter.
+
+    Example:
+        >>> [tuple(parameter.shape) for parameter in parameters_of(nn.Sequential(nn.Linear(2, 3)), "0")]
+        [(3, 2), (3,)]
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    if name in parameters:
+        found = [parameters[name]]
+    elif name and name in modules:
+        found = list(modules[name].parameters())
+    else:
+        known = [*filter(None, modules), *parameters]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+        raise ValueError(
+            f"shared={name!r} names no module or parameter of {type(model).__name__}. Near matches: {near}."
+            " model.named_modules() and model.named_parameters() list the names."
+        )
+    trained: list[Tensor] = [parameter for parameter in found if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"shared={name!r} holds no parameter that requires a gradient. Name a layer that is trained.")
+    return trained
+
+
+def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The gradient of a term at the shared layer, without the loss scale; the graph is kept. [|W|].
+
+    Nothing is written to ``.grad``, and no layer below is differentiated.
+
+    Raises:
+        ValueError: the term does not reach the layer.
+    """
+    size = sum(parameter.numel() for parameter in shared)
+    if not loss.requires_grad:  # a constant on this process
+        return torch.zeros(size, dtype=dtype, device=shared[0].device)
+    found = torch.autograd.grad(loss, shared, batch.grad_output.to(loss), retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in found) and batch.processes.group is None:
+        raise ValueError(
+            f"losses[{name!r}] does not reach the shared layer, so it cannot be compared there. Name a layer that all"
+            " terms pass through, or leave the term out of the losses."
+        )
+    pieces = [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for gradient, parameter in zip(found, shared, strict=True)
+    ]
+    flat = torch.cat([piece.flatten() for piece in pieces]).to(dtype)
+    return flat if batch.loss_scale is None else flat / batch.loss_scale.to(flat)

@@ -1,0 +1,79 @@
+"""Every balancer, with losses to balance; each test of what they have in common runs for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtadam import MultiTermLightningModule
+from lightning_mtadam.balancers import Balancer, FixedWeights, GradNorm
+from tests.lightning_models import LR, Batch, clip_by_hand, make_network, three_losses
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A balancer and what it is tried on.
+
+    Attributes:
+        make: makes the balancer, for a module with the layers "network.0" and "network.2".
+        losses: of a network and a batch.
+        joins: whether accumulated batches count as one joined batch.
+    """
+
+    make: Callable[[], Balancer]
+    losses: Callable[[nn.Module, Batch], Losses] = three_losses
+    joins: bool = True
+
+
+CASES = {
+    "fixed": Case(lambda: FixedWeights({"fit": 1.0, "size": 0.01, "decay": 3.0})),
+    "gradnorm": Case(lambda: GradNorm(shared="network.0")),
+    "gradnorm, three steps of start": Case(lambda: GradNorm("network.0.weight", alpha=0.5, initial_losses=3)),
+}
+
+
+class Balanced(MultiTermLightningModule):
+    """Returns the losses of a case."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.case, self.network = case, make_network(dtype)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Losses:
+        return self.case.losses(self.network, batch)
+
+    def configure_balancer(self) -> Balancer:
+        return self.case.make()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=LR)
+
+
+def balanced_by_hand(
+    case: Case,
+    batches: Iterable[Batch],
+    *,
+    epochs: int = 1,
+    accumulate: int = 1,
+    clip: tuple[float, str] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Balanced:
+    """What the plain loop arrives at, without Lightning."""
+    module = Balanced(case, dtype)
+    balancer, optimizer = module.balancer, module.configure_optimizers()
+    balancer.attach(module)
+    for index, batch in enumerate(list(batches) * epochs):
+        if index % accumulate == 0:
+            optimizer.zero_grad()
+        share = torch.tensor(1 / accumulate, dtype=dtype)
+        balancer.backward(case.losses(module.network, batch), optimizer, model=module, grad_output=share)
+        if (index + 1) % accumulate == 0:
+            if clip is not None:
+                clip_by_hand(optimizer, *clip)
+            optimizer.step()
+    return module
