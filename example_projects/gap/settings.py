@@ -23,9 +23,8 @@ class Setting:
     Attributes:
         name: as on the command line.
         optimizer: "adam", on a weighted sum of the losses, or "mtadam", on the losses as they are given.
-        options: by name. ``beta1`` to ``beta3`` and MTAdam's own options; ``weights=given``, for Adam, leaves the
-            losses as they are given, where it has the balanced weights otherwise. A term's name sets its weight, with MTAdam
-            its importance.
+        options: by name. ``beta1`` to ``beta3`` and MTAdam's own options. A term's name sets its weight, with MTAdam
+            its importance. Adam has the balanced weights, but with ``weights=given`` the losses as they are given.
     """
 
     name: str
