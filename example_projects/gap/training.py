@@ -46,7 +46,7 @@ def train(problem: Problem, setting: Setting, lr: float, decay: Decay, steps: in
                 sum(weighted.values()).backward()
             optimizer.step()
             schedule.step()
-            if step >= 0.9 * steps:
+            if step >= int(0.9 * steps):
                 late.append(sum(problem.balanced_weights[name] * loss.detach() for name, loss in losses.items()))
     except NonFiniteError:
         late = []
