@@ -53,6 +53,8 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, str]]:
     """What is to be trained, all of one seed before the next."""
     order = product(options.seeds, options.problem, options.spreads, options.lrs, options.method)
     for seed, problem, spread, lr, method in order:
+        if not METHODS[method].suits(problem):
+            continue
         steps = options.steps or STEPS[problem]
         values = (problem, method, f"{spread:g}", f"{lr:g}", str(steps), str(seed))
         yield dict(zip(WHAT, values, strict=True))

@@ -10,7 +10,7 @@ SPREADS = (1e-4, 1e-2, 1.0, 1e2, 1e4)
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 
 # Few, for thousands of runs: Adam with good weights is past its steep descent at the better learning rates.
-STEPS = {"digits": 150, "equation": 500, "autoencoder": 150}
+STEPS = {"digits": 150, "equation": 400, "autoencoder": 150}
 
 
 def first_term(problem: Problem) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,11 +12,22 @@ from torch.optim import Adam, Optimizer
 
 from example_projects.problems.problem import Problem
 from lightning_mtadam import MTAdam
-from lightning_mtadam.balancers import Balancer, FixedWeights, GradNorm
+from lightning_mtadam.balancers import (
+    Balancer,
+    FixedWeights,
+    GradNorm,
+    MetaBalance,
+    OutputBalancer,
+    TorchJDBalancer,
+    UncertaintyWeighting,
+)
 from lightning_mtadam.optim.schedule import is_measured
 
 # The last layer that all terms share, by problem.
 SHARED = {"digits": "2", "equation": "layers.6", "autoencoder": "encoder.2"}
+
+# All of the output. The equation has none to balance at: its residual is made of derivatives by the input.
+OUTPUT = {"digits": "2", "autoencoder": "both"}
 
 Factors: TypeAlias = Mapping[str, float]
 
@@ -44,11 +55,17 @@ class Method:
         passes: takes the number of terms and of steps; the mean number of backward passes of a step through the
             whole network.
         small_passes: whether there is also one per term through a part of the network.
+        problems: that it can be used for; all if ``None``.
     """
 
     prepare: Callable[[Problem, nn.Module, Factors, float], Training]
     passes: Callable[[int, int], float]
     small_passes: bool = False
+    problems: Collection[str] | None = None
+
+    def suits(self, problem: str) -> bool:
+        """Whether it can be used for the problem of that name."""
+        return self.problems is None or problem in self.problems
 
 
 def one(terms: int, steps: int) -> float:
@@ -106,10 +123,41 @@ def gradnorm(problem: Problem, factors: Factors) -> Balancer:
     return GradNorm(SHARED[problem.name], initial_losses=5, terms=problem.terms)
 
 
+def uncertainty(problem: Problem, factors: Factors) -> Balancer:
+    """The log variances are learned by the same Adam as the network."""
+    return UncertaintyWeighting(problem.terms)
+
+
+def metabalance(problem: Problem, factors: Factors) -> Balancer:
+    """With MTAdam's anchor."""
+    return MetaBalance(relax=0.7, anchor=problem.anchor, terms=problem.terms)
+
+
+def at_output(problem: Problem, factors: Factors) -> Balancer:
+    """EnCodec's."""
+    return OutputBalancer(OUTPUT[problem.name], terms=problem.terms)
+
+
+def aggregated(aggregator: str) -> Callable[..., Training]:
+    """TorchJD's of that name, on rows of unit norm."""
+
+    def make(problem: Problem, factors: Factors) -> Balancer:
+        from torchjd import aggregation  # an extra: the other methods do without
+
+        return TorchJDBalancer(getattr(aggregation, aggregator)(), terms=problem.terms)
+
+    return balanced_by(make)
+
+
 METHODS = {
     "adam": Method(balanced_by(plain_sum), one),
     "adam-by-hand": Method(balanced_by(by_hand), one),
+    "uncertainty": Method(balanced_by(uncertainty), one),
     "gradnorm": Method(balanced_by(gradnorm), one, small_passes=True),
+    "output-balancer": Method(balanced_by(at_output), one, small_passes=True, problems=OUTPUT),
+    "metabalance": Method(balanced_by(metabalance), one_per_term),
+    "pcgrad": Method(aggregated("PCGrad"), one_per_term),
+    "aligned-mtl": Method(aggregated("AlignedMTL"), one_per_term),
     "adatask": Method(mtadam(anchor=None, denominator="own"), one_per_term),
     "mtadam": Method(mtadam(), one_per_term),
     "mtadam-every-20": Method(mtadam(balance_every=20), partial(seldom, every=20)),
