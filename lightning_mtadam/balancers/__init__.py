@@ -3,5 +3,7 @@
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.fixed_weights import FixedWeights
 from lightning_mtadam.balancers.gradnorm import GradNorm
+from lightning_mtadam.balancers.meta_balance import MetaBalance
+from lightning_mtadam.balancers.torchjd_balancer import TorchJDBalancer
 
-__all__ = ["Balancer", "FixedWeights", "GradNorm"]
+__all__ = ["Balancer", "FixedWeights", "GradNorm", "MetaBalance", "TorchJDBalancer"]
