@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchjd.aggregation import GradVac, PCGrad, UPGrad
 
 from lightning_mtadam import MultiTermLightningModule
-from lightning_mtadam.balancers import Balancer, FixedWeights, GradNorm
+from lightning_mtadam.balancers import Balancer, FixedWeights, GradNorm, MetaBalance, TorchJDBalancer
 from tests.lightning_models import LR, Batch, clip_by_hand, make_network, three_losses
 
 Losses = dict[str, Tensor]
@@ -34,6 +35,10 @@ CASES = {
     "fixed": Case(lambda: FixedWeights({"fit": 1.0, "size": 0.01, "decay": 3.0})),
     "gradnorm": Case(lambda: GradNorm(shared="network.0")),
     "gradnorm, three steps of start": Case(lambda: GradNorm("network.0.weight", alpha=0.5, initial_losses=3)),
+    "metabalance": Case(MetaBalance),
+    "torchjd, random": Case(lambda: TorchJDBalancer(PCGrad())),
+    "torchjd, weights of a solver": Case(lambda: TorchJDBalancer(UPGrad())),
+    "torchjd, with a state": Case(lambda: TorchJDBalancer(GradVac(), seed=3)),
 }
 
 
