@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Aggregator = Callable[[Tensor], Tensor]
+Aggregator: TypeAlias = Callable[[Tensor], Any]
+"""Makes a vector [n] of a matrix [I, n]. A type that said so would keep LightningCLI from making objects that do."""
 
 
 class AggregatorMemory:
@@ -30,7 +31,7 @@ class AggregatorMemory:
         self._initial: dict[str, Any] | None = None  # before the first call in this process
         self._moving: set[str] = set()
 
-    def call(self, matrix: Tensor, state: Mapping[str, Tensor], seed: str) -> tuple[Tensor, dict[str, Tensor]]:
+    def call(self, matrix: Tensor, state: Mapping[str, Tensor], seed: str) -> tuple[Any, dict[str, Tensor]]:
         """What the aggregator makes of a matrix, and its state after that.
 
         Args:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mtadam import balancing
-from lightning_mtadam.balancers.aggregator_memory import AggregatorMemory
+from lightning_mtadam.balancers.aggregator_memory import Aggregator, AggregatorMemory
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
 from lightning_mtadam.terms import NonFiniteError
 
@@ -60,7 +60,7 @@ class TorchJDBalancer(GradientBalancer):
 
     def __init__(
         self,
-        aggregator: Callable[[Tensor], Tensor],
+        aggregator: Aggregator,
         normalize: bool = True,
         seed: int = 0,
         terms: Iterable[str] | None = None,
@@ -92,7 +92,7 @@ class TorchJDBalancer(GradientBalancer):
         with _weights_of(self.aggregator) as weights:
             vector, state = self._memory.call(matrix, state, f"{self.seed}/{int(steps)}")
         self._check_vector(vector, matrix)
-        if weights and weights[-1].shape == matrix.shape[:1]:
+        if weights and _multiplied(weights[-1], matrix, vector):
             state["weights"] = torch.zeros_like(norms)
             state["weights"][step.flags(step.present)] = weights[-1].to(norms) / norms[step.flags(step.present)]
         self._state = {**state, "steps": steps + 1}
@@ -127,6 +127,11 @@ def _matrix(step: StepGradients) -> Tensor:
     """The rows of the terms that are present, in fp32 or better: [I, n]."""
     rows = [rows.to(step.norms) for rows in step.memory.rows]
     return torch.cat(rows, 1)[step.flags(step.present)]
+
+
+def _multiplied(weights: Tensor, matrix: Tensor, vector: Tensor) -> bool:
+    """Whether these are what multiplied the rows; some aggregators have a weighting for something else."""
+    return weights.shape == matrix.shape[:1] and torch.allclose(weights.to(matrix) @ matrix, vector, rtol=1e-4)
 
 
 def _split(vector: Tensor, step: StepGradients) -> list[Tensor | None]:
