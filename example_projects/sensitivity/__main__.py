@@ -4,7 +4,7 @@ A method that balances should not feel the factors, and one that is good should 
 spread of 1e4 the last of the losses is multiplied by 1e4; of ten losses the others by factors between, in equal ratios;
 the first keeps its own. "adam" is Adam on the sum of the losses, "adam-by-hand" the oracle, which undoes the factors.
 Every run is a line of runs.csv in the output folder; runs that are there already are not repeated, so that the command
-may be interrupted, or called again with more. Of every problem there is a table and a figure of all runs in the folder.
+may be interrupted, or called again with more. Of every problem there is a table and a figure of what was asked for.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     data = find_data(options.data_dir)[0] if set(options.problem) != {"equation"} else Path()
     problems = {name: PROBLEMS[name](data) for name in options.problem}
     train_missing(options, problems, folder / "runs.csv")
-    runs = read_runs(folder / "runs.csv")
+    asked = {key_of(what) for what in planned(options)}
+    runs = [run for run in read_runs(folder / "runs.csv") if key_of(run) in asked]
     for name, problem in problems.items():
-        steps = str(options.steps or STEPS[name])
-        write(folder, problem, [run for run in runs if run["problem"] == name and run["steps"] == steps])
+        write(folder, problem, [run for run in runs if run["problem"] == name])
     held = markdown(law(list(problems.values()), options.spreads, min(LAW_STEPS, options.steps or LAW_STEPS)))
     (folder / "law.md").write_text(held + "\n")
     print(f"\nMTAdam in double precision: the largest relative change of a trained loss by factors\n\n{held}")

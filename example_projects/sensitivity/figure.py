@@ -28,12 +28,13 @@ def draw(runs: Sequence[Run], metric: str, file: Path) -> None:
     """
     found = {name: cells_of(of_method(runs, name)) for name in METHODS if of_method(runs, name)}
     rows = math.ceil(len(found) / COLUMNS)
-    figure = Figure(figsize=(3.1 * COLUMNS, 2.5 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+    figure = Figure(figsize=(3.1 * COLUMNS, 2.3 * rows + 0.7), layout="constrained")
+    panels = list(figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
     for axes, (name, cells) in zip(panels, found.items(), strict=False):
         panel(axes, name, cells, found.get(ORACLE))
-    for axes in list(panels):
+    for axes in panels[len(found) :]:
         axes.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supxlabel("spread of the factors on the losses")
     figure.supylabel(metric)
     figure.savefig(file, dpi=90)
@@ -42,15 +43,14 @@ def draw(runs: Sequence[Run], metric: str, file: Path) -> None:
 def panel(axes: Axes, name: str, cells: Cells, oracle: Cells | None) -> None:
     """One method."""
     if oracle is not None:
-        axes.plot(*_line(oracle.best()), ":", color="black", label=f"{ORACLE}, best")
+        axes.plot(*_line(oracle.best()), ":", color="black", label=f"{ORACLE}, best learning rate")
     best, worst = cells.best(), cells.worst()
-    axes.plot(*_line(best), "o-", markersize=4, label="best lr")
-    axes.plot(*_line(worst), "s--", markersize=4, label="worst lr")
+    axes.plot(*_line(best), "o-", markersize=4, label="best learning rate")
+    axes.plot(*_line(worst), "s--", markersize=4, label="worst learning rate")
     both = [spread for spread in best if math.isfinite(worst[spread])]
     axes.fill_between(both, [best[spread] for spread in both], [worst[spread] for spread in both], alpha=0.15)
     axes.set(xscale="log", yscale="log", title=name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6)
 
 
 def _line(values: dict[float, float]) -> tuple[list[float], list[float]]:

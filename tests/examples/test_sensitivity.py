@@ -137,8 +137,10 @@ def test_runs_are_not_repeated_and_tables_and_figures_are_made(tmp_path, monkeyp
         patched.delattr(command, "train")
         call(*arguments)
     assert read_rows(tmp_path / "runs.csv") == rows
-    call(*arguments, "--problem", "equation", "--seeds", 0, 1)
-    assert len(read_rows(tmp_path / "runs.csv")) == len(rows) + 3 * 2 * 2
+    printed = call(*arguments, "--problem", "equation", "--seeds", 0, 1, "--lrs", 1e-3, "--method", "adam")
+    assert len(read_rows(tmp_path / "runs.csv")) == len(rows) + 2
+    assert "| adam   | 4 " in printed  # two spreads, two seeds, and nothing else
+    assert "mtadam " not in printed
 
 
 def test_a_line_that_was_cut_short_is_trained_again(tmp_path):
