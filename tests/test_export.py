@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_mtadam import export_weights
 from lightning_mtadam.export import ExportedWeights
@@ -45,7 +44,7 @@ def slopes(network):
     return {name: slope * torch.cos(index + len(name)) @ flat for name, slope in SLOPES.items()}
 
 
-def train(losses=three_losses, steps=len(BATCHES), **options):
+def train(losses=three_losses, steps=20, **options):
     network = make_network()
     optimizer = make_mtadam(network, **options)
     for batch in BATCHES[:steps]:
