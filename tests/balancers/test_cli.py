@@ -28,10 +28,7 @@ class Configured(MultiTermLightningModule):
 
     def __init__(self, balancer: Balancer | None = None) -> None:
         super().__init__()
-        self.network, self.given = make_network(), balancer
-
-    def configure_balancer(self):
-        return self.given
+        self.network, self.balancer = make_network(), balancer
 
     def training_step(self, batch, batch_idx):
         return output_losses(self.network, batch)
@@ -72,3 +69,8 @@ def test_without_a_balancer_the_plain_sum_is_trained(tmp_path):
 
 def test_every_balancer_is_tried():
     assert {*GIVEN, "Balancer"} == set(balancers.__all__)
+
+
+def test_what_is_no_balancer_is_refused():
+    with pytest.raises(TypeError, match="a balancer of lightning_mtadam.balancers or None, but got a str"):
+        Configured("GradNorm")

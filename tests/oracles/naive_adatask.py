@@ -1,6 +1,6 @@
 """AdaTask with Adam in numpy float64: every term has an Adam of its own, and their steps are added up.
 
-Written from Yang et al. 2023, section 4.1. It shares nothing with the package.
+Written from Yang et al. 2023 (AAAI). It shares nothing with the package.
 """
 
 import numpy as np
