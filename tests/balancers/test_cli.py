@@ -72,5 +72,5 @@ def test_every_balancer_is_tried():
 
 
 def test_what_is_no_balancer_is_refused():
-    with pytest.raises(TypeError, match="a balancer of lightning_mtadam.balancers or None, but got a str"):
+    with pytest.raises(TypeError, match=r"a balancer of lightning_mtadam\.balancers or None, but got a str"):
         Configured("GradNorm")
