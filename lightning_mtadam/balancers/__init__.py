@@ -3,5 +3,7 @@
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.fixed_weights import FixedWeights
 from lightning_mtadam.balancers.gradnorm import GradNorm
+from lightning_mtadam.balancers.output_balancer import OutputBalancer
+from lightning_mtadam.balancers.uncertainty import UncertaintyWeighting
 
-__all__ = ["Balancer", "FixedWeights", "GradNorm"]
+__all__ = ["Balancer", "FixedWeights", "GradNorm", "OutputBalancer", "UncertaintyWeighting"]
