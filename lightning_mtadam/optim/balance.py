@@ -14,8 +14,9 @@ from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import average
 from lightning_mtadam.optim.layers import Layers
+from lightning_mtadam.optim.norms import norm_table
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import Gradients, norms_of
+from lightning_mtadam.optim.pending import Gradients
 from lightning_mtadam.optim.schedule import decay_of_norms
 from lightning_mtadam.optim.state import BalanceTable, State, balance_dtype
 
@@ -66,15 +67,7 @@ class Balance:
             gradients: of each term.
             known: of each term its norms, if they were taken already.
         """
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        columns = []
-        for column, norms in zip(gradients, known, strict=True):
-            if norms is None:
-                found = iter(norms_of(column))
-                norms = [None if gradient is None else next(found) for gradient in column]
-            filled = [zero if norm is None else norm for norm in norms]
-            columns.append(torch.stack(filled if self.uniform else [norm.to(zero) for norm in filled]))
-        rows = torch.stack(columns, 1)
+        rows = norm_table(gradients, known, self.dtype, self.device, uniform=self.uniform)
         for cut in dict.fromkeys(self.shardings):  # in one order on all processes
             if cut is not None:
                 index = self.constant([row for row, other in enumerate(self.shardings) if other == cut], torch.int64)

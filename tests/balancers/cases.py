@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchjd.aggregation import GradVac, PCGrad, UPGrad
 
 from lightning_mtadam import MultiTermLightningModule
-from lightning_mtadam.balancers import Balancer, FixedWeights, GradNorm, OutputBalancer, UncertaintyWeighting
+from lightning_mtadam.balancers import (
+    Balancer,
+    FixedWeights,
+    GradNorm,
+    MetaBalance,
+    OutputBalancer,
+    TorchJDBalancer,
+    UncertaintyWeighting,
+)
 from tests.lightning_models import LR, Batch, clip_by_hand, make_network, three_losses
 
 Losses = dict[str, Tensor]
@@ -58,6 +67,10 @@ CASES = {
         output_losses,
         joins=False,
     ),
+    "metabalance": Case(MetaBalance),
+    "torchjd, random": Case(lambda: TorchJDBalancer(PCGrad())),
+    "torchjd, weights of a solver": Case(lambda: TorchJDBalancer(UPGrad())),
+    "torchjd, with a state": Case(lambda: TorchJDBalancer(GradVac(), seed=3)),
 }
 
 

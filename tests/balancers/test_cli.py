@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
+from torchjd.aggregation import UPGrad
 
 from lightning_mtadam import MultiTermLightningModule, balancers
 from lightning_mtadam.balancers import Balancer
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.filterwarnings(
 GIVEN = {
     "FixedWeights": {"weights": {"fit": 1.0, "size": 0.01, "bend": 3.0}},
     "GradNorm": {"shared": "network.0", "alpha": 0.5, "initial_losses": {"fit": 1.0, "size": 80.0, "bend": 1e-3}},
+    "MetaBalance": {"relax": 0.5, "anchor": "mean"},
     "OutputBalancer": {"output": "network", "weights": {"fit": 2.0, "size": 1.0, "bend": 1.0}, "ema_decay": 0.9},
+    "TorchJDBalancer": {"aggregator": {"class_path": "torchjd.aggregation.UPGrad"}, "seed": 3},
     "UncertaintyWeighting": {"terms": ["fit", "size", "bend"]},
 }
 
@@ -52,7 +55,8 @@ def test_the_balancer_comes_from_a_config_file(name, tmp_path):
     cli = run(tmp_path, f"--config={tmp_path / 'balanced.yaml'}")
     kind = getattr(balancers, name)
     assert type(cli.model.balancer) is kind
-    by_hand = balanced_by_hand(Case(lambda: kind(**GIVEN[name]), output_losses), make_loader(), epochs=2)
+    given = {key: UPGrad() if key == "aggregator" else value for key, value in GIVEN[name].items()}
+    by_hand = balanced_by_hand(Case(lambda: kind(**given), output_losses), make_loader(), epochs=2)
     assert_same(cli.model, by_hand)
 
 
