@@ -114,9 +114,7 @@ def write(options: argparse.Namespace, rates: dict[str, float], tuning: list[Res
     table = write_rows(options, rows, results)
     if tuning:
         report.write_csv(options.output_dir / "tuning.csv", tuning)
-    runs = {
-        name: [folder_of(options, name, rates[name], seed) for seed in options.seeds] for name in options.method
-    }
+    runs = {name: [folder_of(options, name, rates[name], seed) for seed in options.seeds] for name in options.method}
     draw(runs, SIGMAS[options.tasks], options.output_dir / "curves.png")
     print(f"\n{table}\n")
     if len(options.method) > 1:
