@@ -83,7 +83,7 @@ class GradNorm(Balancer):
             )
         self.shared, self.alpha, self.lr = shared, alpha, lr
         self._given = None if given is None else [float(given[name]) for name in self._terms]
-        self._start_length = initial_losses if isinstance(initial_losses, int) else 1
+        self._start_length = initial_losses if isinstance(initial_losses, int) else int(given is None)
         self._started: set[str] = set()  # the terms whose initial losses are known, and were checked
         self._layer: tuple[nn.Module, list[Tensor]] | None = None  # the shared parameters, and whose they are
         self._observed = torch.empty(0)  # in this step so far, as the rule has it: [I, HEAD + |W|]
@@ -120,7 +120,7 @@ class GradNorm(Balancer):
             self._check_first_steps(batch.losses, terms)
         shared, device = self._layer[1], batch.grad_output.device
         dtype = torch.promote_types(next(iter(batch.losses.values())).dtype, torch.float32)
-        before = self._before or rule.beginning(len(terms), self._given, self._start_length, dtype, device)
+        before = self._before or rule.beginning(len(terms), self._given, dtype, device)
         seen = torch.zeros(len(terms), rule.HEAD + sum(p.numel() for p in shared), dtype=dtype, device=device)
         for name, loss in batch.losses.items():
             row, gradient = seen[terms.index(name)], gradient_at(shared, name, loss, batch, dtype)
@@ -140,19 +140,18 @@ class GradNorm(Balancer):
         """Raise, on all processes, if a term cannot be balanced; the host reads until all initial losses are known."""
         if not self._before or self._started.issuperset(losses):
             return
-        columns = (self._before[key].tolist() for key in ("averaged", "reached", "initial_losses"))
-        for name, averaged, reached, loss in zip(terms, *columns, strict=True):
-            if averaged < self._start_length:
+        columns = (self._before[key].tolist() for key in ("seen", "reached", "initial_losses"))
+        for name, seen, reached, loss in zip(terms, *columns, strict=True):
+            if seen < max(self._start_length, 1):
                 continue
-            if name in losses and not reached:
+            if not reached:
                 raise ValueError(unreached_message(name))
             if not loss > 0:
                 raise ValueError(
                     f"The initial loss of the term {name!r} is {loss}, but GradNorm divides by it: it must be above 0."
                     " Give initial_losses by term, or a number of steps to average, or leave the term out."
                 )
-            if reached:
-                self._started.add(name)
+            self._started.add(name)
 
 
 def _of_all(observed: Tensor, processes: Processes) -> Tensor:

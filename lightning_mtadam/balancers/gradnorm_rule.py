@@ -13,29 +13,24 @@ HEAD = 3  # of what is observed of a term the columns before its gradient: prese
 
 State = dict[str, Tensor]
 """Each [I]: "logits" z, their moments "exp_avg" and "exp_avg_sq", "log_weights" summed over the steps,
-"initial_losses" L_i(0), how many steps are "averaged" in them, whether the term "reached" the shared layer so far.
-Scalars: "steps", and "moves" of the logits."""
+"initial_losses" L_i(0), in how many steps the term was "seen", and whether it "reached" the shared layer in the
+last of them. Scalars: "steps", and "moves" of the logits."""
 
 
-def beginning(
-    terms: int, initial: Sequence[float] | None, start_length: int, dtype: torch.dtype, device: torch.device
-) -> State:
+def beginning(terms: int, initial: Sequence[float] | None, dtype: torch.dtype, device: torch.device) -> State:
     """The state before the first step.
 
     Args:
         terms: I.
         initial: L_i(0) by term, if they are given.
-        start_length: over how many steps they are averaged otherwise.
         dtype: of all tensors.
         device: of all tensors.
     """
     zeros = torch.zeros(terms, dtype=dtype, device=device)
-    known = initial is not None
     return {
-        **dict.fromkeys(("logits", "exp_avg", "exp_avg_sq", "log_weights", "reached"), zeros),
+        **dict.fromkeys(("logits", "exp_avg", "exp_avg_sq", "log_weights", "seen", "reached"), zeros),
         **dict.fromkeys(("steps", "moves"), zeros.sum()),
-        "initial_losses": torch.tensor(initial, dtype=dtype, device=device) if known else zeros,
-        "averaged": torch.full_like(zeros, start_length) if known else zeros,
+        "initial_losses": torch.tensor(initial, dtype=dtype, device=device) if initial is not None else zeros,
     }
 
 
@@ -48,22 +43,22 @@ def advance(state: State, observed: Tensor, *, alpha: float, lr: float, start_le
             gradient there. [I, HEAD + |W|].
         alpha: the exponent of the training rates.
         lr: learning rate of the logits.
-        start_length: over how many steps the initial losses are averaged; a term counts from then on.
+        start_length: over how many steps the initial losses are averaged, 0 if they are given; a term counts from the
+            last of them on.
     """
     present, losses = observed[:, 0] > 0, observed[:, 1]
     norms = torch.linalg.vector_norm(observed[:, HEAD:], dim=1)
-    counting = present & (state["averaged"] < start_length)
-    averaged = state["averaged"] + counting
-    mean = torch.lerp(state["initial_losses"], losses, 1 / averaged.clamp(min=1))
-    initial = torch.where(counting, mean, state["initial_losses"])
+    seen = state["seen"] + present
+    mean = torch.lerp(state["initial_losses"], losses, 1 / seen.clamp(min=1))
+    initial = torch.where(present & (seen <= start_length), mean, state["initial_losses"])
     kept = {
         "initial_losses": initial,
-        "averaged": averaged,
-        "reached": torch.maximum(state["reached"], (observed[:, 2] > 0).to(losses)),
+        "seen": seen,
+        "reached": torch.where(present, (observed[:, 2] > 0).to(losses), state["reached"]),
         "steps": state["steps"] + 1,
         "log_weights": state["log_weights"] + weights_of(state["logits"]).log(),
     }
-    ready = present & (averaged >= start_length) & (initial > 0)
+    ready = present & (seen >= start_length) & (initial > 0)
     gradient = logit_gradient(state["logits"], norms, training_rates(losses, initial, ready), alpha, ready)
     moves = state["moves"] + 1
     logits, moments = adam_step(state["logits"], gradient, (state["exp_avg"], state["exp_avg_sq"]), moves, lr)

@@ -41,9 +41,8 @@ def test_the_gradient_of_the_weights_equals_double_backward(alpha, seed):
         x, logits, initial = (torch.randn(s, generator=generator).double() for s in ((7, 3), (4,), (4,)))
         initial, logits = initial.exp(), logits.requires_grad_()
         losses = random_losses(network, x)
-        (expected,) = torch.autograd.grad(
-            gradient_loss(rule.weights_of(logits), losses, initial, shared, alpha), logits
-        )
+        oracle = gradient_loss(4 * torch.softmax(logits, 0), losses, initial, shared, alpha)
+        (expected,) = torch.autograd.grad(oracle, logits)
         gradients = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
         norms = torch.stack([torch.cat([g.flatten() for g in found]).norm() for found in gradients])
         everyone = torch.ones(4, dtype=torch.bool)
@@ -95,30 +94,29 @@ def test_a_trajectory_equals_the_naive_loop(choose, initial, accumulate, optimiz
 
 
 def begin(terms, dtype=torch.float64):
-    return rule.beginning(terms, None, 1, dtype, torch.device("cpu"))
+    return rule.beginning(terms, None, dtype, torch.device("cpu"))
 
 
 def test_at_alpha_0_weights_settle_where_they_are_proportional_to_the_inverse_norms():
     """The gradients are constant, of norms 1, 30, 0.02 and 5; the steps become smaller."""
     norms = torch.tensor([1.0, 30.0, 0.02, 5.0], dtype=torch.float64)
-    observed = torch.stack([torch.ones_like(norms), torch.ones_like(norms), norms], 1)
+    observed = torch.stack([torch.ones_like(norms)] * rule.HEAD + [norms], 1)
     state = begin(4)
-    for step in range(6000):
-        state = rule.advance(state, observed, alpha=0.0, lr=0.1 * 0.998**step, start_length=1)
+    for step in range(3000):
+        state = rule.advance(state, observed, alpha=0.0, lr=0.1 * 0.997**step, start_length=1)
     expected = 4 / norms / (1 / norms).sum()
     torch.testing.assert_close(rule.weights_of(state["logits"]), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.5])
-def test_weights_are_positive_and_sum_to_the_number_of_terms(alpha):
+def test_weights_are_positive_and_sum_to_the_number_of_terms():
     """Over 10,000 steps, in single precision, of losses and gradients that jump by orders of magnitude."""
     generator = torch.Generator().manual_seed(0)
-    jumps = (3 * torch.randn(10_000, 5, 4, generator=generator)).exp()
+    jumps = (3 * torch.randn(10_000, 5, rule.HEAD + 1, generator=generator)).exp()
     jumps[:, 3] *= 1e6
     jumps[:, :, 0] = torch.rand(10_000, 5, generator=generator) > 0.1  # presence
     state, weights = begin(5, torch.float32), []
     for observed in jumps:
-        state = rule.advance(state, observed, alpha=alpha, lr=0.025, start_length=1)
+        state = rule.advance(state, observed, alpha=1.5, lr=0.025, start_length=1)
         weights.append(rule.weights_of(state["logits"]))
     found = torch.stack(weights)
     assert bool((found > 0).all())
@@ -249,7 +247,7 @@ def test_a_frozen_layer_is_refused():
 
 def test_a_term_that_does_not_reach_the_layer_is_named():
     network, balancer, _ = started()
-    losses = three_losses(network, BATCH) | {"decay": network[2].weight.square().sum()}
+    losses = three_losses(network, BATCH) | {"decay": network[2].weight.square().sum()}  # the layer above
     refuse(balancer, losses, network, r"losses\['decay'\] does not reach the shared layer")
 
 
@@ -323,15 +321,23 @@ def astray_here(rank, losses, network):
     return {"decay": network[2].weight.square().sum()} if rank == 1 else {}
 
 
-def test_a_loss_that_is_zero_on_one_rank_is_no_error(tmp_path):
-    first, second = run_ranks(train_rank, tmp_path, zero_here)
+def astray_everywhere(rank, losses, network):
+    return {"decay": network[2].weight.square().sum()}
+
+
+@pytest.mark.parametrize("odd", [zero_here, astray_here])
+def test_what_is_odd_on_one_rank_only_is_no_error(odd, tmp_path):
+    first, second = run_ranks(train_rank, tmp_path, odd)
     assert first.error is second.error is None
     assert all(torch.equal(value, second.result[key]) for key, value in first.result.items())
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [(zero_everywhere, "initial loss of the term 'size' is 0.0"), (astray_here, "'decay'] does not reach the shared")],
+    [
+        (zero_everywhere, "initial loss of the term 'size' is 0.0"),
+        (astray_everywhere, "'decay'] does not reach the shared"),
+    ],
 )
 def test_every_rank_hears_of_losses_that_cannot_be_balanced(wrong, message, tmp_path):
     assert all(message in outcome.error for outcome in run_ranks(train_rank, tmp_path, wrong))
