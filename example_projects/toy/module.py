@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from example_projects.toy.methods import Method, terms_of
@@ -16,14 +17,14 @@ from lightning_mtadam.balancers import Balancer
 Batch = tuple[Tensor, Tensor]
 
 
-def task_losses(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """The mean squared error of each task. [T, N, 100] each -> [T]."""
-    return (predicted - wanted).square().mean((1, 2))
+def task_losses(predicted: Iterable[Tensor], wanted: Tensor) -> list[Tensor]:
+    """The mean squared error of each task. T times [N, 100], [T, N, 100] -> T scalars."""
+    return [F.mse_loss(one, other) for one, other in zip(predicted, wanted, strict=True)]
 
 
-def normalised_loss(predicted: Tensor, wanted: Tensor, sigmas: Sequence[float]) -> Tensor:
+def normalised_loss(predicted: Iterable[Tensor], wanted: Tensor, sigmas: Sequence[float]) -> Tensor:
     """The sum over the tasks of ``L_i / sigma_i^2``; somewhat below T for a network that says 0. Scalar."""
-    return (task_losses(predicted, wanted) / torch.tensor(sigmas).square()).sum()
+    return (torch.stack(task_losses(predicted, wanted)) / torch.tensor(sigmas).square()).sum()
 
 
 class Toy(MultiTermLightningModule):
@@ -45,8 +46,7 @@ class Toy(MultiTermLightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return a loss per task."""
         x, wanted = batch
-        losses = task_losses(self.network(x), wanted)
-        return dict(zip(terms_of(len(self.sigmas)), losses.unbind(), strict=True))
+        return dict(zip(terms_of(len(self.sigmas)), task_losses(self.network(x), wanted), strict=True))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """A point of the curve."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from example_projects.toy.data import INPUTS, OUTPUTS
@@ -13,7 +12,7 @@ WIDTH, DEPTH = 100, 4
 
 
 class Net(nn.Module):
-    """A trunk of four layers of 100 with ReLU, and an affine head per task: [N, 250] to [T, N, 100].
+    """A trunk of four layers of 100 with ReLU, and an affine head per task: [N, 250] to [N, 100] for each.
 
     Args:
         tasks: how many.
@@ -25,7 +24,7 @@ class Net(nn.Module):
         self.trunk = nn.Sequential(*(layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())))
         self.heads = nn.ModuleList(nn.Linear(WIDTH, OUTPUTS) for _ in range(tasks))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Predict all tasks."""
         features = self.trunk(x)
-        return torch.stack([head(features) for head in self.heads])
+        return [head(features) for head in self.heads]

@@ -41,7 +41,8 @@ class GradNorm(Balancer):
 
     Raises:
         ValueError: an option is out of range; a name that the network has not, or that holds no trained parameter; a
-            term that does not reach the shared layer; an initial loss that is not above zero.
+            term that does not reach the shared layer. In the step after it is known: an initial loss that is not above
+            zero; with several processes, a term that reaches the shared layer on none of them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
