@@ -119,8 +119,8 @@ def write(options: argparse.Namespace, rates: dict[str, float], tuning: list[Res
     print(f"\n{table}\n")
     if len(options.method) > 1:
         print(f"{report.markdown(margins(results))}\n")
-    print(f"Mean +- standard deviation. Written to {options.output_dir}: table.md, table.csv, curves.png;")
-    print("every run in results.csv, the choice of the learning rates in tuning.csv.")
+    print(f"Mean +- standard deviation. Written to {options.output_dir}: table.md, table.csv, curves.png; every run in")
+    print("results.csv; those that told the learning rates, if there were several, in tuning.csv.")
 
 
 if __name__ == "__main__":
