@@ -11,6 +11,7 @@ from example_projects import compare
 from example_projects.common import cost_figure, image_command
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
+from example_projects.toy import __main__ as toy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -50,6 +51,11 @@ def test_commands_of_the_mnist_project_are_understood(arguments):
 @pytest.mark.parametrize("arguments", commands("example_projects.pinn"), ids=" ".join)
 def test_commands_of_the_pinn_project_are_understood(arguments):
     assert pinn.parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("example_projects.toy"), ids=" ".join)
+def test_commands_of_the_toy_project_are_understood(arguments):
+    assert toy.parse(arguments)
 
 
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)
@@ -93,6 +99,7 @@ def test_commands_of_the_command_line_page_run(arguments, tmp_path, monkeypatch)
 def test_there_are_commands_and_snippets():
     assert len(commands("example_projects.mnist")) >= 3
     assert commands("example_projects.pinn")
+    assert commands("example_projects.toy")
     assert commands("example_projects.common.cost_figure")
     assert commands("example_projects.compare")
     assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)
