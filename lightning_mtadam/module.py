@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import lightning_internals
+from lightning_mtadam.balancer_slot import BalancerSlot
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
@@ -40,7 +41,7 @@ class _PendingLosses:
     balancer: Balancer | None
 
 
-class MultiTermLightningModule(pl.LightningModule):
+class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
     """A LightningModule for training on several losses.
 
     ``training_step`` returns a dict of named scalar losses. With :class:`~lightning_mtadam.optim.MTAdam` as optimizer,
@@ -77,46 +78,6 @@ class MultiTermLightningModule(pl.LightningModule):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._logged: set[str] = set()
-        self._balancers: list[Balancer | None] = []  # what configure_balancer has returned, once it was asked
-
-    def configure_balancer(self) -> Balancer | None:
-        """Override it to balance the losses by something else than MTAdam, before any torch optimizer steps.
-
-        Returns:
-            A balancer, or ``None``: then the optimizer is MTAdam, or the module trains on the plain sum.
-
-        Example:
-            >>> from lightning_mtadam.balancers import GradNorm
-            >>> class Weighted(MultiTermLightningModule):
-            ...     def configure_balancer(self):
-            ...         return GradNorm(shared="encoder")
-            ...     def configure_optimizers(self):
-            ...         return torch.optim.Adam(self.parameters())
-        """
-        return None
-
-    @property
-    def balancer(self) -> Balancer | None:
-        """What ``configure_balancer`` returned when it was first needed; what it learns is then part of this module."""
-        if not self._balancers:
-            try:
-                made = self.configure_balancer()
-            except AttributeError as error:  # a module's properties would say that there is no "balancer"
-                raise RuntimeError(f"configure_balancer failed: {error}") from error
-            if made is not None and not isinstance(made, Balancer):
-                raise TypeError(
-                    f"configure_balancer must return a balancer of lightning_mtadam.balancers or None, but returned a"
-                    f" {type(made).__name__}."
-                )
-            self._balancers.append(made)
-            if made is not None and made.learned is not None:
-                self.add_module("learned_balance", made.learned)
-        return self._balancers[0]
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module; with what the balancer learns."""
-        _ = self.balancer
-        return super().load_state_dict(*args, **kwargs)
 
     @property
     def trainer(self) -> pl.Trainer:

@@ -12,6 +12,7 @@ from example_projects.common import cost_figure, image_command
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
 from example_projects.sensitivity import __main__ as sensitivity
+from example_projects.toy import __main__ as toy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -58,6 +59,11 @@ def test_commands_of_the_sensitivity_project_are_understood(arguments):
     assert sensitivity.parse(arguments)
 
 
+@pytest.mark.parametrize("arguments", commands("example_projects.toy"), ids=" ".join)
+def test_commands_of_the_toy_project_are_understood(arguments):
+    assert toy.parse(arguments)
+
+
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)
 def test_commands_that_draw_a_figure_are_understood(arguments):
     assert cost_figure.parse(arguments)
@@ -100,10 +106,11 @@ def test_there_are_commands_and_snippets():
     assert len(commands("example_projects.mnist")) >= 3
     assert commands("example_projects.pinn")
     assert commands("example_projects.sensitivity")
+    assert commands("example_projects.toy")
     assert commands("example_projects.common.cost_figure")
     assert commands("example_projects.compare")
     assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)
-    assert len(cli_commands()) == 3
+    assert len(cli_commands()) == 4
     assert blocks(ROOT / "README.md", "python")
 
 

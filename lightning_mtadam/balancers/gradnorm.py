@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer, Batch
-from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of
+from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
 
@@ -41,7 +41,8 @@ class GradNorm(Balancer):
 
     Raises:
         ValueError: an option is out of range; a name that the network has not, or that holds no trained parameter; a
-            term that does not reach the shared layer; an initial loss that is not above zero.
+            term that does not reach the shared layer. In the step after it is known: an initial loss that is not above
+            zero; with several processes, a term that reaches the shared layer on none of them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -85,10 +86,10 @@ class GradNorm(Balancer):
             )
         self.shared, self.alpha, self.lr = shared, alpha, lr
         self._given = None if given is None else [float(given[name]) for name in self._terms]
-        self._start_length = initial_losses if isinstance(initial_losses, int) else 1
+        self._start_length = initial_losses if isinstance(initial_losses, int) else int(given is None)
         self._started: set[str] = set()  # the terms whose initial losses are known, and were checked
         self._layer: tuple[nn.Module, list[Tensor]] | None = None  # the shared parameters, and whose they are
-        self._observed = torch.empty(0)  # in this step so far: presence, loss and gradient at W, [I, 2 + |W|]
+        self._observed = torch.empty(0)  # in this step so far, as the rule has it: [I, HEAD + |W|]
 
     def term_weights(self) -> dict[str, Tensor]:
         """The weights w_i, which are positive and sum to I."""
@@ -118,70 +119,42 @@ class GradNorm(Balancer):
 
     def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
         assert self._layer is not None
+        if batch.begins:
+            self._check_first_steps(batch.losses, terms)
+        shared, device = self._layer[1], batch.grad_output.device
         dtype = torch.promote_types(next(iter(batch.losses.values())).dtype, torch.float32)
-        before = self._before or self._beginning(len(terms), dtype, batch.grad_output.device)
-        seen = torch.zeros(
-            len(terms), 2 + sum(p.numel() for p in self._layer[1]), dtype=dtype, device=batch.grad_output.device
-        )
+        before = self._before or rule.beginning(len(terms), self._given, dtype, device)
+        seen = torch.zeros(len(terms), rule.HEAD + sum(p.numel() for p in shared), dtype=dtype, device=device)
         for name, loss in batch.losses.items():
-            row = seen[terms.index(name)]
+            row, gradient = seen[terms.index(name)], gradient_at(shared, name, loss, batch, dtype)
             row[0], row[1] = batch.share, batch.share * loss.detach()
-            row[2:] = gradient_at(self._layer[1], name, loss, batch, dtype)
+            if gradient is not None:
+                row[2], row[rule.HEAD :] = 1, gradient
         observed = seen if batch.begins else self._observed + seen
-        after = self._advance(before, _of_all(observed, batch.processes))
-        self._check_start(batch.losses, terms, after)
+        after = rule.advance(
+            before, _of_all(observed, batch.processes), alpha=self.alpha, lr=self.lr, start_length=self._start_length
+        )
         weights = rule.weights_of(before["logits"])
         weighted = [weights[terms.index(name)] * loss for name, loss in batch.losses.items()]
         batch.run(torch.stack(weighted).sum() * batch.grad_output)
         self._observed, self._state = observed, after
 
-    def _beginning(self, terms: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The state before the first step."""
-        zeros = torch.zeros(terms, dtype=dtype, device=device)
-        known = self._given is not None
-        return {
-            **dict.fromkeys(("logits", "exp_avg", "exp_avg_sq", "log_weights"), zeros),
-            **dict.fromkeys(("steps", "moves"), zeros.sum()),
-            "initial_losses": torch.tensor(self._given, dtype=dtype, device=device) if known else zeros,
-            "averaged": torch.full_like(zeros, self._start_length) if known else zeros,
-        }
-
-    def _advance(self, state: dict[str, Tensor], observed: Tensor) -> dict[str, Tensor]:
-        """The state after a step in which this was observed, [I, 2 + |W|]; the same if it is not finite."""
-        present, losses = observed[:, 0] > 0, observed[:, 1]
-        norms = torch.linalg.vector_norm(observed[:, 2:], dim=1)
-        counting = present & (state["averaged"] < self._start_length)
-        averaged = state["averaged"] + counting
-        initial = torch.where(
-            counting, torch.lerp(state["initial_losses"], losses, 1 / averaged.clamp(min=1)), state["initial_losses"]
-        )
-        ready = present & (averaged >= self._start_length)
-        gradient = rule.logit_gradient(
-            state["logits"], norms, rule.training_rates(losses, initial, ready), self.alpha, ready
-        )
-        moves = state["moves"] + ready.any()
-        moved, moments = rule.adam_step(
-            state["logits"], gradient, (state["exp_avg"], state["exp_avg_sq"]), moves.clamp(min=1), self.lr
-        )
-        kept = {"averaged": averaged, "initial_losses": initial, "steps": state["steps"] + 1}
-        kept["log_weights"] = state["log_weights"] + rule.weights_of(state["logits"]).log()
-        learned = {"logits": moved, "exp_avg": moments[0], "exp_avg_sq": moments[1], "moves": moves}
-        learned = {key: torch.where(ready.any(), value, state[key]) for key, value in learned.items()}
-        finite = observed.isfinite().all()
-        return {key: torch.where(finite, value, state[key]) for key, value in {**kept, **learned}.items()}
-
-    def _check_start(self, losses: Losses, terms: tuple[str, ...], state: dict[str, Tensor]) -> None:
-        """Raise if an initial loss is not above zero; the host reads them only until all are known."""
-        if self._started.issuperset(losses):
+    def _check_first_steps(self, losses: Losses, terms: tuple[str, ...]) -> None:
+        """Raise, on all processes, if a term cannot be balanced; the host reads until all initial losses are known."""
+        if not self._before or self._started.issuperset(losses):
             return
-        for name, initial, averaged in zip(terms, state["initial_losses"], state["averaged"], strict=True):
-            if averaged >= self._start_length and not initial > 0:
+        columns = (self._before[key].tolist() for key in ("seen", "reached", "initial_losses"))
+        for name, seen, reached, loss in zip(terms, *columns, strict=True):
+            if seen < max(self._start_length, 1):
+                continue
+            if not reached:
+                raise ValueError(unreached_message(name))
+            if not loss > 0:
                 raise ValueError(
-                    f"The initial loss of the term {name!r} is {float(initial)}, but GradNorm divides by it: it must be"
-                    " above 0. Give initial_losses by term, or a number of steps to average, or leave the term out."
+                    f"The initial loss of the term {name!r} is {loss}, but GradNorm divides by it: it must be above 0."
+                    " Give initial_losses by term, or a number of steps to average, or leave the term out."
                 )
-            if averaged >= self._start_length:
-                self._started.add(name)
+            self._started.add(name)
 
 
 def _of_all(observed: Tensor, processes: Processes) -> Tensor:

@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+HEAD = 3  # of what is observed of a term the columns before its gradient: presence, loss, whether it reaches the layer
+
+State = dict[str, Tensor]
+"""Each [I]: "logits" z, their moments "exp_avg" and "exp_avg_sq", "log_weights" summed over the steps,
+"initial_losses" L_i(0), in how many steps the term was "seen", and whether it "reached" the shared layer in the
+last of them. Scalars: "steps", and "moves" of the logits."""
+
+
+def beginning(terms: int, initial: Sequence[float] | None, dtype: torch.dtype, device: torch.device) -> State:
+    """The state before the first step.
+
+    Args:
+        terms: I.
+        initial: L_i(0) by term, if they are given.
+        dtype: of all tensors.
+        device: of all tensors.
+    """
+    zeros = torch.zeros(terms, dtype=dtype, device=device)
+    return {
+        **dict.fromkeys(("logits", "exp_avg", "exp_avg_sq", "log_weights", "seen", "reached"), zeros),
+        **dict.fromkeys(("steps", "moves"), zeros.sum()),
+        "initial_losses": torch.tensor(initial, dtype=dtype, device=device) if initial is not None else zeros,
+    }
+
+
+def advance(state: State, observed: Tensor, *, alpha: float, lr: float, start_length: int) -> State:
+    """The state after a step; the same if what was observed is not finite.
+
+    Args:
+        state: before it.
+        observed: of each term its presence, its loss, whether it reaches the shared layer (all zero if not), and its
+            gradient there. [I, HEAD + |W|].
+        alpha: the exponent of the training rates.
+        lr: learning rate of the logits.
+        start_length: over how many steps the initial losses are averaged, 0 if they are given; a term counts from the
+            last of them on.
+    """
+    present, losses = observed[:, 0] > 0, observed[:, 1]
+    norms = torch.linalg.vector_norm(observed[:, HEAD:], dim=1)
+    seen = state["seen"] + present
+    mean = torch.lerp(state["initial_losses"], losses, 1 / seen.clamp(min=1))
+    initial = torch.where(present & (seen <= start_length), mean, state["initial_losses"])
+    kept = {
+        "initial_losses": initial,
+        "seen": seen,
+        "reached": torch.where(present, (observed[:, 2] > 0).to(losses), state["reached"]),
+        "steps": state["steps"] + 1,
+        "log_weights": state["log_weights"] + weights_of(state["logits"]).log(),
+    }
+    ready = present & (seen >= start_length) & (initial > 0)
+    gradient = logit_gradient(state["logits"], norms, training_rates(losses, initial, ready), alpha, ready)
+    moves = state["moves"] + 1
+    logits, moments = adam_step(state["logits"], gradient, (state["exp_avg"], state["exp_avg_sq"]), moves, lr)
+    learned = {"logits": logits, "exp_avg": moments[0], "exp_avg_sq": moments[1], "moves": moves}
+    learned = {key: torch.where(ready.any(), value, state[key]) for key, value in learned.items()}
+    finite = observed.isfinite().all()
+    return {key: torch.where(finite, value, state[key]) for key, value in {**kept, **learned}.items()}
 
 
 def weights_of(logits: Tensor) -> Tensor:

@@ -38,23 +38,32 @@ def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
     return trained
 
 
-def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The gradient of a term at the shared layer, without the loss scale; the graph is kept. [|W|].
+def unreached_message(name: str) -> str:
+    """Say that the term does not reach the shared layer, and what to do."""
+    return (
+        f"losses[{name!r}] does not reach the shared layer, so it cannot be compared there. Name a layer that all terms"
+        " pass through, or leave the term out of the losses."
+    )
+
+
+def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """The gradient of a term at the shared layer, without the loss scale; the graph is kept.
 
     Nothing is written to ``.grad``, and no layer below is differentiated.
 
+    Returns:
+        [|W|]; ``None`` if the term does not reach the layer on this one of several processes.
+
     Raises:
-        ValueError: the term does not reach the layer.
+        ValueError: the term does not reach the layer, and there is but one process.
     """
-    size = sum(parameter.numel() for parameter in shared)
     if not loss.requires_grad:  # a constant on this process
-        return torch.zeros(size, dtype=dtype, device=shared[0].device)
+        return None
     found = torch.autograd.grad(loss, shared, batch.grad_output.to(loss), retain_graph=True, allow_unused=True)
-    if all(gradient is None for gradient in found) and batch.processes.group is None:
-        raise ValueError(
-            f"losses[{name!r}] does not reach the shared layer, so it cannot be compared there. Name a layer that all"
-            " terms pass through, or leave the term out of the losses."
-        )
+    if all(gradient is None for gradient in found):
+        if batch.processes.group is None:
+            raise ValueError(unreached_message(name))
+        return None
     pieces = [
         torch.zeros_like(parameter) if gradient is None else gradient
         for gradient, parameter in zip(found, shared, strict=True)

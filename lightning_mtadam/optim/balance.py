@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import nan
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.optim import average
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.norms import norm_table
 from lightning_mtadam.optim.options import Options
@@ -122,6 +124,22 @@ class Balance:
             self.constant([float(self.options.importance.get(term, 1)) for term in self.terms]),
             self.options.max_scale,
         )
+
+    def record(self, scales: Tensor, finite: Tensor | None) -> None:
+        """Let the scales [L, I], without clipping, enter their average; ``finite``: as of ``average``."""
+        rows = scales if len(scales) == 1 else self.by_parameter(scales)
+        average.record(self.table.log_scales, self.table.log_scale_counts, rows, finite)
+
+    def average_scales(self) -> Tensor:
+        """The geometric mean of the scales over the steps so far: [L, I], float64, on the host.
+
+        It is nan where the term never reached the layer, and zero where its importance is.
+        """
+        found = (self.table.log_scales, self.table.log_scale_counts, self.layer_of, self.norms()[1])
+        logs, counts, layer_of, reached = (tensor.to("cpu") for tensor in found)
+        averages = average.average_by_layer(logs.double(), counts.double(), layer_of, len(self.layers.names))
+        averages[:, [self.options.importance.get(term, 1) == 0 for term in self.terms]] = 0
+        return torch.where(reached > 0, averages, nan)
 
     def tick(self, reaching: Tensor, touched: Sequence[bool], finite: Tensor | None) -> None:
         """Advance the clocks: ``reaching`` is [P, I] bool, ``touched`` per parameter."""

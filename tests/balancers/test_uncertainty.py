@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from lightning_mtadam.balancers import UncertaintyWeighting
-from tests.balancers.cases import CASES, Balanced, balanced_by_hand
+from tests.balancers.cases import CASES, Balanced, Case, balanced_by_hand
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds
-from tests.lightning_models import LR, fit, make_loader, make_network, three_losses
+from tests.lightning_models import LR, fit, half_precision, make_loader, make_network, three_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
 TERMS = ("fit", "size", "decay")
@@ -84,6 +84,16 @@ def test_every_kind_of_ddp_equals_one_process(strategy, accumulate, tmp_path):
     for one, two, expected in zip(first, second, alone, strict=True):
         assert torch.equal(one, two)
         assert torch.allclose(one, expected, rtol=0, atol=1e-10)
+
+
+def test_a_gradient_scaler_sees_scaled_gradients_of_the_log_variances():
+    scaled, plain = (Balanced(Case(lambda: UncertaintyWeighting(TERMS)), torch.float32) for _ in range(2))
+    for module, options in ((scaled, {"plugins": half_precision(64.0)}), (plain, {})):
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=1e-3)
+        fit(module, make_loader(dtype=torch.float32), **options)
+    ours, expected = (module.balancer.learned.log_variances for module in (scaled, plain))
+    assert expected[1] > 0.1
+    assert torch.allclose(ours, expected, rtol=0.02)
 
 
 def test_terms_are_required():

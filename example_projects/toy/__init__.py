@@ -1,0 +1,1 @@
+"""The toy of the GradNorm paper: regression tasks whose scales differ."""

@@ -1,0 +1,65 @@
+"""The place of a balancer in a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_mtadam.balancers import Balancer
+
+
+class BalancerSlot(nn.Module):
+    """A module that may have a balancer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._balancers: list[Balancer | None] = []  # what configure_balancer has returned, once it was asked
+
+    def configure_balancer(self) -> Balancer | None:
+        """Override it to balance the losses by something else than MTAdam, before any torch optimizer steps.
+
+        Returns:
+            A balancer, or ``None``: then the optimizer is MTAdam, or the module trains on the plain sum.
+
+        Example:
+            >>> from lightning_mtadam import MultiTermLightningModule
+            >>> from lightning_mtadam.balancers import GradNorm
+            >>> class Weighted(MultiTermLightningModule):
+            ...     def configure_balancer(self):
+            ...         return GradNorm(shared="encoder")
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.Adam(self.parameters())
+        """
+        return None
+
+    @property
+    def balancer(self) -> Balancer | None:
+        """What it was set to, or ``configure_balancer`` returned when it was first needed.
+
+        What it learns is then part of this module. Set it in ``__init__`` where it is an argument: LightningCLI makes
+        the optimizer of ``self.parameters()`` before anything else is asked for.
+        """
+        if not self._balancers:
+            try:
+                made = self.configure_balancer()
+            except AttributeError as error:  # a module's properties would say that there is no "balancer"
+                raise RuntimeError(f"configure_balancer failed: {error}") from error
+            self.balancer = made
+        return self._balancers[0]
+
+    @balancer.setter
+    def balancer(self, balancer: Balancer | None) -> None:
+        if balancer is not None and not isinstance(balancer, Balancer):
+            raise TypeError(
+                "configure_balancer must return, or self.balancer be set to, a balancer of lightning_mtadam.balancers"
+                f" or None, but got a {type(balancer).__name__}."
+            )
+        self._balancers[:] = [balancer]
+        if balancer is not None and balancer.learned is not None:
+            self.add_module("learned_balance", balancer.learned)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module; with what the balancer learns."""
+        _ = self.balancer
+        return super().load_state_dict(*args, **kwargs)
