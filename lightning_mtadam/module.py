@@ -97,21 +97,29 @@ class MultiTermLightningModule(pl.LightningModule):
 
     @property
     def balancer(self) -> Balancer | None:
-        """What ``configure_balancer`` returned when it was first needed; what it learns is then part of this module."""
+        """What it was set to, or ``configure_balancer`` returned when it was first needed.
+
+        What it learns is then part of this module. Set it in ``__init__`` where it is an argument: LightningCLI makes
+        the optimizer of ``self.parameters()`` before anything else is asked for.
+        """
         if not self._balancers:
             try:
                 made = self.configure_balancer()
             except AttributeError as error:  # a module's properties would say that there is no "balancer"
                 raise RuntimeError(f"configure_balancer failed: {error}") from error
-            if made is not None and not isinstance(made, Balancer):
-                raise TypeError(
-                    f"configure_balancer must return a balancer of lightning_mtadam.balancers or None, but returned a"
-                    f" {type(made).__name__}."
-                )
-            self._balancers.append(made)
-            if made is not None and made.learned is not None:
-                self.add_module("learned_balance", made.learned)
+            self.balancer = made
         return self._balancers[0]
+
+    @balancer.setter
+    def balancer(self, balancer: Balancer | None) -> None:
+        if balancer is not None and not isinstance(balancer, Balancer):
+            raise TypeError(
+                "configure_balancer must return, or self.balancer be set to, a balancer of lightning_mtadam.balancers"
+                f" or None, but got a {type(balancer).__name__}."
+            )
+        self._balancers[:] = [balancer]
+        if balancer is not None and balancer.learned is not None:
+            self.add_module("learned_balance", balancer.learned)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module; with what the balancer learns."""

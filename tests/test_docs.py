@@ -103,7 +103,7 @@ def test_there_are_commands_and_snippets():
     assert commands("example_projects.common.cost_figure")
     assert commands("example_projects.compare")
     assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)
-    assert len(cli_commands()) == 3
+    assert len(cli_commands()) == 4
     assert blocks(ROOT / "README.md", "python")
 
 

@@ -38,7 +38,7 @@ def test_the_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     assert "MTAdam" in run(python, "-c", code, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("module", ["", ".optim", ".gradients", ".partition", ".metrics"])
+@pytest.mark.parametrize("module", ["", ".optim", ".export", ".gradients", ".partition", ".metrics"])
 def test_what_needs_no_lightning_does_not_import_it(module):
     code = f"import sys, lightning_mtadam{module}; print(*sys.modules)"
     loaded = run(sys.executable, "-c", code, cwd=ROOT).split()
@@ -52,6 +52,7 @@ def test_public_names_are_where_they_are_documented():
     assert lightning_mtadam.MTAdam.__name__ == "MTAdam"
     assert lightning_mtadam.MultiTermLightningModule.__name__ == "MultiTermLightningModule"
     assert lightning_mtadam.NonFiniteError.__name__ == "NonFiniteError"
+    assert lightning_mtadam.export_weights.__name__ == "export_weights"
     assert lightning_mtadam.partitioned_losses.__name__ == "partitioned_losses"
     with pytest.raises(AttributeError, match="no attribute 'MTAdamW'"):
         lightning_mtadam.MTAdamW  # noqa: B018

@@ -19,6 +19,22 @@ UNREMARKABLE = (
 )
 
 
+def positive(text: str) -> int:
+    """The number of an option that must be 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+
+    Example:
+        >>> positive("3")
+        3
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, but is {number}")
+    return number
+
+
 def keep_quiet() -> None:
     """Silence what Lightning says of every run, and of none in particular."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Adam
 
-from example_projects.common.command import keep_quiet, write_tables
+from example_projects.common.command import keep_quiet, positive, write_tables
 from example_projects.common.image_metrics import FEATURE_EXTRACTORS
 from example_projects.common.image_project import ImageProject, Job, train
 from example_projects.common.methods import IMAGE_METHODS, Method
@@ -45,26 +46,26 @@ def _add_what_is_compared(parser: argparse.ArgumentParser) -> None:
         " balanced-adam always has the latter")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0], help="one run per method, learning rate and seed")
     add("--lr", nargs="+", type=float, metavar="LR", help="learning rates, one run each")
-    add("--trials", type=int, default=40, help="of hyperband: how many lambdas it tries")
+    add("--trials", type=positive, default=40, help="of hyperband: how many lambdas it tries")
     add("--search-metric", metavar="METRIC", help="of hyperband: the metric that it looks for the best of")
 
 
 def _add_data_and_networks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and networks").add_argument
     add("--data-dir", type=Path, default=None, help="folder with the images; if left out, images are generated")
-    add("--image-size", type=int, metavar="PIXELS", help="height and width that networks are trained on")
-    add("--width", type=int, metavar="CHANNELS", help="of the networks' first layers; others are multiples of it")
-    add("--batch-size", type=int, metavar="IMAGES", help="of each process")
-    add("--max-epochs", type=int, metavar="EPOCHS", help="epochs of training")
-    add("--limit-train-batches", type=int, default=None, metavar="BATCHES", help="of an epoch; all if left out")
+    add("--image-size", type=positive, metavar="PIXELS", help="height and width that networks are trained on")
+    add("--width", type=positive, metavar="CHANNELS", help="of the networks' first layers; others are multiples of it")
+    add("--batch-size", type=positive, metavar="IMAGES", help="of each process")
+    add("--max-epochs", type=positive, metavar="EPOCHS", help="epochs of training")
+    add("--limit-train-batches", type=positive, default=None, metavar="BATCHES", help="of an epoch; all if left out")
     add("--num-workers", type=int, default=0, metavar="PROCESSES", help="that load training images")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is measured").add_argument
-    add("--metrics-every", type=int, default=1, metavar="EPOCHS", help="epochs between two looks at the hold-out set")
-    add("--limit-test-batches", type=int, default=None, metavar="BATCHES", help="of the hold-out set; all if left out")
-    add("--samples", type=int, default=4, metavar="IMAGES", help="of the hold-out set that are shown")
+    add("--metrics-every", type=positive, default=1, metavar="EPOCHS", help="between two looks at the hold-out set")
+    add("--limit-test-batches", type=positive, default=None, metavar="BATCHES", help="of the hold-out set; or all")
+    add("--samples", type=positive, default=4, metavar="IMAGES", help="of the hold-out set that are shown")
     add("--feature-extractor", choices=FEATURE_EXTRACTORS, default="none",
         help="network for a Frechet distance: pytorch-fid's (FID) or VGG16 (FD-VGG16)")  # fmt: skip
     add("--weights", type=Path, default=None, help="file with that network's weights")
@@ -74,8 +75,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("running").add_argument
     add("--output-dir", type=Path, help="where logs, checkpoints, samples and tables go")
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
-    add("--checkpoint-every", type=int, default=500, metavar="BATCHES", help="batches between checkpoints")
-    add("--log-every", type=int, default=10, metavar="STEPS", help="between two values of losses and of the balance")
+    add("--checkpoint-every", type=positive, default=500, metavar="BATCHES", help="batches between checkpoints")
+    add("--log-every", type=positive, default=10, metavar="STEPS", help="between values of losses and of the balance")
     add("--accelerator", default="auto", help="as for Lightning's Trainer")
     add("--devices", default="auto", help="as for Lightning's Trainer")
     add("--strategy", default="auto", help="as for Lightning's Trainer")
@@ -112,7 +113,8 @@ def check_search(options: argparse.Namespace) -> None:
         ValueError: several processes are asked for.
         ImportError: Optuna is not there.
     """
-    if options.strategy != "auto" or options.devices != "1":
+    one = options.devices == "1" or (options.devices == "auto" and torch.cuda.device_count() < 2)
+    if options.strategy != "auto" or not one:
         raise ValueError("hyperband searches in one process: give --devices 1, without --strategy.")
     if find_spec("optuna") is None:
         raise ImportError("hyperband needs Optuna: pip install 'lightning_mtadam[search]'.")

@@ -15,6 +15,7 @@ from itertools import islice
 from torch.utils.data import DataLoader
 
 from example_projects.common import image_command
+from example_projects.common.command import positive
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.image_project import ImageProject, pixel_metrics
@@ -33,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that only CycleGAN has."""
     add = parser.add_argument_group("CycleGAN").add_argument
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which translation is shown and measured")
-    add("--blocks", type=int, default=9, help="residual blocks of a generator")
+    add("--blocks", type=positive, default=9, help="residual blocks of a generator")
     add("--pool-size", type=int, default=50, metavar="IMAGES", help="generated images kept for the discriminators")
     add("--constant-lr", action="store_true", help="don't let the learning rates fall in the second half")
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from example_projects.common.command import keep_quiet, write_tables
+from example_projects.common.command import keep_quiet, positive, write_tables
 from example_projects.common.runs import Result, run
 from example_projects.mnist.data import MNISTData, find_data
 from example_projects.mnist.methods import METHODS
@@ -37,9 +37,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("code", "paper", "equal"), default="code",
         help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
     add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--batch-size", type=int, default=64, help="of each process")
-    add("--max-epochs", type=int, default=1)
-    add("--limit-train-batches", type=int, default=None, help="batches of an epoch; all if left out")
+    add("--batch-size", type=positive, default=64, help="of each process")
+    add("--max-epochs", type=positive, default=1)
+    add("--limit-train-batches", type=positive, default=None, help="batches of an epoch; all if left out")
     add("--data-dir", type=Path, default=None,
         help="folder with MNIST's four idx files, gzipped or not; if left out they are downloaded, or, offline, a"
         " subset that ships with the project is used")  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from example_projects.common import report
-from example_projects.common.command import keep_quiet, write_tables
+from example_projects.common.command import keep_quiet, positive, write_tables
 from example_projects.common.runs import Result, run
 from example_projects.pinn.data import Points
 from example_projects.pinn.methods import METHODS
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--boundary-factor", type=float, default=1.0,
         help="what the boundary loss is multiplied by, unknown to the methods")  # fmt: skip
     add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--steps", type=int, default=2500)
+    add("--steps", type=positive, default=2500)
     add("--output-dir", type=Path, default=Path("runs/pinn"), help="where logs, checkpoints and tables go")
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
     add("--accelerator", default="auto", help="as for Lightning's Trainer")

@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common import image_command
+from example_projects.common.command import positive
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_project import ImageProject
@@ -34,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--perceptual-weights", type=Path, default=None, metavar="FILE",
         help="state dict with the convolutions of torchvision's VGG19 or VGG16, or 'random', for trials; if left out,"
         " torchvision's VGG19 is downloaded")  # fmt: skip
-    add("--crops-per-image", type=int, default=16, metavar="CROPS", help="of each training image in an epoch")
-    add("--blocks", type=int, default=16, help="residual blocks of the generator")
+    add("--crops-per-image", type=positive, default=16, metavar="CROPS", help="of each training image in an epoch")
+    add("--blocks", type=positive, default=16, help="residual blocks of the generator")
     add("--pretrain-epochs", type=int, default=0, metavar="EPOCHS",
         help="of --max-epochs, in which Adam trains the generator on the squared error alone")  # fmt: skip
 

@@ -63,11 +63,13 @@ class Balancer(ABC):
         learned: parameters that the module's optimizer is to learn; ``None`` if there are none.
         one_backward: whether there is one ordinary backward pass, which wrappers of the network see.
         works_on_shards: whether parameters may be sharded.
+        looks_ahead: whether terms are differentiated by themselves before that one backward pass.
     """
 
     learned: nn.Module | None = None
     one_backward: ClassVar[bool] = True
     works_on_shards: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def __init__(self, terms: Iterable[str] | None = None) -> None:
         self._terms = () if terms is None else check_terms(terms)
@@ -106,7 +108,7 @@ class Balancer(ABC):
 
         Raises:
             ValueError: no losses, a loss that is no scalar or has no graph, an unknown name; the processes have
-                different terms, or train different parameters.
+                different terms, or train different parameters; the wrapper's options do not go with the balancer.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
         """
@@ -118,6 +120,8 @@ class Balancer(ABC):
         def check() -> Parameters:
             finite = loss_scale is None and all(is_host(parameter.device) for parameter in parameters)
             check_losses(losses, self._terms or None, finite=finite, graph=processes.group is None)
+            if self.looks_ahead:
+                _refuse_static_graph(model)
             self._check(losses, network, parameters, processes)
             return _named_shapes(network, parameters)
 
@@ -208,3 +212,12 @@ def _named_shapes(model: nn.Module, parameters: list[Tensor]) -> Parameters:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return tuple((names.get(id(parameter), "?"), tuple(parameter.shape)) for parameter in trained)
+
+
+def _refuse_static_graph(model: nn.Module) -> None:
+    """Raise if the wrapper takes the first time that the losses are differentiated for its one backward pass."""
+    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in model.modules()):
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) would average nothing in the first step, because the balancer"
+            " differentiates terms by themselves before the backward pass. Leave static_graph out."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,8 @@ class GradNorm(Balancer):
         Multitask Networks, ICML 2018, Algorithm 1. There the weights themselves are learned and then renormalised,
         and can cross zero; here their logarithms are.
     """
+
+    looks_ahead: ClassVar[bool] = True
 
     def __init__(
         self,

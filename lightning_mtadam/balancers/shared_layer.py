@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mtadam.balancers.balancer import Batch
+from lightning_mtadam.balancers.names import near_matches
 
 
 def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
@@ -27,11 +27,10 @@ def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
     elif name and name in modules:
         found = list(modules[name].parameters())
     else:
-        known = [*filter(None, modules), *parameters]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
         raise ValueError(
-            f"shared={name!r} names no module or parameter of {type(model).__name__}. Near matches: {near}."
-            " model.named_modules() and model.named_parameters() list the names."
+            f"shared={name!r} names no module or parameter of {type(model).__name__}. Near matches:"
+            f" {near_matches(name, [*modules, *parameters])}. model.named_modules() and model.named_parameters() list"
+            " the names."
         )
     trained: list[Tensor] = [parameter for parameter in found if parameter.requires_grad]
     if not trained:

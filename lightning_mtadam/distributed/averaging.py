@@ -15,6 +15,7 @@ from lightning_mtadam.terms import TermGradients
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
+    from lightning_mtadam.distributed.processes import Processes
     from lightning_mtadam.optim.layout import TermMemory
 
 
@@ -55,3 +56,8 @@ class Averaging:
                 one.wait()
             averaged[name] = [view if flag else None for view, flag in zip(memory.views[row], anywhere, strict=True)]
         return averaged
+
+
+def averaging_of(processes: Processes) -> Averaging | None:
+    """What averages over the processes; ``None`` if they do not average now."""
+    return Averaging(processes.group) if processes.group is not None and processes.averages else None

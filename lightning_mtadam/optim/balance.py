@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import nan
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.optim import average
 from lightning_mtadam.optim.layers import Layers
+from lightning_mtadam.optim.norms import norm_table
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import Gradients, norms_of
+from lightning_mtadam.optim.pending import Gradients
 from lightning_mtadam.optim.schedule import decay_of_norms
 from lightning_mtadam.optim.state import BalanceTable, State, balance_dtype
 
@@ -64,15 +67,7 @@ class Balance:
             gradients: of each term.
             known: of each term its norms, if they were taken already.
         """
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        columns = []
-        for column, norms in zip(gradients, known, strict=True):
-            if norms is None:
-                found = iter(norms_of(column))
-                norms = [None if gradient is None else next(found) for gradient in column]
-            filled = [zero if norm is None else norm for norm in norms]
-            columns.append(torch.stack(filled if self.uniform else [norm.to(zero) for norm in filled]))
-        rows = torch.stack(columns, 1)
+        rows = norm_table(gradients, known, self.dtype, self.device, uniform=self.uniform)
         for cut in dict.fromkeys(self.shardings):  # in one order on all processes
             if cut is not None:
                 index = self.constant([row for row, other in enumerate(self.shardings) if other == cut], torch.int64)
@@ -129,6 +124,22 @@ class Balance:
             self.constant([float(self.options.importance.get(term, 1)) for term in self.terms]),
             self.options.max_scale,
         )
+
+    def record(self, scales: Tensor, finite: Tensor | None) -> None:
+        """Let the scales [L, I], without clipping, enter their average; ``finite``: as of ``average``."""
+        rows = scales if len(scales) == 1 else self.by_parameter(scales)
+        average.record(self.table.log_scales, self.table.log_scale_counts, rows, finite)
+
+    def average_scales(self) -> Tensor:
+        """The geometric mean of the scales over the steps so far: [L, I], float64, on the host.
+
+        It is nan where the term never reached the layer, and zero where its importance is.
+        """
+        found = (self.table.log_scales, self.table.log_scale_counts, self.layer_of, self.norms()[1])
+        logs, counts, layer_of, reached = (tensor.to("cpu") for tensor in found)
+        averages = average.average_by_layer(logs.double(), counts.double(), layer_of, len(self.layers.names))
+        averages[:, [self.options.importance.get(term, 1) == 0 for term in self.terms]] = 0
+        return torch.where(reached > 0, averages, nan)
 
     def tick(self, reaching: Tensor, touched: Sequence[bool], finite: Tensor | None) -> None:
         """Advance the clocks: ``reaching`` is [P, I] bool, ``touched`` per parameter."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtadam.optim.layers import clean_names
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.state import expected_shapes
+from lightning_mtadam.optim.state import AVERAGE_KEYS, expected_shapes
 
 
 def check_checkpoint(
@@ -94,7 +94,8 @@ def _check_shapes(
         if state is None:
             continue
         for key, shape in expected_shapes(parameter, options, len(terms), amsgrad=group["amsgrad"]).items():
-            _check_entry(state.get(key), key, shape, name)
+            if key in state or key not in AVERAGE_KEYS:
+                _check_entry(state.get(key), key, shape, name)
 
 
 def _check_entry(value: object, key: str, shape: tuple[int, ...], name: str) -> None:

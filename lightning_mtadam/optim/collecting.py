@@ -10,14 +10,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Parameters, tell
-from lightning_mtadam.distributed.averaging import Averaging
+from lightning_mtadam.distributed.averaging import Averaging, averaging_of
 from lightning_mtadam.distributed.joint_terms import agree_on_terms
 from lightning_mtadam.distributed.processes import Processes, processes_of
 from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.finite import is_host
 from lightning_mtadam.optim.layers import LayerBook
-from lightning_mtadam.optim.layout import TermMemory
+from lightning_mtadam.optim.layout import TermMemory, fitting
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.pending import ClipAlgorithm, Found, PendingGradients
 from lightning_mtadam.optim.schedule import SUM, weighted_sum
@@ -95,7 +95,7 @@ class TermOptimizer(Optimizer):
         if factors is not None:
             present, rows = weighted_sum(present, factors), (SUM,)
         replicated = processes.group is not None and not processes.sharded
-        averaging = Averaging(processes.group) if processes.group is not None and processes.averages else None
+        averaging = averaging_of(processes)
         if processes.sharded:
             assert model is not None
             found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
@@ -180,6 +180,7 @@ class TermOptimizer(Optimizer):
         """Hold the gradients that are found. The arguments are those of ``PendingGradients.collect``."""
         self._pending.use(self._memory(len(self.terms if rows == (SUM,) else rows)), rows)
         self._pending.collect(found, names, rows, self._parameters(), loss_scale, averaging, may_miss)
+        self._pending.show_sum(self._parameters(), loss_scale)
 
     def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:
         """The terms in the order in which they are differentiated."""
@@ -206,10 +207,7 @@ class TermOptimizer(Optimizer):
             for group in self.param_groups
             for parameter in group["params"]
         ]
-        memory = self._pending.memory
-        if memory is not None and memory.fits(parameters, trained, keys, rows):
-            return memory
-        return TermMemory(parameters, trained, keys, rows)
+        return fitting(self._pending.memory, parameters, trained, keys, rows)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

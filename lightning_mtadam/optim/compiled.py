@@ -6,7 +6,7 @@ The same mathematics as ``kernels.update``, written row by row, which ``torch.co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial, reduce
+from functools import cache, lru_cache, partial, reduce
 from types import FunctionType
 from typing import Any
 
@@ -74,10 +74,14 @@ def _contiguous(local: Coefficients) -> list[Tensor | None]:
     return [None if coefficient is None else coefficient.contiguous() for coefficient in found]
 
 
-def _numbers(hyper: Hyperparameters) -> list[Tensor]:
+def _numbers(hyper: Hyperparameters) -> tuple[Tensor, ...]:
     """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
-    numbers = (hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0, hyper.decay)
-    return list(torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind())
+    return _as_tensors((hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0, hyper.decay))
+
+
+@lru_cache(maxsize=64)  # they are the same for all blocks of a group
+def _as_tensors(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind()
 
 
 def _update_rows(
@@ -115,10 +119,10 @@ def _update_rows(
     steps = balanced if denominator == "own" else [reduce(torch.add, balanced)]
     if denominator == "sum":
         balanced = steps
-    means = [step / (len(exp_avg_sq) // len(exp_avg)) for step in steps]
-    first = [torch.lerp(row.to(dtype), mean, share.to(dtype)) for row, mean in zip(exp_avg, means, strict=True)]
+    merged = len(exp_avg) / len(exp_avg_sq)
+    first = [_towards(row.to(dtype), step * merged, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)]
     second = [
-        torch.lerp(row.to(dtype), one * one, weight)
+        _towards(row.to(dtype), one * one, weight)
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)
     ]
     for row, value in zip((*exp_avg, *exp_avg_sq), (*first, *second), strict=True):
@@ -141,6 +145,11 @@ def _update_rows(
         step = torch.where(divisor > 0, moment / divisor, 0) if no_eps else moment / divisor
         moved = moved - lr * step
     parameter.copy_(moved)
+
+
+def _towards(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """``torch.lerp`` without its second formula for large weights, of which compiled code computes both."""
+    return start + weight * (end - start)
 
 
 def _without_guards() -> dict[str, Any] | None:

@@ -215,3 +215,16 @@ class TermMemory:
         only.count, only.rows, only.views = 1, [rows[:1] for rows in self.rows], self.views[:1]
         only.clean = self.clean[:1]
         return only
+
+
+def fitting(
+    memory: TermMemory | None,
+    parameters: Sequence[Tensor],
+    trained: Sequence[bool],
+    keys: Sequence[Hashable | None],
+    count: int,
+) -> TermMemory:
+    """The memory that is there, if it was made for these; else a new one. The arguments are those of ``TermMemory``."""
+    if memory is not None and memory.fits(parameters, trained, keys, count):
+        return memory
+    return TermMemory(parameters, trained, keys, count)

@@ -199,6 +199,23 @@ class MTAdam(TermOptimizer):
         """What multiplied the terms' gradients in the last step, clipping by norm included, by layer: tensors [I]."""
         return {name: scales.clone() for name, scales in self._last_scales.items()}
 
+    def average_weights(self) -> dict[str, Tensor]:
+        """The scales' geometric mean over all steps so far, clipping left out, by term: tensors [L], one per layer.
+
+        They are float64, on the host, in the order of :meth:`layer_sizes`; nan where the term never reached the layer.
+        Of a term that came late only the steps since then are averaged. Empty before the first step.
+        :func:`lightning_mtadam.export_weights` makes one constant weight per term of them.
+        """
+        if not any(self.state.values()):
+            return {}
+        return dict(zip(self.terms, self._stepper().balance.average_scales().unbind(1), strict=True))
+
+    def layer_sizes(self) -> Tensor:
+        """The number of elements of each layer: [L], float64, on the host."""
+        layers = self._book.layers(self.param_groups)
+        sizes = torch.tensor([p.numel() for p in self._parameters()], dtype=torch.float64, device="cpu")
+        return sizes.new_zeros(len(layers.names)).index_add_(0, layers.layer_of.to("cpu"), sizes)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
         if self._pending.streaming is not None:

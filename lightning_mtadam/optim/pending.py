@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.optim.layout import TermMemory
+from lightning_mtadam.optim.norms import norms_of
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.terms import TermGradients
 
@@ -94,7 +95,7 @@ class PendingGradients:
         averaging: Averaging | None = None,
         may_miss: bool = False,
     ) -> None:
-        """Add the gradients of one more batch, and set ``p.grad`` to the sum over the terms.
+        """Add the gradients of one more batch.
 
         If a term fails, all that is pending is dropped.
 
@@ -103,7 +104,7 @@ class PendingGradients:
             names: their names, in that order.
             rows: the terms that the memory's rows belong to, in the order in which they are averaged.
             parameters: the parameters they belong to.
-            loss_scale: divides the terms' gradients, but not ``p.grad``.
+            loss_scale: divides the gradients.
             averaging: averages what has accumulated over the processes.
             may_miss: whether a term may reach no parameter now, as on one of several processes.
 
@@ -138,7 +139,6 @@ class PendingGradients:
         self.gradients, self.skip = gradients, False
         for row, name in enumerate(rows):
             memory.wrote(row, [gradient is not None for gradient in gradients.get(name, [None] * len(parameters))])
-        self._show_sum(parameters, loss_scale)
 
     def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
         """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
@@ -184,8 +184,8 @@ class PendingGradients:
         self.norms[name] = norms
         return kept
 
-    def _show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
-        """Set ``p.grad`` to the sum over the terms, for whoever looks at it."""
+    def show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
+        """Set ``p.grad`` to the sum over the terms, times the loss scale, for whoever looks at it."""
         assert self.memory is not None
         totals = [rows.sum(0) for rows in self.active.rows]
         if loss_scale is not None:
@@ -193,15 +193,6 @@ class PendingGradients:
         shaped = self.memory.shaped(totals)
         for parameter, total, touched in zip(parameters, shaped, self.touched, strict=True):
             parameter.grad = sharding.like(total, parameter) if touched and total is not None else None
-
-
-def norms_of(gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """The L2 norm of each, a scalar in fp32 or better."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    if not present:
-        return []
-    dtype = torch.promote_types(present[0].dtype, torch.float32)
-    return list(torch._foreach_norm(present, 2.0, dtype=dtype))
 
 
 def _chunks(gradients: Gradients) -> Iterator[list[tuple[int, Tensor]]]:

@@ -14,7 +14,10 @@ from lightning_mtadam.optim.options import Options
 
 State: TypeAlias = dict[str, Any]
 
-BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count")
+AVERAGE_KEYS = ("log_scale", "log_scale_count")
+"""The entries of the scales' average over the run; checkpoints from before it was kept lack them."""
+
+BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count", *AVERAGE_KEYS)
 """Small entries that are kept in fp32 or better. They are equal for all parameters of a layer, but for "step"."""
 
 
@@ -34,7 +37,8 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
         the number of second moments, or one per term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape]
         with denominator "sum": the second moments, their bias already corrected;
         ``max_exp_avg_sq`` with amsgrad, not corrected; ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving
-        averages of the layer's norms.
+        averages of the layer's norms; ``log_scale`` and ``log_scale_count`` [I]: the mean logarithm of the layer's
+        scales, and over how many steps.
     """
     shape = tuple(parameter.shape)
     first, second = options.moments(terms)
@@ -44,6 +48,7 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
         "exp_avg_sq": (second, *shape),
         "gradient_norm": (terms,),
         "gradient_norm_count": (terms,),
+        **dict.fromkeys(AVERAGE_KEYS, (terms,)),
     }
     if amsgrad:
         shapes["max_exp_avg_sq"] = (second, *shape)
@@ -91,12 +96,16 @@ def restore(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]], sta
     parameters = [parameter for group in groups for parameter in group["params"]]
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
-        for key, saved in state_dict["state"].get(index, {}).items():
+        loaded = state_dict["state"].get(index, {})
+        for key, saved in loaded.items():
             if key in BALANCE_KEYS:
                 state[parameter][key] = saved.to(parameter.device, balance_dtype([parameter]), copy=True)
             else:
                 placed = sharding.place(saved.to(parameter.device), parameter)
                 state[parameter][key] = placed.to(parameter.dtype, copy=True)
+        if loaded:
+            for key in AVERAGE_KEYS:
+                state[parameter].setdefault(key, torch.zeros_like(state[parameter]["gradient_norm"]))
 
 
 class BalanceTable:
@@ -111,10 +120,13 @@ class BalanceTable:
         clocks: [P, 1 + I], the entries "step".
         norms: [P, I], the entries "gradient_norm".
         counts: [P, I], the entries "gradient_norm_count".
+        log_scales: [P, I], the entries "log_scale".
+        log_scale_counts: [P, I], the entries "log_scale_count".
     """
 
     def __init__(self, states: Sequence[State], dtype: torch.dtype, device: torch.device) -> None:
-        self.clocks, self.norms, self.counts = (self._join(states, key, dtype, device) for key in BALANCE_KEYS)
+        joined = [self._join(states, key, dtype, device) for key in BALANCE_KEYS]
+        self.clocks, self.norms, self.counts, self.log_scales, self.log_scale_counts = joined
         self._rows = [[state[key] for key in BALANCE_KEYS] for state in states]
 
     def belongs_to(self, states: Sequence[State]) -> bool:

@@ -108,11 +108,13 @@ class Stepper:
         jobs = self._jobs(memory, works, pending.clip, finite)
         if light:
             self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
+            self.balance.record(self.balance.frozen_scales, finite)
             scales = torch.ones_like(observed[: len(self.balance.layers.names)])
         else:
             self.balance.average(observed, touched, [term in pending.gradients for term in terms], finite)
             self.balance.tick(observed > 0, touched, finite)
             scales = self.balance.scales()
+            self.balance.record(scales, finite)
         if pending.clip is not None and pending.clip[0] == "norm":
             scales = scales * self._clip_factor(memory, works, scales, pending.clip[1])
         self._update(jobs, scales, finite)

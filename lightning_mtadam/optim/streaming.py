@@ -83,6 +83,7 @@ class Streaming:
         balance.average(observed, touched, self._present(), None)
         balance.tick(observed > 0, touched, None)
         scales = balance.scales()
+        balance.record(scales, None)
         table = stepper.coefficients(scales, None)
         numbers = {id(group): stepper.hyperparameters(group, None, None) for group in balance.distinct}
         for work in self._works(touched):

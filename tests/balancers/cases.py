@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchjd.aggregation import GradVac, PCGrad, UPGrad
 
 from lightning_mtadam import MultiTermLightningModule
-from lightning_mtadam.balancers import Balancer, FixedWeights, GradNorm
+from lightning_mtadam.balancers import (
+    Balancer,
+    FixedWeights,
+    GradNorm,
+    MetaBalance,
+    OutputBalancer,
+    TorchJDBalancer,
+    UncertaintyWeighting,
+)
 from tests.lightning_models import LR, Batch, clip_by_hand, make_network, three_losses
 
 Losses = dict[str, Tensor]
@@ -30,10 +39,38 @@ class Case:
     joins: bool = True
 
 
+def output_losses(network: nn.Module, batch: Batch) -> Losses:
+    """Terms of very different size, of the network's output alone."""
+    x, y = batch
+    output = network(x)
+    return {
+        "fit": (output - y).square().mean(),
+        "size": 300 * output.abs().mean(),
+        "bend": 1e-3 * output.pow(4).mean(),
+    }
+
+
+def uncertainty() -> Balancer:
+    balancer = UncertaintyWeighting(("fit", "size", "decay"))
+    balancer.learned.double()  # as the network
+    return balancer
+
+
 CASES = {
     "fixed": Case(lambda: FixedWeights({"fit": 1.0, "size": 0.01, "decay": 3.0})),
     "gradnorm": Case(lambda: GradNorm(shared="network.0")),
     "gradnorm, three steps of start": Case(lambda: GradNorm("network.0.weight", alpha=0.5, initial_losses=3)),
+    "uncertainty": Case(uncertainty),
+    "output": Case(lambda: OutputBalancer("network"), output_losses, joins=False),
+    "output, weighted": Case(
+        lambda: OutputBalancer("network.2", {"fit": 5.0, "size": 1.0, "bend": 2.0}, ema_decay=0.5),
+        output_losses,
+        joins=False,
+    ),
+    "metabalance": Case(MetaBalance),
+    "torchjd, random": Case(lambda: TorchJDBalancer(PCGrad())),
+    "torchjd, weights of a solver": Case(lambda: TorchJDBalancer(UPGrad())),
+    "torchjd, with a state": Case(lambda: TorchJDBalancer(GradVac(), seed=3)),
 }
 
 

@@ -134,15 +134,15 @@ def test_manual_optimization_equals_the_hand_written_loop(case):
 def test_parameters_get_the_gradient_that_the_balancer_makes_and_no_other(case):
     """What is looked at on the way, at a shared layer for example, must not be added to it."""
     module = balanced_by_hand(case, make_loader())
-    balancer, optimizer = module.balancer, module.configure_optimizers()
     batch = next(iter(make_loader(seed=4)))
     found = []
     for _ in range(2):
-        other = copy.deepcopy(balancer)
-        other.attach(module)
+        other = copy.deepcopy(module)
+        balancer, optimizer = other.balancer, other.configure_optimizers()
+        balancer.attach(other)
         optimizer.zero_grad()
-        other.backward(case.losses(module.network, batch), optimizer, model=module)
-        found.append([parameter.grad.clone() for parameter in module.network.parameters()])
+        balancer.backward(case.losses(other.network, batch), optimizer, model=other)
+        found.append([parameter.grad.clone() for parameter in other.network.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 

@@ -51,6 +51,7 @@ def test_ranks_equal_one_process_on_the_joined_batch(name, ranks, tmp_path):
         alone = train_alone(case, ranks, dtype)
         assert largest(first["parameters"], alone["parameters"]) < ROUNDING[dtype]
         assert largest(first["norms"], alone["norms"], relative=True) < ROUNDING[dtype]
+        assert largest(first["averages"], alone["averages"], relative=True) < ROUNDING[dtype]
 
 
 def without_averaging(rank, case):

@@ -102,6 +102,7 @@ def summary(network: nn.Module, optimizer: MTAdam) -> dict[str, Any]:
             for key in sorted(optimizer.state[parameter])
         ],
         "norms": list(optimizer.gradient_norms().values()),
+        "averages": [weights.nan_to_num() for weights in optimizer.average_weights().values()],
         "clocks": [state["step"] for state in optimizer.state.values() if state],
     }
 

@@ -1,5 +1,7 @@
 """What the image projects share: files and tensors, data, methods, evaluation, samples, curves, a full disk."""
 
+import argparse
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.optim import SGD, Adam, RMSprop
 
 from example_projects.common import curves, evaluation
 from example_projects.common.augmentation import DrawSampler, generator_of, random_crop, random_flip
-from example_projects.common.command import keep_quiet
+from example_projects.common.command import keep_quiet, positive
 from example_projects.common.curves import draw_curves
 from example_projects.common.disk import naming_a_full_disk
 from example_projects.common.evaluation import Evaluation
@@ -42,6 +44,15 @@ pytestmark = QUIET
 
 def colours(height=4, width=6, seed=0):
     return np.random.RandomState(seed).randint(0, 256, (height, width, 3), np.uint8)
+
+
+# Options
+
+
+@pytest.mark.parametrize("text", ["0", "-3"])
+def test_a_number_that_must_be_positive_is_refused_otherwise(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"must be 1 or more, but is {text}"):
+        positive(text)
 
 
 # Files

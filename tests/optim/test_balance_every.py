@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.optim.state import BALANCE_KEYS
 from tests.optim.streams import NAMES, TERMS, feed, make, start, stream
 from tests.oracles.naive_balance_every import NaiveBalanceEvery
 
@@ -76,7 +77,7 @@ def test_with_one_nothing_is_changed():
     train(default, expected, stream(STEPS, 0))
     assert all(torch.equal(p, q) for p, q in zip(parameters, expected, strict=True))
     for parameter, state in optimizer.state.items():
-        assert set(state) == {"step", "exp_avg", "exp_avg_sq", "gradient_norm", "gradient_norm_count"}
+        assert set(state) == {"exp_avg", "exp_avg_sq", *BALANCE_KEYS}
         assert state["exp_avg_sq"].shape == (len(TERMS), *parameter.shape)
     layers, norm_init, denominator = (optimizer.param_groups[0][key] for key in ("layers", "norm_init", "denominator"))
     assert (layers, norm_init, denominator) == ("parameter", "first", "max")

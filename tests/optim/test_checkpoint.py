@@ -113,7 +113,7 @@ def test_state_is_terms_plus_one_times_the_parameters():
     large = sum(entry[key].numel() for entry in state for key in ("exp_avg", "exp_avg_sq"))
     small = sum(v.numel() for entry in state for k, v in entry.items() if k not in ("exp_avg", "exp_avg_sq"))
     assert large == (len(TERMS) + 1) * size
-    assert small == (3 * len(TERMS) + 1) * len(parameters)
+    assert small == (5 * len(TERMS) + 1) * len(parameters)
 
 
 def test_state_is_allocated_ahead_if_terms_are_known_ahead():

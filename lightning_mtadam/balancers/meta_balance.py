@@ -1,0 +1,105 @@
+"""MetaBalance: per layer, every term's gradient is brought part of the way to the magnitude of the anchor's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtadam import balancing
+from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
+from lightning_mtadam.distributed.processes import Processes
+from lightning_mtadam.optim.options import Options
+from lightning_mtadam.terms import Losses
+
+
+class MetaBalance(GradientBalancer):
+    r"""MetaBalance (He et al. 2022): MTAdam's balance per layer, relaxed, for any optimizer.
+
+    In every layer, which is a parameter tensor, with ``g_i`` the gradient of term i::
+
+        n_i    <- beta n_i + (1 - beta) ||g_i||               the first norm itself, when the term first reaches it
+        g_i    <- (relax n_anchor / n_i + 1 - relax) g_i
+        p.grad =  sum_i g_i
+
+    With ``relax=1`` the magnitudes are those of the anchor, with ``relax=0`` the terms are added as they are. A term
+    has no part in layers that it does not reach, and its norms stand still in steps in which it is absent.
+
+    Args:
+        relax: r, how far to go, from 0 to 1.
+        beta: the decay of the moving averages, at least 0 and below 1.
+        anchor: the term that the others are brought to: "first", a term's name, "mean" (geometric, over the terms that
+            reach the layer) or "max".
+        terms: the names of the losses, if known ahead.
+
+    Raises:
+        ValueError: an option is out of range.
+        TypeError: ``anchor`` is no string.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> model = nn.ParameterList([w])
+        >>> balancer = MetaBalance(relax=0.5)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> balancer.backward({"fit": w[0], "decay": 5 * w.square().sum()}, optimizer, model=model)
+        >>> w.grad  # fit: [1, 0]; decay: [30, 40], of which 0.5 / 50 + 0.5 is taken
+        tensor([16.3000, 20.4000])
+        >>> balancer.balance_weights()
+        {'0': tensor([ 1., 50.])}
+
+    References:
+        He, Feng, Cheng, Ji, Guo, Caverlee: MetaBalance: Improving Multi-Task Recommendations via Adapting Gradient
+        Magnitudes of Auxiliary Tasks, WWW 2022, Algorithm 1. There the averages start at zero, which after few steps
+        cancels in ``n_anchor / n_i`` for terms that came together; here a term that comes later is not amplified, as it
+        starts at its first norm. There a target task is given; a layer that it does not reach, where the formula would
+        take the other terms' gradients away, is here balanced to the geometric mean of the terms that reach it.
+    """
+
+    def __init__(
+        self, relax: float = 0.7, beta: float = 0.9, anchor: str = "first", terms: Iterable[str] | None = None
+    ) -> None:
+        super().__init__(terms)
+        if not 0 <= relax <= 1:
+            raise ValueError(f"relax must be from 0 to 1, but got {relax!r}.")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be at least 0 and below 1, but got {beta!r}.")
+        if anchor in (None, "unit"):
+            raise ValueError(f"anchor must be 'first', 'mean', 'max' or a term's name, but got {anchor!r}.")
+        self.relax, self.beta = relax, beta
+        self._options = Options(anchor=anchor)
+        if self._terms:
+            self._options.check_terms(self._terms)
+
+    def balance_weights(self) -> dict[str, Tensor]:
+        """The balance weights n_i / n_anchor by layer, tensors [I], nan where a term never reached it."""
+        if not self._state:
+            return {}
+        norms = torch.stack([norms for norms, _ in self._state.values()])
+        return dict(zip(self._state, balancing.balance_weights(norms, self._reference(norms)).unbind(), strict=True))
+
+    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
+        super()._check(losses, model, parameters, processes)
+        self._options.check_terms(self._terms or tuple(losses))
+
+    def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:
+        none = torch.zeros_like(step.norms[:1].expand(2, -1))
+        before = torch.stack([self._before.get(layer, none).to(none) for layer in step.layers])  # [P, 2, I]
+        norms, counts = balancing.update_norms(
+            before[:, 0],
+            before[:, 1],
+            step.norms,
+            step.flags(step.reached)[:, None] & step.flags(step.present),
+            torch.tensor(self.beta, dtype=torch.float64),
+            "first",
+        )
+        after = torch.where(step.finite, torch.stack([norms, counts], 1), before)
+        rows = zip(step.layers, step.reached, after.unbind(), strict=True)
+        self._state = {**self._before, **{layer: row for layer, reached, row in rows if reached}}
+        scales = balancing.balance_scales(norms, self._reference(norms), torch.ones_like(norms[0]), math.inf)
+        return step.weighted_sum(self.relax * scales + (1 - self.relax))
+
+    def _reference(self, norms: Tensor) -> Tensor:
+        """n_anchor, [L, 1]."""
+        return balancing.reference_norms(norms, self._options.reference(self._terms))

@@ -1,0 +1,155 @@
+"""Aggregators of TorchJD, on the gradients of the terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtadam import balancing
+from lightning_mtadam.balancers.aggregator_memory import Aggregator, AggregatorMemory
+from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
+from lightning_mtadam.terms import NonFiniteError
+
+
+class TorchJDBalancer(GradientBalancer):
+    r"""The gradient that an aggregator of TorchJD (Quinton & Rey 2024) makes of the terms' gradients.
+
+    The matrix ``J`` has a row for each term of the step, its gradient by all parameters that the optimizer trains::
+
+        p.grad = A(J),   with J[i] <- J[i] / ||J[i]|| if normalize
+
+    Several aggregators are numerically wrong where the norms of rows lie far apart, and most of them give the longer
+    rows more weight; rows of unit norm make the result independent of any constant factor on a loss. A row of zeros
+    stays as it is. Terms that are absent in a step have no row in it.
+
+    Rows are averaged over the processes first, and every process makes the same of them. What an aggregator draws
+    depends on the seed and the step alone. Its state (numbers, tensors and arrays among its attributes that calls
+    change, as in ``GradVac``, ``NashMTL`` or ``CRMOGMWeighting``) is in the checkpoint.
+
+    Args:
+        aggregator: of ``torchjd.aggregation``, e.g. ``UPGrad()``; or whatever makes a vector [n] of a matrix [I, n].
+            It is this balancer's alone.
+        normalize: whether to bring the rows to unit norm.
+        seed: of what is drawn.
+        terms: the names of the losses, if known ahead.
+
+    Raises:
+        TypeError: the aggregator cannot be called, or does not return a tensor.
+        ValueError: it returns a tensor of another shape.
+        NonFiniteError: it makes inf or nan of finite gradients.
+
+    Example:
+        >>> from torchjd.aggregation import PCGrad
+        >>> w = nn.Parameter(torch.zeros(2))
+        >>> model = nn.ParameterList([w])
+        >>> balancer = TorchJDBalancer(PCGrad())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> balancer.backward({"up": 100 * w[0], "aside": w[1] - w[0]}, optimizer, model=model)
+        >>> w.grad  # each without its part against the other
+        tensor([0.5000, 1.2071])
+        >>> balancer.term_weights()
+        {'up': tensor(0.0171), 'aside': tensor(1.2071)}
+
+    References:
+        Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024; https://torchjd.org. There rows are
+        taken as they are, which ``normalize=False`` does.
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        normalize: bool = True,
+        seed: int = 0,
+        terms: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(terms)
+        if not callable(aggregator):
+            raise TypeError(
+                f"aggregator must make a vector of a matrix, but a {type(aggregator).__name__} cannot be called. Give"
+                " e.g. torchjd.aggregation.UPGrad()."
+            )
+        self.aggregator, self.normalize, self.seed = aggregator, normalize, seed
+        self._memory = AggregatorMemory(aggregator)
+
+    def term_weights(self) -> dict[str, Tensor]:
+        """What multiplied each loss in the last step, 0 for absent terms; empty if the aggregator gives no weights."""
+        if "weights" not in self._state:
+            return {}
+        return dict(zip(self._terms, self._state["weights"].unbind(), strict=True))
+
+    def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:
+        if not bool(step.finite):  # no aggregator should have to bear it
+            self._state = self._before
+            return step.weighted_sum(torch.ones_like(step.norms))
+        state = dict(self._before)
+        steps = state.pop("steps", torch.zeros((), dtype=torch.int64))
+        state.pop("weights", None)
+        norms = self._divisors(step)
+        matrix = _matrix(step) / norms[step.flags(step.present), None]
+        with _weights_of(self.aggregator) as weights:
+            vector, state = self._memory.call(matrix, state, f"{self.seed}/{int(steps)}")
+        self._check_vector(vector, matrix)
+        if weights and _multiplied(weights[-1], matrix, vector):
+            state["weights"] = torch.zeros_like(norms)
+            state["weights"][step.flags(step.present)] = weights[-1].to(norms) / norms[step.flags(step.present)]
+        self._state = {**state, "steps": steps + 1}
+        return _split(vector.detach(), step)
+
+    def _divisors(self, step: StepGradients) -> Tensor:
+        """By what each row is divided, [I]."""
+        if not self.normalize:
+            return torch.ones_like(step.norms[0])
+        whole = torch.zeros(len(step.norms), dtype=torch.int64, device=step.norms.device)
+        (norms,) = balancing.layer_norms(step.norms, whole, 1)
+        return torch.where(norms > 0, norms, 1)
+
+    def _check_vector(self, vector: object, matrix: Tensor) -> None:
+        name = type(self.aggregator).__name__
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"The aggregator {name} must return a tensor, but returned a {type(vector).__name__}.")
+        if vector.shape != matrix.shape[1:]:
+            raise ValueError(
+                f"The aggregator {name} must make a vector of shape {tuple(matrix.shape[1:])} of a matrix of shape"
+                f" {tuple(matrix.shape)}, but made one of shape {tuple(vector.shape)}. Give an aggregator, not its"
+                " weighting."
+            )
+        if not bool(vector.isfinite().all()):
+            raise NonFiniteError(
+                f"The aggregator {name} made inf or nan of finite gradients. Nothing was changed. Take another one, or"
+                " normalize=True."
+            )
+
+
+def _matrix(step: StepGradients) -> Tensor:
+    """The rows of the terms that are present, in fp32 or better: [I, n]."""
+    rows = [rows.to(step.norms) for rows in step.memory.rows]
+    return torch.cat(rows, 1)[step.flags(step.present)]
+
+
+def _multiplied(weights: Tensor, matrix: Tensor, vector: Tensor) -> bool:
+    """Whether these are what multiplied the rows; some aggregators have a weighting for something else."""
+    return weights.shape == matrix.shape[:1] and torch.allclose(weights.to(matrix) @ matrix, vector, rtol=1e-4)
+
+
+def _split(vector: Tensor, step: StepGradients) -> list[Tensor | None]:
+    """The parts of a vector [n] that belong to each parameter."""
+    parts = torch.split(vector, [rows.shape[1] for rows in step.memory.rows])
+    return step.memory.shaped([part.to(rows) for part, rows in zip(parts, step.memory.rows, strict=True)])
+
+
+@contextmanager
+def _weights_of(aggregator: object) -> Iterator[list[Tensor]]:
+    """Collects the weights that the aggregator's weighting gives, one tensor for each call; none if it has none."""
+    found: list[Tensor] = []
+    weighting = getattr(aggregator, "weighting", None)
+    if not isinstance(weighting, nn.Module):
+        yield found
+        return
+    hook = weighting.register_forward_hook(lambda module, arguments, output: found.append(output.detach()))
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -1,0 +1,111 @@
+"""Uncertainty weighting: a weight per term, learned as the term's variance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.distributed.processes import Processes
+from lightning_mtadam.terms import Losses
+
+
+class LogVariances(nn.Module):
+    """What uncertainty weighting learns.
+
+    Attributes:
+        log_variances: ``s_i = log sigma_i^2``, [I]. Autograd does not see them: their gradient is known in closed form.
+            So ``DistributedDataParallel``, which looks for parameters in the graph of the losses, leaves them alone.
+    """
+
+    def __init__(self, terms: int) -> None:
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.zeros(terms), requires_grad=False)
+
+
+class UncertaintyWeighting(Balancer):
+    r"""Uncertainty weighting (Kendall et al. 2018): each term is divided by a variance that is learned beside it.
+
+    For I terms::
+
+        loss        = sum_i (exp(-s_i) L_i + s_i) / 2        s_i = log sigma_i^2
+        dloss/ds_i  = (1 - exp(-s_i) L_i) / 2                zero at s_i = log L_i
+
+    One backward pass. The log variances are the parameter of the module ``learned``, which a
+    :class:`~lightning_mtadam.MultiTermLightningModule` registers as its ``learned_balance``: the optimizer that is
+    given ``self.parameters()`` learns them with its own learning rate. The parameter has ``requires_grad=False``, and
+    gets its gradient all the same. A term that is absent in a step has no part in it.
+
+    Args:
+        terms: the names of the losses. They are required, since the optimizer is made of the parameters before there
+            are any losses.
+
+    Raises:
+        TypeError: no terms.
+        ValueError: the optimizer does not hold the log variances; parameters are sharded.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> balancer = UncertaintyWeighting(terms=("fit", "size"))
+        >>> optimizer = torch.optim.SGD([*model.parameters(), *balancer.learned.parameters()], lr=0.1)
+        >>> output = model(torch.ones(4, 3))
+        >>> losses = {"fit": (output - 9).square().mean(), "size": 0.01 * output.abs().mean()}
+        >>> balancer.backward(losses, optimizer, model=model)
+        >>> optimizer.step()
+        >>> {name: bool(weight > 0.5) for name, weight in balancer.term_weights().items()}
+        {'fit': False, 'size': True}
+
+    References:
+        Kendall, Gal, Cipolla: Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics,
+        CVPR 2018, equation 7, with log variances as its section 3.2 recommends. The factor of one half, which there
+        belongs to squared errors, is kept for every term.
+    """
+
+    learned: LogVariances
+
+    def __init__(self, terms: Iterable[str] | None = None) -> None:
+        if terms is None:
+            raise TypeError(
+                "UncertaintyWeighting needs the names of the terms: it learns a parameter for each, which must exist"
+                " before the optimizer is made. Write UncertaintyWeighting(terms=('reconstruction', 'sparsity')), with"
+                " the names of your losses."
+            )
+        super().__init__(terms)
+        self.learned = LogVariances(len(self._terms))
+
+    def term_weights(self) -> dict[str, Tensor]:
+        """The weights ``exp(-s_i) / 2``."""
+        return dict(zip(self._terms, self._weights().unbind(), strict=True))
+
+    def _weights(self) -> Tensor:
+        return 0.5 * torch.exp(-self.learned.log_variances.detach())
+
+    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
+        super()._check(losses, model, parameters, processes)
+        if not any(parameter is self.learned.log_variances for parameter in parameters):
+            raise ValueError(
+                "The optimizer does not hold the log variances that UncertaintyWeighting learns, so they would stay as"
+                " they are. In configure_optimizers give it all of self.parameters(), also those without requires_grad;"
+                " without Lightning add balancer.learned.parameters()."
+            )
+
+    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
+        weights = self._weights()
+        weighted = [weights[terms.index(name)] * loss for name, loss in batch.losses.items()]
+        batch.run(torch.stack(weighted).sum() * batch.grad_output)
+        present = [terms.index(name) for name in batch.losses]
+        gradient = torch.zeros_like(weights)
+        gradient[present] = (0.5 - torch.stack(weighted).detach()).to(weights) * batch.grad_output.to(weights)
+        self._add(gradient, batch.processes)
+
+    def _add(self, gradient: Tensor, processes: Processes) -> None:
+        """Add to the gradient of the log variances, and average it as ``DistributedDataParallel`` does the others."""
+        parameter = self.learned.log_variances
+        summed = gradient if parameter.grad is None else parameter.grad + gradient
+        if processes.group is not None and processes.averages:
+            summed = summed / dist.get_world_size(processes.group)
+            dist.all_reduce(summed, group=processes.group)
+        parameter.grad = summed
