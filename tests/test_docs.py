@@ -13,6 +13,7 @@ from example_projects.gap import __main__ as gap
 from example_projects.gap.settings import read_setting
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
+from example_projects.sensitivity import __main__ as sensitivity
 from example_projects.toy import __main__ as toy
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,11 @@ def test_commands_of_the_mnist_project_are_understood(arguments):
 @pytest.mark.parametrize("arguments", commands("example_projects.pinn"), ids=" ".join)
 def test_commands_of_the_pinn_project_are_understood(arguments):
     assert pinn.parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("example_projects.sensitivity"), ids=" ".join)
+def test_commands_of_the_sensitivity_project_are_understood(arguments):
+    assert sensitivity.parse(arguments)
 
 
 @pytest.mark.parametrize("arguments", commands("example_projects.toy"), ids=" ".join)
@@ -106,6 +112,7 @@ def test_commands_of_the_command_line_page_run(arguments, tmp_path, monkeypatch)
 def test_there_are_commands_and_snippets():
     assert len(commands("example_projects.mnist")) >= 3
     assert commands("example_projects.pinn")
+    assert commands("example_projects.sensitivity")
     assert commands("example_projects.toy")
     assert commands("example_projects.gap")
     assert commands("example_projects.common.cost_figure")

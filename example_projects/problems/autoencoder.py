@@ -27,11 +27,13 @@ class AutoencoderClassifier(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(PIXELS, 128), nn.ReLU(), nn.Linear(128, CODE))
         self.decoder = nn.Sequential(nn.Linear(CODE, 128), nn.ReLU(), nn.Linear(128, PIXELS))
         self.classifier = nn.Linear(CODE, CLASSES)
+        self.both = nn.Identity()  # what it gives is all output as one tensor, for methods that balance there
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 196] to reconstructions, [B, 196], and logits, [B, 10]."""
         code = self.encoder(images)
-        return self.decoder(code), self.classifier(code)
+        output = self.both(torch.cat([self.decoder(code), self.classifier(code)], dim=1))
+        return output[:, :PIXELS], output[:, PIXELS:]
 
 
 def losses(network: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

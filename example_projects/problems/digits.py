@@ -32,7 +32,8 @@ def make_classifier() -> nn.Module:
 def losses(network: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """One term per class; they add up to the mean cross entropy."""
     images, labels = batch
-    return class_losses(F.log_softmax(network(images), dim=1), labels, torch.ones(CLASSES))
+    log_probabilities = F.log_softmax(network(images), dim=1)
+    return class_losses(log_probabilities, labels, log_probabilities.new_ones(CLASSES))
 
 
 def given_weights(seed: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,8 @@ class TorchJDBalancer(GradientBalancer):
 
     Several aggregators are numerically wrong where the norms of rows lie far apart, and most of them give the longer
     rows more weight; rows of unit norm make the result independent of any constant factor on a loss. A row of zeros
-    stays as it is. Terms that are absent in a step have no row in it.
+    stays as it is, and one that is too small to have a norm becomes zeros. Terms that are absent in a step have no
+    row in it.
 
     Rows are averaged over the processes first, and every process makes the same of them. What an aggregator draws
     depends on the seed and the step alone. Its state (numbers, tensors and arrays among its attributes that calls
@@ -104,7 +106,7 @@ class TorchJDBalancer(GradientBalancer):
             return torch.ones_like(step.norms[0])
         whole = torch.zeros(len(step.norms), dtype=torch.int64, device=step.norms.device)
         (norms,) = balancing.layer_norms(step.norms, whole, 1)
-        return torch.where(norms > 0, norms, 1)
+        return torch.where(norms > 0, norms, math.inf)  # what is too small to have a norm becomes zero
 
     def _check_vector(self, vector: object, matrix: Tensor) -> None:
         name = type(self.aggregator).__name__

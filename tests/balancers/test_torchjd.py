@@ -136,6 +136,18 @@ def test_a_row_of_zeros_stays_zero():
     assert torch.allclose(seen[0].norm(dim=1), torch.tensor([1.0, 0, 1], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("aggregator", [PCGrad, UPGrad, AlignedMTL])
+def test_a_row_whose_norm_underflows_counts_as_zeros(aggregator):
+    """PCGrad would divide by the square of its norm."""
+    found = []
+    for factor in (1e-30, 0.0):
+        model = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+        losses = {"satisfied": factor * model[0][0], "other": model[0][1] - model[0][0]}
+        found += shown(TorchJDBalancer(aggregator()), losses, model)
+    assert torch.equal(*found)
+    assert found[0].norm() > 0
+
+
 def test_rows_of_half_precision_are_widened():
     network = make_network(torch.bfloat16)
     seen = []
