@@ -39,6 +39,14 @@ class Cells:
         """The median over the spreads, each at its best learning rate."""
         return statistics.median(self.best().values())
 
+    def best_lr(self) -> float:
+        """The learning rate with the best median over the spreads."""
+        by_lr: dict[float, list[float]] = defaultdict(list)
+        for row in self.values.values():
+            for lr, value in row.items():
+                by_lr[lr].append(value)
+        return min(by_lr, key=lambda lr: statistics.median(by_lr[lr]))
+
 
 def cells_of(runs: Sequence[Run]) -> Cells:
     """Summarise the runs of one method on one problem."""

@@ -36,6 +36,7 @@ def row(name: str, runs: Sequence[Run], adam: Sequence[Run], terms: int) -> dict
     return {
         "method": name,
         "runs": str(cells.runs),
+        "lr": f"{cells.best_lr():g}",
         "best": shown(min(everything)),
         "median": shown(statistics.median(everything)),
         "worst": shown(max(everything)),

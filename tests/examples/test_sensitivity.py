@@ -165,6 +165,7 @@ def test_cells_are_medians_over_the_seeds():
     assert cells.values == {1.0: {1.0: 3.0, 2.0: 6.0}}
     assert cells.best() == {1.0: 3.0}
     assert cells.worst() == {1.0: 6.0}
+    assert cells.best_lr() == 1.0
 
 
 def test_a_row_holds_best_median_worst_and_costs():
