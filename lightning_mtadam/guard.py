@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancers import Balancer
@@ -58,9 +59,18 @@ class Guard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore the balancer's state where training goes on; the first to raise if it is another's."""
-        balancer = balancer_of(pl_module)
-        if balancer is not None and CHECKPOINT_KEY in checkpoint and trainer.state.fn == TrainerFn.FITTING:
-            balancer.load_state_dict(checkpoint[CHECKPOINT_KEY])
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        balancer, saved = balancer_of(pl_module), checkpoint.get(CHECKPOINT_KEY)
+        if balancer is None and saved is not None:
+            raise ValueError(
+                f"The checkpoint was made with the balancer {saved['balancer']}, but the module has none. Return it"
+                " from configure_balancer, or load only the weights."
+            )
+        if balancer is not None and saved is not None:
+            balancer.load_state_dict(saved)
+        elif balancer is not None:
+            rank_zero_warn(f"The checkpoint was made without a balancer: {type(balancer).__name__} starts anew.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the other ranks, which would wait for this one."""

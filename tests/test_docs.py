@@ -9,6 +9,8 @@ import pytest
 
 from example_projects import compare
 from example_projects.common import cost_figure, image_command
+from example_projects.gap import __main__ as gap
+from example_projects.gap.settings import read_setting
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
 from example_projects.sensitivity import __main__ as sensitivity
@@ -64,6 +66,11 @@ def test_commands_of_the_toy_project_are_understood(arguments):
     assert toy.parse(arguments)
 
 
+@pytest.mark.parametrize("arguments", commands("example_projects.gap"), ids=" ".join)
+def test_commands_of_the_gap_project_are_understood(arguments):
+    assert all(read_setting(name) for name in gap.parse(arguments).settings)
+
+
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)
 def test_commands_that_draw_a_figure_are_understood(arguments):
     assert cost_figure.parse(arguments)
@@ -107,6 +114,7 @@ def test_there_are_commands_and_snippets():
     assert commands("example_projects.pinn")
     assert commands("example_projects.sensitivity")
     assert commands("example_projects.toy")
+    assert commands("example_projects.gap")
     assert commands("example_projects.common.cost_figure")
     assert commands("example_projects.compare")
     assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)

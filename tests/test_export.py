@@ -6,10 +6,12 @@ import pickle
 from functools import partial
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from lightning_mtadam import export_weights
+from lightning_mtadam.balancers import GradNorm
 from lightning_mtadam.export import ExportedWeights
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.optim.state import AVERAGE_KEYS
@@ -301,20 +303,31 @@ def test_a_trainer_stands_for_its_optimizer():
     assert wrapped == expected
 
 
-class ConstantBalancer:
-    def average_weights(self):
-        return {"fit": torch.tensor([0.5]), "size": torch.tensor([1.5])}
+class Recorder(pl.Callback):
+    """The weights that GradNorm has at the beginning of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, module, *args):
+        weights = module.balancer.term_weights()
+        self.seen.append([float(weights.get(term, 1.0)) for term in ("fit", "size", "decay")])
 
 
 @lightning_warnings
-def test_a_trainer_without_mtadam_stands_for_its_modules_balancer():
-    module = Regression(adam)
-    trainer = fit(module, make_loader())
+def test_the_weights_of_gradnorm_are_their_geometric_mean_over_the_steps():
+    module, recorder = Regression(adam), Recorder()
+    module.balancer = GradNorm("network.0")
+    weights = export_weights(fit(module, make_loader(), callbacks=[recorder]))
+    expected = torch.tensor(recorder.seen, dtype=torch.float64).log().mean(0).exp()
+    torch.testing.assert_close(torch.tensor(list(weights.values()), dtype=torch.float64), expected)
+    assert weights.spread == {"fit": 1.0, "size": 1.0, "decay": 1.0}
+
+
+@lightning_warnings
+def test_a_trainer_in_which_nothing_balances_is_refused():
     with pytest.raises(ValueError, match=r"its optimizers are \['Adam'\], and its module has no balancer"):
-        export_weights(trainer)
-    module.balancer = ConstantBalancer()
-    weights = export_weights(trainer)
-    assert (weights, weights.spread) == ({"fit": 0.5, "size": 1.5}, {"fit": 1.0, "size": 1.0})
+        export_weights(fit(Regression(adam), make_loader()))
 
 
 @lightning_warnings

@@ -77,5 +77,5 @@ def read_setting(name: str) -> Setting:
 def _value_of(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except ValueError:
+    except (ValueError, SyntaxError):  # "global" is a word of Python
         return text

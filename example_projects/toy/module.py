@@ -24,7 +24,8 @@ def task_losses(predicted: Iterable[Tensor], wanted: Tensor) -> list[Tensor]:
 
 def normalised_loss(predicted: Iterable[Tensor], wanted: Tensor, sigmas: Sequence[float]) -> Tensor:
     """The sum over the tasks of ``L_i / sigma_i^2``; somewhat below T for a network that says 0. Scalar."""
-    return (torch.stack(task_losses(predicted, wanted)) / torch.tensor(sigmas).square()).sum()
+    losses = torch.stack(task_losses(predicted, wanted))
+    return (losses / losses.new_tensor(sigmas).square()).sum()
 
 
 class Toy(MultiTermLightningModule):

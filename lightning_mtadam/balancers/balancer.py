@@ -76,6 +76,7 @@ class Balancer(ABC):
         self._state: dict[str, Tensor] = {}  # after the last batch; tensors in it are replaced, never changed
         self._before: dict[str, Tensor] = {}  # before the step that batch belongs to
         self._stepped = True
+        self._left: list[tuple[int, int]] = []  # what the last backward pass left in .grad
         self._watched: Optimizer | None = None
 
     @property
@@ -110,12 +111,13 @@ class Balancer(ABC):
             ValueError: no losses, a loss that is no scalar or has no graph, an unknown name; the processes have
                 different terms, or train different parameters; the wrapper's options do not go with the balancer.
             TypeError: a loss that is no real floating-point tensor.
-            NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
+            NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``. On an accelerator, which the
+                host does not wait for, gradients become inf or nan instead, as without a balancer.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         processes = processes_of(model, parameters)
         network = model.module if isinstance(model, DistributedDataParallel) else model
-        begins = self._stepped or all(parameter.grad is None for parameter in parameters)
+        begins = self._stepped or self._was_reset(parameters)
 
         def check() -> Parameters:
             finite = loss_scale is None and all(is_host(parameter.device) for parameter in parameters)
@@ -130,11 +132,10 @@ class Balancer(ABC):
             losses, check, pending=pending, known=self._terms, processes=processes, model=model
         )
         terms = self._terms or found
-        if begins:
+        if begins and (self._stepped or loss_scale is None):  # else a scaler has skipped the step before
             self._before = {key: value.to(parameters[0].device) for key, value in self._state.items()}
         present = {name: losses[name] for name in terms if name in losses and name not in absent}
-        first = next(iter(present.values()))
-        factor = torch.ones_like(first) if grad_output is None else grad_output
+        factor = torch.ones_like(next(iter(losses.values()))) if grad_output is None else grad_output
         batch = Batch(present, parameters, network, factor.detach(), loss_scale, processes, begins, run)
         try:
             self._balance(batch, terms)
@@ -142,7 +143,7 @@ class Balancer(ABC):
             if processes.group is not None:
                 tell(error, processes.group)
             raise
-        self._terms, self._stepped = terms, False
+        self._terms, self._stepped, self._left = terms, False, _versions(parameters)
         self._watch(optimizer)
 
     def term_weights(self) -> dict[str, Tensor]:
@@ -194,6 +195,14 @@ class Balancer(ABC):
         """The terms of earlier batches of the step, if their gradients are held."""
         return ()
 
+    def _was_reset(self, parameters: list[Tensor]) -> bool:
+        """Whether gradients were dropped since the last backward pass, or set to zero."""
+        if all(parameter.grad is None for parameter in parameters):
+            return True
+        if _versions(parameters) == self._left:
+            return False
+        return not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters)
+
     def _watch(self, optimizer: Optimizer) -> None:
         """Notice when the optimizer has stepped."""
         if self._watched is not optimizer:
@@ -206,6 +215,12 @@ class Balancer(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watched": None, "_stepped": True}
+
+
+def _versions(parameters: list[Tensor]) -> list[tuple[int, int]]:
+    """Which tensors hold the gradients, and how often each was changed in place."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [(id(gradient), gradient._version) for gradient in gradients]
 
 
 def _named_shapes(model: nn.Module, parameters: list[Tensor]) -> Parameters:

@@ -82,9 +82,10 @@ class GradientBalancer(Balancer):
     def __init__(self, terms: Iterable[str] | None = None) -> None:
         super().__init__(terms)
         self._pending = PendingGradients()
+        self._others: list[Tensor | None] = []  # what was in .grad when the step began
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pending": PendingGradients()}
+        return {**super().__getstate__(), "_pending": PendingGradients(), "_others": []}
 
     @abstractmethod
     def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:
@@ -104,16 +105,18 @@ class GradientBalancer(Balancer):
 
     @uninterrupted()
     def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
+        if batch.begins:
+            self._others = [parameter.grad for parameter in batch.parameters]
         try:
             combined = self._balanced(batch, terms)
         except BaseException:
             self._pending.clear()
             self._state = self._before
-            for parameter in batch.parameters:
-                parameter.grad = None
+            for parameter, other in zip(batch.parameters, self._others, strict=True):
+                parameter.grad = other
             raise
-        for parameter, gradient in zip(batch.parameters, combined, strict=True):
-            parameter.grad = gradient
+        for parameter, gradient, other in zip(batch.parameters, combined, self._others, strict=True):
+            parameter.grad = other if gradient is None else gradient if other is None else other + gradient
 
     def _balanced(self, batch: Batch, terms: tuple[str, ...]) -> list[Tensor | None]:
         """The gradient to step on, times the loss scale, one per parameter; ``None`` where no term reaches it."""

@@ -88,7 +88,7 @@ class GradNorm(Balancer):
         self._given = None if given is None else [float(given[name]) for name in self._terms]
         self._start_length = initial_losses if isinstance(initial_losses, int) else int(given is None)
         self._started: set[str] = set()  # the terms whose initial losses are known, and were checked
-        self._layer: tuple[nn.Module, list[Tensor]] | None = None  # the shared parameters, and whose they are
+        self._layer: list[Tensor] = []  # the shared parameters
         self._observed = torch.empty(0)  # in this step so far, as the rule has it: [I, HEAD + |W|]
 
     def term_weights(self) -> dict[str, Tensor]:
@@ -101,8 +101,8 @@ class GradNorm(Balancer):
         """The geometric mean of the weights over the steps so far, [1] for each term; empty before the first."""
         if not self._state:
             return {}
-        means = torch.exp(self._state["log_weights"] / self._state["steps"])
-        return {name: mean[None] for name, mean in zip(self._terms, means.unbind(), strict=True)}
+        means = self._state["log_weights"].exp().unbind()
+        return {name: mean[None] for name, mean in zip(self._terms, means, strict=True)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As of every balancer."""
@@ -110,18 +110,16 @@ class GradNorm(Balancer):
         self._started.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layer": None}
+        return {**super().__getstate__(), "_layer": []}
 
     def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
         super()._check(losses, model, parameters, processes)
-        if self._layer is None or self._layer[0] is not model:
-            self._layer = model, parameters_of(model, self.shared)
+        self._layer = parameters_of(model, self.shared)
 
     def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        assert self._layer is not None
         if batch.begins:
             self._check_first_steps(batch.losses, terms)
-        shared, device = self._layer[1], batch.grad_output.device
+        shared, device = self._layer, batch.grad_output.device
         dtype = torch.promote_types(next(iter(batch.losses.values())).dtype, torch.float32)
         before = self._before or rule.beginning(len(terms), self._given, dtype, device)
         seen = torch.zeros(len(terms), rule.HEAD + sum(p.numel() for p in shared), dtype=dtype, device=device)

@@ -41,7 +41,8 @@ def test_the_gradient_of_the_weights_equals_double_backward(alpha, seed):
         x, logits, initial = (torch.randn(s, generator=generator).double() for s in ((7, 3), (4,), (4,)))
         initial, logits = initial.exp(), logits.requires_grad_()
         losses = random_losses(network, x)
-        oracle = gradient_loss(4 * torch.softmax(logits, 0), losses, initial, shared, alpha)
+        terms = [(loss, float(loss.detach()), float(start)) for loss, start in zip(losses, initial, strict=True)]
+        oracle = gradient_loss(4 * torch.softmax(logits, 0), terms, shared, alpha)
         (expected,) = torch.autograd.grad(oracle, logits)
         gradients = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
         norms = torch.stack([torch.cat([g.flatten() for g in found]).norm() for found in gradients])
@@ -341,3 +342,19 @@ def test_what_is_odd_on_one_rank_only_is_no_error(odd, tmp_path):
 )
 def test_every_rank_hears_of_losses_that_cannot_be_balanced(wrong, message, tmp_path):
     assert all(message in outcome.error for outcome in run_ranks(train_rank, tmp_path, wrong))
+
+
+def test_the_weights_of_absent_terms_stay():
+    generator = torch.Generator().manual_seed(0)
+    state = begin(3)
+    for step in range(30):
+        observed = (2 * torch.randn(3, rule.HEAD + 4, generator=generator)).exp().double()
+        if step > 5:
+            observed[2] = 0
+        before = rule.weights_of(state["logits"])
+        state = rule.advance(state, observed, alpha=1.5, lr=0.1, start_length=1)
+        after = rule.weights_of(state["logits"])
+        torch.testing.assert_close(after.sum(), torch.tensor(3.0, dtype=after.dtype))
+        if step > 5:
+            torch.testing.assert_close(after[2], before[2])
+            assert not torch.allclose(after[:2], before[:2])

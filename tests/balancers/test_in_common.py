@@ -212,6 +212,81 @@ def test_a_checkpoint_of_another_balancer_is_refused(case, tmp_path):
 
 
 @every_case
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_that_a_scaler_skips_changes_nothing(case, set_to_none):
+    """Neither parameters nor the balance: as if the batch that overflows had not been there."""
+    batches = list(make_loader(5, torch.float32))
+    spoiled = [*batches[:2], [batches[2][0] * torch.inf, batches[2][1]], *batches[2:]]
+    found = []
+    for given in (batches, spoiled):
+        module = Balanced(case, torch.float32)
+        balancer, optimizer = module.balancer, module.configure_optimizers()
+        balancer.attach(module)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, backoff_factor=0.5, growth_interval=100)
+        for batch in given:
+            optimizer.zero_grad(set_to_none=set_to_none)
+            losses, scale = case.losses(module.network, batch), torch.tensor(scaler.get_scale())
+            balancer.backward(losses, optimizer, model=module, grad_output=scale, loss_scale=scale)
+            scaler.scale(torch.ones(()))  # it must have been used
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(module)
+    for one, two in zip(*(module.parameters() for module in found), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    for key, value in state_of(found[0].balancer).items():
+        torch.testing.assert_close(state_of(found[1].balancer)[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_checkpoint_of_a_balancer_needs_one(tmp_path):
+    case = CASES["gradnorm"]
+    fit(Balanced(case), make_loader()).save_checkpoint(tmp_path / "balanced.ckpt")
+    plain = Balanced(case)
+    plain.configure_balancer = lambda: None
+    with pytest.raises(ValueError, match="made with the balancer GradNorm, but the module has none"):
+        fit_from(plain, tmp_path / "balanced.ckpt")
+
+
+def test_a_balancer_says_that_it_starts_anew(tmp_path):
+    plain = Balanced(CASES["gradnorm"])
+    plain.configure_balancer = lambda: None
+    fit(plain, make_loader(), max_epochs=1).save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.warns(UserWarning, match="GradNorm starts anew"):
+        fit_from(Balanced(CASES["gradnorm"]), tmp_path / "plain.ckpt")
+
+
+def gradients_after(case, prepare):
+    """What a second batch makes, of which ``prepare`` has seen parameters and optimizer before."""
+    module = balanced_by_hand(case, make_loader())
+    balancer, optimizer = module.balancer, module.configure_optimizers()
+    for index, batch in enumerate(make_loader(2, seed=4)):
+        if index:
+            prepare(optimizer)
+        else:
+            optimizer.zero_grad()
+        balancer.backward(case.losses(module.network, batch), optimizer, model=module)
+    return [parameter.grad.clone() for parameter in module.network.parameters()]
+
+
+@every_case
+def test_gradients_set_to_zero_do_not_count(case):
+    dropped = gradients_after(case, lambda optimizer: optimizer.zero_grad())
+    zeroed = gradients_after(case, lambda optimizer: optimizer.zero_grad(set_to_none=False))
+    assert all(torch.equal(one, two) for one, two in zip(dropped, zeroed, strict=True))
+
+
+@every_case
+def test_gradients_that_were_there_before_the_step_are_kept(case):
+    def penalise(optimizer):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.full_like(parameter, 3.0)
+
+    alone = gradients_after(case, lambda optimizer: (optimizer.step(), optimizer.zero_grad()))
+    both = gradients_after(case, lambda optimizer: (optimizer.step(), penalise(optimizer)))
+    for one, two in zip(alone, both, strict=True):
+        torch.testing.assert_close(two, one + 3.0)
+
+
+@every_case
 def test_weights_load_without_a_trainer(case, tmp_path):
     module = Balanced(case)
     fit(module, make_loader()).save_checkpoint(tmp_path / "whole.ckpt")

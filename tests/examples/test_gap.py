@@ -27,13 +27,13 @@ def equation():
 
 def test_the_options_reach_mtadam():
     problem = equation()
-    setting = read_setting("mtadam:denominator=sum,beta3=0.99,boundary=2,anchor=mean")
+    setting = read_setting("mtadam:denominator=sum,beta3=0.99,boundary=2,anchor=mean,layers=global")
     optimizer = setting.configure(problem, problem.make_network(0), 0.1)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999, 0.99)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert "'boundary': 2" in repr(optimizer._options)
     assert "'sum'" in repr(optimizer._options)
-    assert optimizer._options.anchor == "mean"
+    assert (optimizer._options.anchor, optimizer._options.layers) == ("mean", "global")
 
 
 def test_adam_has_the_balanced_weights_and_mtadam_the_given_ones():

@@ -16,27 +16,30 @@ def gradient_norms(weights, losses, shared):
     return torch.stack(norms)
 
 
-def gradient_loss(weights, losses, initial, shared, alpha):
-    """L_grad, whose targets count as constant; of the terms that are given."""
-    norms = gradient_norms(weights, losses, shared)
-    ratios = torch.stack([loss.detach() / start for loss, start in zip(losses, initial, strict=True)])
+def gradient_loss(weights, terms, shared, alpha):
+    """L_grad, whose targets count as constant; of terms given as loss to differentiate, mean, and initial loss."""
+    norms = gradient_norms(weights, [loss for loss, _, _ in terms], shared)
+    ratios = torch.tensor([mean / start for _, mean, start in terms], dtype=torch.float64)
     wanted = norms.mean().detach() * (ratios / ratios.mean()) ** alpha
     return (norms - wanted).abs().sum()
 
 
 class NaiveGradNorm:
-    """Args: names of the terms; shared parameters; initial losses "first", a number of steps, or a mapping."""
+    """Args: names of the terms; shared parameters; initial losses "first", a number of steps, or a mapping.
+
+    A term that is not there keeps its weight; those that are there share what is left of I.
+    """
 
     def __init__(self, terms, shared, alpha, lr, initial="first"):
         self.terms, self.shared, self.alpha = list(terms), shared, alpha
-        self.z = torch.zeros(len(self.terms), dtype=torch.float64, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.z], lr=lr)
+        self.z = {term: torch.zeros((), dtype=torch.float64, requires_grad=True) for term in self.terms}
+        self.optimizers = {term: torch.optim.Adam([z], lr=lr) for term, z in self.z.items()}
         self.initial = dict(initial) if isinstance(initial, dict) else {}
         self.needed = initial if isinstance(initial, int) else 1
         self.history = {term: [] for term in self.terms}
 
     def weights(self):
-        return len(self.terms) * torch.softmax(self.z, 0)
+        return len(self.terms) * torch.softmax(torch.stack(list(self.z.values())), 0)
 
     def step(self, batches, optimizer):
         """Train on a list of the losses of batches, each a dict of some of the terms; their mean is the loss."""
@@ -45,20 +48,31 @@ class NaiveGradNorm:
             found = [batch[term] for batch in batches if term in batch]
             if found:
                 losses[term] = sum(found) / len(batches)
-        for term, loss in losses.items():
-            self.history[term].append(float(loss.detach()))
-            if term not in self.initial and len(self.history[term]) == self.needed:
-                self.initial[term] = sum(self.history[term]) / self.needed
-        weights = self.weights()
-        by_term = dict(zip(self.terms, weights, strict=True))
+                self.history[term].append(sum(float(loss.detach()) for loss in found) / len(found))
+                if term not in self.initial and len(self.history[term]) == self.needed:
+                    self.initial[term] = sum(self.history[term]) / self.needed
+        by_term = dict(zip(self.terms, self.weights().detach(), strict=True))
         ready = [term for term in losses if term in self.initial]
-        slope = None
-        if ready:
-            chosen = [[found[term] for term in ready] for found in (by_term, losses, self.initial)]
-            (slope,) = torch.autograd.grad(gradient_loss(*chosen, self.shared, self.alpha), self.z, retain_graph=True)
+        slopes = self.slopes(ready, losses, by_term) if ready else ()
         optimizer.zero_grad()
-        sum(by_term[term].detach() * loss for term, loss in losses.items()).backward()
+        sum(by_term[term] * loss for term, loss in losses.items()).backward()
         optimizer.step()
-        if slope is not None:
-            self.z.grad = slope
-            self.optimizer.step()
+        for term, slope in zip(ready, slopes, strict=True):
+            self.z[term].grad = slope
+            self.optimizers[term].step()
+        if ready:
+            moved = dict(zip(self.terms, self.weights().detach(), strict=True))
+            others = [term for term in self.terms if term not in ready]
+            for term in ready:  # a constant on their logits: the weights of the others are as before
+                if others:
+                    kept = sum(by_term[other] for other in ready) / sum(by_term[other] for other in others)
+                    now = sum(moved[other] for other in ready) / sum(moved[other] for other in others)
+                    self.z[term].data += (kept / now).log()
+
+    def slopes(self, ready, losses, by_term):
+        share = sum(by_term[term] for term in ready)
+        weights = share * torch.softmax(torch.stack([self.z[term] for term in ready]), 0)
+        means = [self.history[term][-1] for term in ready]
+        wanted = [(losses[term], mean, self.initial[term]) for term, mean in zip(ready, means, strict=True)]
+        loss = gradient_loss(weights, wanted, self.shared, self.alpha)
+        return torch.autograd.grad(loss, [self.z[term] for term in ready], retain_graph=True)
