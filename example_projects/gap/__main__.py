@@ -9,20 +9,19 @@ folder; runs that are there already are not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from itertools import product
 from pathlib import Path
 
 from example_projects.common.report import markdown, write_csv
+from example_projects.common.run_file import Run, append_run, read_runs
 from example_projects.gap.settings import read_setting
-from example_projects.gap.table import Run, table
+from example_projects.gap.table import table
 from example_projects.gap.training import train
 from example_projects.mnist.data import find_data
 from example_projects.problems.catalogue import PROBLEMS
 
 WHAT = ("problem", "setting", "decay", "lr", "steps", "seed")
-COLUMNS = (*WHAT, "metric", "figures")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,24 +41,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_runs(file: Path) -> list[Run]:
-    """The runs so far."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
-
-
-def append(file: Path, run: Run) -> None:
-    """Add a line."""
-    new = not file.exists()
-    with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(run)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(arguments)
@@ -77,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             figures = train(problem, setting, lr, decay, steps, seed)
             print(*what.values(), f"{figures[problem.metric_name]:.4g}", flush=True)
-            append(file, {**what, "metric": problem.metric_name, "figures": json.dumps(figures)})
+            append_run(file, {**what, "metric": problem.metric_name, "figures": json.dumps(figures)})
     write(options.output_dir, read_runs(file))
 
 

@@ -8,7 +8,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-Run = Mapping[str, str]  # a line of the CSV file
+from example_projects.common.run_file import Run
+
 Group = dict[float, dict[int, float]]  # of one setting: by learning rate and seed, the metric
 
 

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from example_projects.common.report import markdown
+from example_projects.common.run_file import Run, append_run, read_runs
 from example_projects.mnist.data import find_data
 from example_projects.problems.catalogue import PROBLEMS
 from example_projects.problems.problem import Problem
@@ -22,11 +23,11 @@ from example_projects.sensitivity.figure import draw
 from example_projects.sensitivity.grid import LRS, SPREADS, STEPS
 from example_projects.sensitivity.law import law
 from example_projects.sensitivity.methods import METHODS
-from example_projects.sensitivity.runs import WHAT, Run, append, key_of, read_runs
 from example_projects.sensitivity.table import table
 from example_projects.sensitivity.training import train
 
 LAW_STEPS = 50
+WHAT = ("problem", "method", "spread", "lr", "steps", "seed")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,6 +48,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=None, help="folder with MNIST's four idx files, as for the mnist project")
     add("--output-dir", type=Path, default=Path("runs/sensitivity"), help="where runs, tables and figures go")
     return parser.parse_args(arguments)
+
+
+def key_of(run: Run) -> tuple[str, ...]:
+    """What makes a run what it is."""
+    return tuple(run[name] for name in WHAT)
 
 
 def planned(options: argparse.Namespace) -> Iterator[dict[str, str]]:
@@ -73,7 +79,7 @@ def train_missing(options: argparse.Namespace, problems: dict[str, Problem], fil
             int(what["steps"]),
             int(what["seed"]),
         )
-        append(file, {**what, **{name: f"{value:.6g}" for name, value in vars(outcome).items()}})
+        append_run(file, {**what, **{name: f"{value:.6g}" for name, value in vars(outcome).items()}})
         print(f"{index}/{len(missing)}", *what.values(), f"{outcome.value:.4g}", flush=True)
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from example_projects.sensitivity.runs import Run
+from example_projects.common.run_file import Run
 
 
 @dataclass(frozen=True)

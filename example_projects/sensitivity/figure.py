@@ -9,9 +9,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from example_projects.common.run_file import Run
 from example_projects.sensitivity.cells import Cells, cells_of
 from example_projects.sensitivity.methods import METHODS
-from example_projects.sensitivity.runs import Run
 from example_projects.sensitivity.table import of_method
 
 COLUMNS = 4

@@ -7,7 +7,7 @@ import random
 import statistics
 from collections.abc import Sequence
 
-from example_projects.sensitivity.runs import Run
+from example_projects.common.run_file import Run
 
 REPEATS = 2000
 SHORT, LONG = 4, 2  # of one round of Hyperband: runs of a quarter, the best of which goes on, and whole runs

@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from example_projects.common.run_file import Run
 from example_projects.sensitivity.cells import cells_of, seconds_per_step
 from example_projects.sensitivity.methods import METHODS
-from example_projects.sensitivity.runs import Run
 from example_projects.sensitivity.search import hyperband, random_search
 
 

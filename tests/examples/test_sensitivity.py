@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from example_projects.common.run_file import append_run, read_runs
 from example_projects.mnist.data import SUBSET
 from example_projects.problems.catalogue import PROBLEMS
 from example_projects.sensitivity import __main__ as command
@@ -14,7 +15,6 @@ from example_projects.sensitivity.cells import cells_of
 from example_projects.sensitivity.grid import factors, first_term
 from example_projects.sensitivity.law import EPS, deviation, to_a_power_of_two
 from example_projects.sensitivity.methods import METHODS
-from example_projects.sensitivity.runs import append, read_runs
 from example_projects.sensitivity.search import hyperband, random_search
 from example_projects.sensitivity.table import table
 from example_projects.sensitivity.training import train
@@ -145,7 +145,7 @@ def test_runs_are_not_repeated_and_tables_and_figures_are_made(tmp_path, monkeyp
 
 def test_a_line_that_was_cut_short_is_trained_again(tmp_path):
     file = tmp_path / "runs.csv"
-    append(file, run_of("adam", 1, 0.1, 2.0))
+    append_run(file, run_of("adam", 1, 0.1, 2.0))
     whole = file.read_text()
     file.write_text(whole + "digits,adam,1,0.")
     assert len(read_runs(file)) == 1

@@ -1,4 +1,4 @@
-"""The file of runs: a line for each, written when it has ended."""
+"""A file of many small runs: a line for each, written when it has ended."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 Run = Mapping[str, str]  # a line of the file
-
-WHAT = ("problem", "method", "spread", "lr", "steps", "seed")
-COLUMNS = (*WHAT, "value", "early", "seconds_per_step")
-
-
-def key_of(run: Run) -> tuple[str, ...]:
-    """What makes a run what it is."""
-    return tuple(run[name] for name in WHAT)
 
 
 def read_runs(file: Path) -> list[Run]:
@@ -28,11 +20,11 @@ def read_runs(file: Path) -> list[Run]:
     return list(csv.DictReader(whole.splitlines()))
 
 
-def append(file: Path, run: Run) -> None:
-    """Add a line."""
+def append_run(file: Path, run: Run) -> None:
+    """Add a line; its names are the columns' in a new file."""
     new = not file.exists()
     with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS)
+        writer = csv.DictWriter(opened, list(run))
         if new:
             writer.writeheader()
         writer.writerow(run)
