@@ -60,7 +60,8 @@ def use_everything(optimizer, network, model):
     saved = optimizer.state_dict()
     train(network, optimizer, None, steps=1)
     optimizer.load_state_dict(saved)
-    read = {name: getattr(optimizer, name)() for name in ("balance_weights", "gradient_norms", "scales")}
+    names = ("average_weights", "balance_weights", "gradient_norms", "layer_sizes", "scales")
+    read = {name: getattr(optimizer, name)() for name in names}
     called = {"name_parameters", "add_param_group", "backward", "zero_grad", "skip_step", "step", "clip_gradients"}
     return called | read.keys() | {"state_dict", "load_state_dict", "terms"}, read
 
