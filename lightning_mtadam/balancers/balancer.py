@@ -125,7 +125,7 @@ class Balancer(ABC):
             if self.looks_ahead:
                 _refuse_static_graph(model)
             self._check(losses, network, parameters, processes)
-            return _named_shapes(network, parameters)
+            return () if processes.group is None else _named_shapes(network, parameters)  # a walk over the network
 
         pending = () if begins else self._pending_terms()
         found, absent = agree_on_terms(

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer, Batch
 from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
+from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
 
@@ -159,9 +159,7 @@ def _of_all(observed: Tensor, processes: Processes) -> Tensor:
     """The mean over the processes, where they average in this batch."""
     if processes.group is None or not processes.averages:
         return observed
-    joint = observed / dist.get_world_size(processes.group)
-    dist.all_reduce(joint, group=processes.group)
-    return joint
+    return mean_over(observed, processes.group)
 
 
 def _check_given(given: Mapping[str, float], terms: tuple[str, ...]) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mtadam.balancers.balancer import Balancer, Batch
 from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
 from lightning_mtadam.balancing import corrected_norms, update_norms
+from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
 
@@ -189,9 +189,7 @@ def _of_all(norms: Tensor, processes: Processes) -> Tensor:
     """The mean over the processes, in every batch: all of them scale the terms alike."""
     if processes.group is None:
         return norms
-    joint = norms / dist.get_world_size(processes.group)
-    dist.all_reduce(joint, group=processes.group)
-    return joint
+    return mean_over(norms, processes.group)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

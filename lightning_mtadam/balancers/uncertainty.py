@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
 
@@ -106,6 +106,5 @@ class UncertaintyWeighting(Balancer):
         parameter = self.learned.log_variances
         summed = gradient if parameter.grad is None else parameter.grad + gradient
         if processes.group is not None and processes.averages:
-            summed = summed / dist.get_world_size(processes.group)
-            dist.all_reduce(summed, group=processes.group)
+            summed = mean_over(summed, processes.group)
         parameter.grad = summed

@@ -58,6 +58,13 @@ class Averaging:
         return averaged
 
 
+def mean_over(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The mean over the processes of a group, out of place."""
+    mean = tensor / dist.get_world_size(group)
+    dist.all_reduce(mean, group=group)
+    return mean
+
+
 def averaging_of(processes: Processes) -> Averaging | None:
     """What averages over the processes; ``None`` if they do not average now."""
     return Averaging(processes.group) if processes.group is not None and processes.averages else None
