@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import nan
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import average
+from lightning_mtadam.optim.decays import Betas, Decays
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.norms import norm_table
 from lightning_mtadam.optim.options import Options
@@ -50,15 +51,20 @@ class Balance:
         self.distinct = list({id(group): group for group in groups}.values())
         self.uniform = all(p.device == self.device and balance_dtype([p]) == self.dtype for p in parameters)
         self.table = BalanceTable(states, self.dtype, self.device)
-        self._frozen: Tensor | None = None
+        self._decays: tuple[list[tuple[float, ...]], Decays] | None = None
         self.layer_of = layers.layer_of.to(self.device)
         self.single = len(members) == len(layers.layer_of) == len(layers.names)
         if len(members) < len(layers.layer_of):
             self.layer_of = self.layer_of[self.constant(members, torch.int64)]
+        self._importance = self.constant([float(options.importance.get(term, 1)) for term in terms])
 
     def constant(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
         """A constant beside the tables."""
         return _constant(tuple(values), dtype or self.dtype, self.device)
+
+    def flags(self, values: Sequence[bool]) -> Tensor:
+        """Booleans beside the tables, as a column: [P, 1]."""
+        return self.constant(values, torch.bool)[:, None]
 
     def observe(self, gradients: Sequence[Gradients], known: Sequence[Sequence[Tensor | None] | None]) -> Tensor:
         """The L2 norms of the gradients, zero where there is none: I lists of P -> [P, I]   (Alg. 1).
@@ -74,55 +80,44 @@ class Balance:
                 rows[index] = sharding.join_norms(rows[index], cut)
         return rows
 
-    def foresee(self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def foresee(self, observed: Tensor, touched: Tensor, present: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
         """The layers' norms and counts as they are after this step: [L, I] each.
 
         Args:
             observed: [P, I].
-            touched: per parameter, whether any term's graph reached it.
-            present: per term, whether it is in this step's losses.
+            touched: [P, 1] bool, whether any term's graph reached the parameter.
+            present: [I] bool, whether the term is in this step's losses.
+            decays: of the groups.
         """
-        layer_touched = self.constant(touched, torch.bool)[:, None]
         if not self.single:
-            layer_touched = self._by_layer(layer_touched.to(self.dtype)) > 0
+            touched = self._by_layer(touched.to(self.dtype)) > 0
         return balancing.update_norms(
             *self.norms(),
             observed if self.single else balancing.layer_norms(observed, self.layer_of, len(self.layers.names)),
-            layer_touched & self.constant(present, torch.bool),
-            self._beta3(),
+            touched & present,
+            decays.norms,
             self.options.norm_init,
             quadratic=self.options.seldom,
         )
 
     def average(
-        self, observed: Tensor, touched: Sequence[bool], present: Sequence[bool], finite: Tensor | None
+        self, observed: Tensor, touched: Tensor, present: Tensor, decays: Decays, finite: Tensor | None
     ) -> None:
         """Average the observed norms into the moving averages; ``finite``: whether they may change, ``None`` if so."""
-        norms, counts = self.foresee(observed, touched, present)
+        norms, counts = self.foresee(observed, touched, present, decays)
         for kept, moved in ((self.table.norms, norms), (self.table.counts, counts)):
             moved = moved if self.single else moved[self.layer_of]
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
-        self._frozen = None
 
-    @property
-    def frozen_scales(self) -> Tensor:
-        """As ``scales``; worked out once between two measurements."""
-        if self._frozen is None:
-            self._frozen = self.scales()
-        return self._frozen
-
-    def scales(self) -> Tensor:
+    def scales(self, decays: Decays) -> Tensor:
         """What multiplies each term's gradient: [L, I]   (Alg. 1)."""
-        return self.scales_of(*self.norms())
+        return self.scales_of(*self.norms(), decays)
 
-    def scales_of(self, norms: Tensor, counts: Tensor) -> Tensor:
+    def scales_of(self, norms: Tensor, counts: Tensor, decays: Decays) -> Tensor:
         """The scales that follow from norms and counts: [L, I] each."""
-        norms = self._correct(norms, counts)
+        norms = self._correct(norms, counts, decays)
         return balancing.balance_scales(
-            norms,
-            self.options.target_norms(norms, self.terms),
-            self.constant([float(self.options.importance.get(term, 1)) for term in self.terms]),
-            self.options.max_scale,
+            norms, self.options.target_norms(norms, self.terms), self._importance, self.options.max_scale
         )
 
     def record(self, scales: Tensor, finite: Tensor | None) -> None:
@@ -141,29 +136,19 @@ class Balance:
         averages[:, [self.options.importance.get(term, 1) == 0 for term in self.terms]] = 0
         return torch.where(reached > 0, averages, nan)
 
-    def tick(self, reaching: Tensor, touched: Sequence[bool], finite: Tensor | None) -> None:
-        """Advance the clocks: ``reaching`` is [P, I] bool, ``touched`` per parameter."""
-        clocks = balancing.tick(self.table.clocks, reaching, self.constant(touched, torch.bool)[:, None])
+    def tick(self, reaching: Tensor, touched: Tensor, finite: Tensor | None) -> None:
+        """Advance the clocks: ``reaching`` is [P, I] bool, ``touched`` [P, 1] bool."""
+        clocks = balancing.tick(self.table.clocks, reaching, touched)
         self.table.clocks.copy_(clocks if finite is None else torch.where(finite, clocks, self.table.clocks))
 
-    def weights(self, clocks: Tensor) -> Tensor:
+    def weights(self, clocks: Tensor, decays: Decays) -> Tensor:
         """``(1 - beta2) / (1 - beta2^clock)``, zero where the clock has not started: [P, k] -> [P, k]."""
-        correction = self.correction(clocks, 1)
-        return self.with_betas(1, lambda beta: torch.where(clocks > 0, (1 - beta) / correction, 0))
+        correction = self.correction(clocks, decays.second)
+        return decays.second.rows(lambda beta: torch.where(clocks > 0, (1 - beta) / correction, 0))
 
-    def correction(self, clocks: Tensor, which: int) -> Tensor:
+    def correction(self, clocks: Tensor, betas: Betas) -> Tensor:
         """``1 - beta^clock`` with the betas of each parameter's group: [P, k] -> [P, k]."""
-        return self.with_betas(which, lambda beta: balancing.bias_correction(clocks, beta))
-
-    def with_betas(self, which: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``compute`` gives for the beta of each parameter's group, in rows [P, k]; betas are float64."""
-        first, *others = dict.fromkeys(float(group["betas"][which]) for group in self.distinct)
-        result = compute(torch.tensor(first, dtype=torch.float64, device="cpu"))
-        for beta in others:
-            values = compute(torch.tensor(beta, dtype=torch.float64, device="cpu"))
-            mine = self.constant([float(group["betas"][which]) == beta for group in self.groups], torch.bool)
-            result = torch.where(mine[:, None], values, result)
-        return result
+        return betas.rows(lambda beta: balancing.bias_correction(clocks, beta))
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """The moving averages of the layers' norms, and how many norms they average: [L, I] each."""
@@ -173,11 +158,23 @@ class Balance:
 
     def corrected_norms(self) -> Tensor:
         """The gradient norms n_i as the balance uses them: [L, I]."""
-        return self._correct(*self.norms())
+        return self._correct(*self.norms(), self.decays())
 
-    def _correct(self, norms: Tensor, counts: Tensor) -> Tensor:
+    def _correct(self, norms: Tensor, counts: Tensor, decays: Decays) -> Tensor:
         quadratic = self.options.seldom
-        return balancing.corrected_norms(norms, counts, self._beta3(), self.options.norm_init, quadratic=quadratic)
+        return balancing.corrected_norms(norms, counts, decays.norms, self.options.norm_init, quadratic=quadratic)
+
+    def decays(self) -> Decays:
+        """The decays of the groups as they are now."""
+        values = [tuple(group["betas"]) for group in self.distinct]
+        if self._decays is None or self._decays[0] != values:
+            self._decays = values, Decays(self._betas(0), self._betas(1), self._beta3())
+        return self._decays[1]
+
+    def _betas(self, which: int) -> Betas:
+        first, *others = dict.fromkeys(float(group["betas"][which]) for group in self.distinct)
+        rows = {beta: [float(group["betas"][which]) == beta for group in self.groups] for beta in others}
+        return Betas(_number(first), tuple((_number(beta), self.flags(mine)) for beta, mine in rows.items()))
 
     def by_parameter(self, rows: Tensor) -> Tensor:
         """Give each parameter the row of its layer: [L, k] -> [P, k]."""
@@ -192,8 +189,12 @@ class Balance:
             id(group): decay_of_norms(float(group["betas"][2]), self.options.balance_every) for group in self.distinct
         }
         if len(set(decays.values())) == 1:
-            return torch.tensor(next(iter(decays.values())), dtype=torch.float64, device="cpu")
+            return _number(next(iter(decays.values())))
         return self._by_layer(self.constant([decays[id(group)] for group in self.groups])[:, None])
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @lru_cache(maxsize=1024)

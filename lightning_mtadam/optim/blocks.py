@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.kernels import Coefficients, Moments
 from lightning_mtadam.optim.layout import Block, Span
-from lightning_mtadam.optim.state import State, join_moments
+from lightning_mtadam.optim.state import State, balance_dtype, join_moments
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Work:
     def elements(self) -> Tensor:
         """The parameters' elements, flat; a view if they are one parameter's, and contiguous."""
         if self._packed:
-            flat: Tensor = _flatten_dense_tensors(self.parameters)  # type: ignore[no-untyped-call]
-            return flat
-        whole = sharding.local(self.parameters[0]).detach().reshape(-1)
-        return whole[self._start : self._start + self.block.end - self.block.begin]
+            packed: Tensor = _flatten_dense_tensors(self.parameters)  # type: ignore[no-untyped-call]
+            return packed
+        flat = self._whole().detach().reshape(-1)
+        size = self.block.end - self.block.begin
+        return flat if len(flat) == size else flat[self._start : self._start + size]
 
     def put_back(self, flat: Tensor) -> None:
         """Write to the parameters what was not a view of them."""
@@ -59,32 +61,56 @@ class Work:
             pieces = _unflatten_dense_tensors(flat, self.parameters)  # type: ignore[no-untyped-call]
             torch._foreach_copy_(self.parameters, pieces)
             return
-        whole = sharding.local(self.parameters[0]).detach()
+        whole = self._whole()
         if not whole.is_contiguous():
+            whole = whole.detach()
             copy = whole.reshape(-1)
             copy[self._start : self._start + len(flat)] = flat
             whole.copy_(copy.view_as(whole))
 
-    def spread(self, table: Tensor) -> Tensor:
-        """Give each element the row of its parameter, [P, k] -> [k, elements]; one parameter's for all, [k, 1]."""
-        if isinstance(self.rows, int):
-            return table[self.rows][:, None]
-        return table.T.index_select(1, self.rows)
+    def _whole(self) -> Tensor:
+        return self.parameters[0] if self.cut is None else sharding.local(self.parameters[0])
 
-    def local(self, table: Coefficients, device: torch.device, dtype: torch.dtype) -> Coefficients:
-        """The coefficients of the block, of those of all parameters."""
 
-        def spread(rows: Tensor) -> Tensor:
-            return self.spread(rows).to(device, dtype)
+class Works:
+    """The blocks of a step.
 
-        amsgrad = self.moments.max_exp_avg_sq is not None
-        return Coefficients(
-            scales=spread(table.scales),
-            weights=spread(table.weights),
-            factor=spread(table.factor),
-            reaching=None if table.reaching is None else spread(table.reaching),
-            correction=spread(table.correction) if amsgrad and table.correction is not None else None,
-        )
+    Args:
+        works: one for each.
+        device: where tables are.
+    """
+
+    def __init__(self, works: Sequence[Work], device: torch.device) -> None:
+        self._works = tuple(works)
+        rows = [work.rows for work in works if isinstance(work.rows, int)]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._places = [(work.parameters[0].device, balance_dtype(work.parameters[:1])) for work in works]
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter(self._works)
+
+    def spread(self, table: Tensor) -> Iterator[Tensor]:
+        """Give each element the row of its parameter: [P, k] -> [k, elements]; one parameter's for all, [k, 1].
+
+        They are in the dtype of the arithmetic, on the device of the block.
+        """
+        single = iter(table.index_select(0, self._rows)[:, :, None].unbind())
+        for work, place in zip(self._works, self._places, strict=True):
+            found = next(single) if isinstance(work.rows, int) else table.T.index_select(1, work.rows)
+            yield found if place == (table.device, table.dtype) else found.to(*place)
+
+    def local(self, table: Coefficients) -> Iterator[Coefficients]:
+        """The coefficients of each block, of those of all parameters."""
+
+        def spread(rows: Tensor | None) -> Iterator[Tensor | None]:
+            return repeat(None, len(self._works)) if rows is None else self.spread(rows)
+
+        shared = zip(*map(self.spread, (table.scales, table.weights, table.factor)), strict=True)
+        others = zip(spread(table.reaching), spread(table.correction), strict=True)
+        for work, three, (reaching, correction) in zip(self._works, shared, others, strict=True):
+            own = None if work.moments.max_exp_avg_sq is None else correction
+            scales, weights, factor = three
+            yield Coefficients(scales, weights, factor, reaching, own)
 
 
 class Workshop:
@@ -108,18 +134,21 @@ class Workshop:
     ) -> None:
         self.parameters, self.rows, self.states, self.groups, self.leading = parameters, rows, states, groups, leading
         self.shardings = [sharding.sharding_of(parameter) for parameter in parameters]
+        self._device = states[0]["step"].device
         self._spans: Sequence[Span] = ()
         self._moments: dict[Span, Moments] = {}
-        self._found: dict[tuple[tuple[bool, ...], int], list[Work]] = {}
+        self._found: dict[tuple[tuple[bool, ...], int], Works] = {}
 
-    def works(self, spans: Sequence[Span], touched: Sequence[bool], limit: int) -> list[Work]:
+    def works(self, spans: Sequence[Span], touched: Sequence[bool], limit: int) -> Works:
         """The blocks over the parameters that are touched, by row; large ones are cut at ``limit`` elements."""
         if spans is not self._spans:
             self._spans, self._moments, self._found = spans, {}, {}
         key = (tuple(touched), limit)
         if key not in self._found:
             wanted = [index in self.rows and touched[self.rows[index]] for index in range(len(self.parameters))]
-            self._found = {key: [self._find(block) for span in spans for block in span.runs(wanted, limit)]}
+            self._found = {
+                key: Works([self._find(block) for span in spans for block in span.runs(wanted, limit)], self._device)
+            }
         return self._found[key]
 
     def _find(self, block: Block) -> Work:
@@ -144,7 +173,7 @@ class Workshop:
 
     def _each(self, rows: Sequence[int], block: Block) -> Tensor:
         sizes = torch.tensor(block.sizes, device="cpu")
-        return torch.tensor(rows, device="cpu").repeat_interleave(sizes).to(self.states[rows[0]]["step"].device)
+        return torch.tensor(rows, device="cpu").repeat_interleave(sizes).to(self._device)
 
     def _join(self, span: Span) -> Moments:
         states = [self.states[self.rows[member]] for member in span.members]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial, reduce
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,24 +17,24 @@ from lightning_mtadam.optim import kernels
 from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments, Update
 from lightning_mtadam.optim.options import Denominator
 
+_T = TypeVar("_T")
+
 TRIAL = 67
 """Elements of the block on which a kernel is compiled; those of later blocks are free, above one."""
 
 
 def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, packed: bool) -> Update:
-    """What updates such a block as ``kernels.update`` does; compiled here, if it is the first of its kind.
+    """What updates a block as ``kernels.update`` does; compiled here, if it is the first of its kind.
 
     Args:
-        gradients: [I, b], of which only number, dtype and device matter.
-        moments: of the block.
+        gradients: [I, b], the block's, b of at least two: those that come later must lie in the same memory.
+        moments: of the block, likewise.
         hyper: the numbers of its group.
         packed: whether coefficients differ from element to element.
 
     Raises:
         RuntimeError: torch.compile does not work here.
     """
-    if gradients.shape[1] < 2:  # a kernel whose size is free takes two elements and more
-        return kernels.update
     kernel = _kernel(
         len(gradients),
         len(moments.exp_avg_sq),
@@ -49,11 +49,12 @@ def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, pack
         packed,
         torch.get_num_threads(),
     )
-    return partial(_run, kernel)
+    return partial(_run, kernel, (gradients.unbind(), *moments.rows))
 
 
 def _run(
     kernel: Callable[..., None],
+    rows: Sequence[Sequence[Tensor]],
     parameter: Tensor,
     gradients: Tensor,
     moments: Moments,
@@ -61,12 +62,7 @@ def _run(
     hyper: Hyperparameters,
     scratch: Tensor,
 ) -> None:
-    kernel(parameter, gradients.unbind(), *_rows(moments), *_contiguous(local), *_numbers(hyper), hyper.finite)
-
-
-def _rows(moments: Moments) -> tuple[tuple[Tensor, ...], ...]:
-    largest = moments.max_exp_avg_sq
-    return moments.exp_avg.unbind(), moments.exp_avg_sq.unbind(), () if largest is None else largest.unbind()
+    kernel(parameter, *rows, *_contiguous(local), *_numbers(hyper), hyper.finite)
 
 
 def _contiguous(local: Coefficients) -> list[Tensor | None]:
@@ -181,8 +177,7 @@ def _kernel(
     Raises:
         RuntimeError: torch.compile does not work here.
     """
-    own_code = _update_rows.__code__.replace(co_name=f"update_{terms}_terms")  # torch counts recompilations by code
-    function = FunctionType(own_code, globals())
+    function = with_own_code(_update_rows, f"update_{terms}_terms")
     options = {"dtype": wide, "denominator": denominator, "clips": clips, "no_eps": no_eps}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_without_guards())
 
@@ -209,8 +204,19 @@ def _kernel(
     try:
         kernel(rows[0][0], *rows[1:], *coefficients, *numbers, finite)
     except Exception as error:
-        raise RuntimeError(
-            f"torch.compile cannot compile the update for {device}: {error}. Nothing was changed. On a CPU it needs a"
-            " C++ compiler such as g++; or leave out compile=True."
-        ) from error
+        raise refusal(device, error) from error
     return kernel
+
+
+def with_own_code(function: Callable[..., _T], name: str) -> Callable[..., _T]:
+    """The same function with code of its own, by which torch keeps, and counts, what was compiled."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(co_name=name), function.__globals__)
+
+
+def refusal(device: torch.device, error: Exception) -> RuntimeError:
+    """What to raise where nothing can be compiled."""
+    return RuntimeError(
+        f"torch.compile cannot compile the update for {device}: {error}. Nothing was changed. On a CPU it needs a"
+        " C++ compiler such as g++; or leave out compile=True."
+    )

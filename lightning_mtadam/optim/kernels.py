@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -83,6 +84,12 @@ class Moments:
     def divisor(self) -> int:
         """What the sum of the balanced gradients is divided by in the first moment: V, or 1 where each has its own."""
         return len(self.exp_avg_sq) // len(self.exp_avg)
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The rows of all three, [b] each."""
+        every = (self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq)
+        return tuple(() if moments is None else moments.unbind() for moments in every)
 
 
 Update: TypeAlias = Callable[[Tensor, Tensor, Moments, Coefficients, Hyperparameters, Tensor], None]

@@ -85,7 +85,8 @@ class MTAdam(TermOptimizer):
             the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
             refused, and the host waits for each term. If the gradient of a later term is inf or nan, second moments
             have seen those before it; after a backward pass that no step follows, they have seen all.
-        compile: join the update to one kernel by :func:`torch.compile`, which takes some seconds at the first step.
+        compile: join the update to one kernel, and the balance to one call, by :func:`torch.compile`, which takes some
+            seconds at the first step.
 
     Raises:
         ValueError: an option is out of range, or names a term that is not in ``terms``.
@@ -362,7 +363,7 @@ class MTAdam(TermOptimizer):
         else:
             unmeasured = agreed and not set(terms) <= set(group["measured"])
             light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
-        return dict(zip(self.terms, self._stepper().balance.frozen_scales[0].unbind(), strict=True)) if light else None
+        return dict(zip(self.terms, self._stepper().frozen_scales[0].unbind(), strict=True)) if light else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

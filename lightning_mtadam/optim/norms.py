@@ -35,11 +35,11 @@ def norm_table(
         uniform: whether all norms have that dtype and device already.
     """
     zero = torch.zeros((), dtype=dtype, device=device)
-    columns = []
+    every = list[Tensor]()
     for column, norms in zip(gradients, known, strict=True):
         if norms is None:
             found = iter(norms_of(column))
             norms = [None if gradient is None else next(found) for gradient in column]
-        filled = [zero if norm is None else norm for norm in norms]
-        columns.append(torch.stack(filled if uniform else [norm.to(zero) for norm in filled]))
-    return torch.stack(columns, 1)
+        every += [zero if norm is None else norm for norm in norms]
+    table = torch.stack(every if uniform else [norm.to(zero) for norm in every])
+    return table.view(len(gradients), -1).T.contiguous()

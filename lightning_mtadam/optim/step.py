@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,24 +13,28 @@ from torch import Tensor
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import compiled, fused, kernels
 from lightning_mtadam.optim.balance import Balance
-from lightning_mtadam.optim.blocks import Work, Workshop
+from lightning_mtadam.optim.blocks import Work, Works, Workshop
+from lightning_mtadam.optim.compiled_plan import CompiledPlan
 from lightning_mtadam.optim.finite import FiniteWatch
 from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Update
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.layout import BLOCK, Span, TermMemory, place
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import ClipAlgorithm, Gradients, PendingGradients
+from lightning_mtadam.optim.pending import Gradients, PendingGradients
+from lightning_mtadam.optim.plan import Plan
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import State
 
 
 class _Job(NamedTuple):
-    """What the update of a block works on, but for the coefficients: they are known when the balance is."""
+    """What updates a block, and what of it stays where it is from step to step."""
 
     work: Work
     columns: Tensor
-    hyper: Hyperparameters
     update: Update
+
+
+_Key: TypeAlias = tuple[TermMemory, Works, list[tuple[float, bool, bool]], int]
 
 
 class Stepper:
@@ -67,7 +72,10 @@ class Stepper:
         whole = [self.all[member] for member in self.members]
         self.balance = Balance(options, self.groups, self.states, whole, layers, self.members, terms)
         self.workshop = Workshop(self.all, self.row, self.states, self.groups, options.moments(len(terms)))
-        self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
+        plan = Plan(options, self.balance, amsgrad=any("max_exp_avg_sq" in one for one in self.states))
+        self.plan = CompiledPlan(plan) if options.compile else plan
+        self._frozen: Tensor | None = None
+        self._prepared: tuple[_Key, list[_Job]] | None = None
         self._scratch = torch.empty(0)
 
     def fits(
@@ -105,20 +113,28 @@ class Stepper:
         observed = self.balance.observe(gradients, known)
         finite = watch.check(observed, self.names, terms)
         works = self.workshop.works(memory.spans, touched, self._limit(memory))
-        jobs = self._jobs(memory, works, pending.clip, finite)
+        clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
+        numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.balance.distinct}
+        jobs = self._jobs(memory, works, numbers)
+        reached, decays = self.balance.flags(touched), self.balance.decays()
         if light:
-            self.balance.tick(torch.zeros_like(observed, dtype=torch.bool), touched, finite)
-            self.balance.record(self.balance.frozen_scales, finite)
-            scales = torch.ones_like(observed[: len(self.balance.layers.names)])
+            scales, table = self.plan.light(observed, reached, self.frozen_scales, decays, finite)
         else:
-            self.balance.average(observed, touched, [term in pending.gradients for term in terms], finite)
-            self.balance.tick(observed > 0, touched, finite)
-            scales = self.balance.scales()
-            self.balance.record(scales, finite)
+            present = self.balance.constant([term in pending.gradients for term in terms], torch.bool)
+            scales, table = self.plan.measured(observed, reached, present, decays, finite)
+            self._frozen = scales
         if pending.clip is not None and pending.clip[0] == "norm":
-            scales = scales * self._clip_factor(memory, works, scales, pending.clip[1])
-        self._update(jobs, scales, finite)
-        return self.balance.frozen_scales * scales if light else scales
+            factor = self._clip_factor(memory, works, scales, pending.clip[1])
+            scales, table = scales * factor, replace(table, scales=table.scales * factor)
+        self._update(jobs, works.local(table), numbers)
+        return self.frozen_scales * scales if light else scales
+
+    @property
+    def frozen_scales(self) -> Tensor:
+        """The scales of the last measured step, [L, I]; worked out once between two of them."""
+        if self._frozen is None:
+            self._frozen = self.balance.scales(self.balance.decays())
+        return self._frozen
 
     def _limit(self, memory: TermMemory) -> int:
         """The elements of a block."""
@@ -128,44 +144,46 @@ class Stepper:
             return fused.BLOCK
         return max(1, BLOCK // memory.count)
 
-    def _jobs(
-        self, memory: TermMemory, works: Sequence[Work], clip: tuple[ClipAlgorithm, float] | None, finite: Tensor | None
-    ) -> list[_Job]:
-        """What is to be done. What cannot be compiled raises here, where nothing is changed yet."""
-        clip_value = clip[1] if clip is not None and clip[0] == "value" else None
-        numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.balance.distinct}
-        jobs = list[_Job]()
-        for work in works:
-            columns, hyper = memory.columns(work.block), numbers[id(work.group)]
-            packed = not isinstance(work.rows, int)
-            update: Update = kernels.update
-            if self.options.compile:
-                update = compiled.updater(columns, work.moments, hyper, packed=packed)
-            elif fused.applies(columns, work.moments, hyper, packed=packed):
-                update = fused.update
-            jobs.append(_Job(work, columns, hyper, update))
-        return jobs
+    def _jobs(self, memory: TermMemory, works: Works, numbers: Mapping[int, Hyperparameters]) -> list[_Job]:
+        """What is to be done; it stays the same as long as nothing but numbers change.
 
-    def _update(self, jobs: Sequence[_Job], scales: Tensor, finite: Tensor | None) -> None:
-        table = self.coefficients(scales, finite)
-        local: dict[int, Coefficients] = {}  # of one parameter for all its blocks
-        for work, columns, hyper, update in jobs:
-            scratch = self.scratch_for(columns, len(columns) + 1)
-            found = local.get(work.rows) if isinstance(work.rows, int) else None
-            if found is None:
-                found = work.local(table, columns.device, scratch.dtype)
-            if isinstance(work.rows, int):
-                local[work.rows] = found
-            flat = work.elements()
-            update(flat, columns, work.moments, found, hyper, scratch)
-            work.put_back(flat)
+        What cannot be compiled raises here, where nothing is changed yet.
+        """
+        kinds = [(hyper.eps, hyper.clip_value is None, hyper.finite is None) for hyper in numbers.values()]
+        key = (memory, works, kinds, torch.get_num_threads())
+        if self._prepared is None or self._prepared[0] != key:
+            columns = [memory.columns(work.block) for work in works]
+            made = [
+                _Job(work, found, self._update_of(work, found, numbers[id(work.group)]))
+                for work, found in zip(works, columns, strict=True)
+            ]
+            self._prepared = key, made
+        return self._prepared[1]
 
-    def _clip_factor(self, memory: TermMemory, works: Sequence[Work], scales: Tensor, limit: float) -> Tensor:
-        rows = self.balance.by_parameter(scales)
+    def _update_of(self, work: Work, columns: Tensor, hyper: Hyperparameters) -> Update:
+        packed = not isinstance(work.rows, int)
+        if self._is_compiled(columns):
+            return compiled.updater(columns, work.moments, hyper, packed=packed)
+        return fused.update if fused.applies(columns, work.moments, hyper, packed=packed) else kernels.update
+
+    def _is_compiled(self, columns: Tensor) -> bool:
+        return self.options.compile and columns.shape[1] > 1  # a kernel whose size is free takes two and more
+
+    def _update(
+        self, jobs: Sequence[_Job], local: Iterable[Coefficients], numbers: Mapping[int, Hyperparameters]
+    ) -> None:
+        flats = [job.work.elements() for job in jobs]  # between updates, which flush the cache, it would take longer
+        for (work, columns, update), flat, found in zip(jobs, flats, local, strict=True):
+            rows = 0 if self._is_compiled(columns) else len(columns) + 1
+            scratch = self._scratch if rows == 0 else self.scratch_for(columns, rows)
+            update(flat, columns, work.moments, found, numbers[id(work.group)], scratch)
+        for job, flat in zip(jobs, flats, strict=True):
+            job.work.put_back(flat)
+
+    def _clip_factor(self, memory: TermMemory, works: Works, scales: Tensor, limit: float) -> Tensor:
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.balance.shardings}
-        for work in works:
+        for work, local in zip(works, works.spread(self.balance.by_parameter(scales)), strict=True):
             columns = memory.columns(work.block)
-            local = work.spread(rows).to(columns.device)
             norm = kernels.balanced_norm(columns, local, self.scratch_for(columns, len(columns)))
             parts[work.cut].append(norm.to(scales))
         zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
@@ -173,30 +191,6 @@ class Stepper:
         joined = [sharding.join_norms(norm, cut) for norm, cut in zip(norms, parts, strict=True)]
         factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(joined)) + 1e-6)
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
-
-    def coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
-        """The coefficients of all parameters: [P, I] or [P, 1] each."""
-        balance = self.balance
-        shared, own = balance.table.clocks[:, :1], balance.table.clocks[:, 1:]
-        denominator = self.options.denominator
-        squares = shared if denominator == "sum" else own
-        weights = balance.weights(squares)
-        first, second = self.options.moments(len(self.terms))
-        factor = balance.correction(own if denominator == "own" else shared, 0) * (first / second)
-        reaching: Tensor | None = None
-        if "mean" in (denominator, self.options.update):
-            reaching = (own > 0).sum(1, keepdim=True).clamp(min=1).to(scales)
-        if reaching is not None and self.options.update == "mean":
-            factor = factor * reaching
-        if finite is not None:
-            weights, factor = torch.where(finite, weights, 0), torch.where(finite, factor, torch.inf)
-        return Coefficients(
-            scales=balance.by_parameter(scales),
-            weights=weights,
-            factor=factor,
-            reaching=reaching if denominator == "mean" else None,
-            correction=balance.correction(squares, 1) if self._amsgrad else None,
-        )
 
     def hyperparameters(
         self, group: Mapping[str, Any], clip_value: float | None, finite: Tensor | None
@@ -216,7 +210,7 @@ class Stepper:
     def scratch_for(self, columns: Tensor, rows: int) -> Tensor:
         """Memory for balanced gradients; fresh memory for every block would cost more than what is done with it."""
         dtype = torch.promote_types(columns.dtype, torch.float32)
-        if self.options.compile and columns.shape[-1] > 1:  # fewer elements are not compiled
+        if self._is_compiled(columns):
             return columns.new_empty(0, dtype=dtype)
         width, kept = columns.shape[-1], self._scratch
         if (kept.dtype, kept.device) != (dtype, columns.device) or kept.numel() < rows * width:

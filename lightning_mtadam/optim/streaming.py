@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_mtadam import balancing
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import kernels
-from lightning_mtadam.optim.blocks import Work
+from lightning_mtadam.optim.blocks import Works
+from lightning_mtadam.optim.decays import Decays
 from lightning_mtadam.optim.finite import non_finite
 from lightning_mtadam.optim.layout import BLOCK
 from lightning_mtadam.optim.pending import Gradients
@@ -79,14 +80,12 @@ class Streaming:
         stepper, balance = self.stepper, self.stepper.balance
         reached = [total is not None for total in self._sums]
         touched = [reached[member] for member in stepper.members]
-        observed = self._norms()
-        balance.average(observed, touched, self._present(), None)
-        balance.tick(observed > 0, touched, None)
-        scales = balance.scales()
-        balance.record(scales, None)
-        table = stepper.coefficients(scales, None)
+        scales, table = stepper.plan.measured(
+            self._norms(), balance.flags(touched), self._present(), balance.decays(), None
+        )
         numbers = {id(group): stepper.hyperparameters(group, None, None) for group in balance.distinct}
-        for work in self._works(touched):
+        works = self._works(touched)
+        for work, local in zip(works, works.local(table), strict=True):
             (member,) = work.block.members
             total = self._sums[member]
             assert total is not None
@@ -96,14 +95,14 @@ class Streaming:
                 flat,
                 total.view(-1)[work.block.begin : work.block.end],
                 work.moments,
-                work.local(table, flat.device, torch.promote_types(flat.dtype, torch.float32)),
+                local,
                 numbers[id(work.group)],
                 torch.tensor(missed, device=flat.device)[:, None],
             )
             work.put_back(flat)
         return scales
 
-    def _works(self, touched: Sequence[bool]) -> list[Work]:
+    def _works(self, touched: Sequence[bool]) -> Works:
         return self.stepper.workshop.works(self.stepper.spans, touched, BLOCK // len(self.stepper.terms))
 
     def _norms(self) -> Tensor:
@@ -111,12 +110,15 @@ class Streaming:
         zero = torch.zeros_like(self.stepper.balance.table.norms[:, 0])
         return torch.stack([self._observed.get(term, zero) for term in self.stepper.terms], 1)
 
-    def _present(self) -> list[bool]:
-        return [term in self._observed for term in self.stepper.terms]
+    def _present(self) -> Tensor:
+        return self.stepper.balance.constant([term in self._observed for term in self.stepper.terms], torch.bool)
 
-    def _foreseen(self) -> tuple[Tensor, Tensor]:
+    def _foreseen(self, decays: Decays) -> tuple[Tensor, Tensor]:
         """Norms and counts after this step, at the layers that the last term reaches: [L, I] each."""
-        return self.stepper.balance.foresee(self._norms(), [True] * len(self.stepper.members), self._present())
+        balance = self.stepper.balance
+        return balance.foresee(
+            self._norms(), balance.flags([True] * len(self.stepper.members)), self._present(), decays
+        )
 
     def _ready(self) -> list[bool]:
         """Per parameter, whether scales there depend on no term that is still to come: where the anchor has reached."""
@@ -125,18 +127,20 @@ class Streaming:
         if stepper.options.anchor not in (None, "unit"):
             reference = stepper.options.reference(stepper.terms)
             assert isinstance(reference, int)
-            reached = stepper.balance.by_parameter(self._foreseen()[0])[:, reference] > 0
+            norms, _ = self._foreseen(stepper.balance.decays())
+            reached = stepper.balance.by_parameter(norms)[:, reference] > 0
             for member, flag in zip(stepper.members, reached.tolist(), strict=True):
                 flags[member] = flag
         return flags
 
     def _consume(self, column: int, gradients: Gradients) -> None:
         stepper, balance = self.stepper, self.stepper.balance
-        scales = balance.by_parameter(balance.scales_of(*self._foreseen()))
+        decays = balance.decays()
+        scales = balance.by_parameter(balance.scales_of(*self._foreseen(decays), decays))
         reaching = torch.zeros_like(balance.table.norms, dtype=torch.bool)
         reaching[:, column] = self._observed[stepper.terms[column]] > 0
         clocks = balancing.tick(balance.table.clocks, reaching, torch.ones_like(reaching[:, :1]))
-        weights = balance.weights(clocks[:, 1 + column, None])
+        weights = balance.weights(clocks[:, 1 + column, None], decays)
         for member, gradient in enumerate(gradients):  # also of those that have no block, being empty on this process
             if gradient is not None and self._sums[member] is None:
                 self._sums[member] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)

@@ -112,7 +112,7 @@ def trained(sizes, lrs, compile=True, dtype=torch.float64):
     parameters = [torch.linspace(0, 1, size, dtype=dtype, requires_grad=True) for size in sizes]
     optimizer = MTAdam(parameters, compile=compile, terms=("a", "b", "c"))
     for lr in lrs:
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0].update(lr=lr, betas=(0.9 - lr, 0.999 - lr, 0.8 + lr / 2))
         optimizer.zero_grad()
         flat = torch.cat(parameters)
         optimizer.backward({"a": flat.square().sum(), "b": flat.sum(), "c": flat.exp().sum()})
@@ -120,7 +120,7 @@ def trained(sizes, lrs, compile=True, dtype=torch.float64):
     return [parameter.detach() for parameter in parameters]
 
 
-def test_other_sizes_learning_rates_and_steps_are_not_compiled_anew():
+def test_other_sizes_learning_rates_betas_and_steps_are_not_compiled_anew():
     trained((4000,), (0.1,))
     trained((5, 7), (0.1,))
     before = kernels()
@@ -130,7 +130,8 @@ def test_other_sizes_learning_rates_and_steps_are_not_compiled_anew():
         trained((1,), (0.1, 0.2))
         trained((1, 1), (0.1, 0.2))
         trained((0, 2, 1), (0.1, 0.2))
-    assert kernels() == before > 0
+    assert kernels() == before + 5  # one for the tables of each optimizer
+    assert before > 0
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1), (1, 3000)])
@@ -164,6 +165,7 @@ def test_where_nothing_can_be_compiled_it_says_so_and_changes_nothing(step, monk
         for _ in range(step):
             advance()
     compiled._kernel.cache_clear()
+    optimizer.param_groups[0]["eps"] = 0.0  # takes a kernel of its own
     monkeypatch.setattr(torch, "compile", failing)
     before = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
     with pytest.raises(
