@@ -22,7 +22,7 @@ class LogVariances(nn.Module):
     def __init__(self, terms: int = 0) -> None:
         super().__init__()
         self.log_variances = nn.Parameter(torch.zeros(terms), requires_grad=False)
-        self._copies: WeakSet[LogVariances] = WeakSet()
+        self._copies = _Copies()
 
     def grow(self, terms: int) -> None:
         """Hold a zero for each of the terms, unless they are held already; in place, as optimizers have the parameter.
@@ -47,3 +47,10 @@ class LogVariances(nn.Module):
             self.grow(saved.numel())
             state_dict[f"{prefix}log_variances"] = saved if saved.numel() else torch.zeros_like(self.log_variances)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Copies(WeakSet[LogVariances]):
+    """Those that are alive; a pickle holds none of them."""
+
+    def __reduce__(self) -> tuple[type[_Copies], tuple[()]]:
+        return _Copies, ()

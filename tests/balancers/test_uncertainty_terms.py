@@ -1,6 +1,8 @@
 """UncertaintyWeighting without terms: the parameter is there from the start, and grows with the first losses."""
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -180,6 +182,15 @@ def test_a_copy_from_before_the_first_losses_averages_the_log_variances():
     ours, expected = averaged(UNNAMED), averaged(NAMED)
     assert_same(ours, expected)
     assert ours.learned_balance.log_variances.all()
+
+
+def test_a_pickled_module_is_a_module_of_its_own():
+    module, _ = prepared(UNNAMED)
+    copied = copy.deepcopy(module)
+    pickled = pickle.loads(pickle.dumps(module.balancer))
+    step(module, module.configure_optimizers(), first_losses(module))
+    assert (size_of(module), size_of(copied)) == ((3,), (3,))
+    assert pickled.learned.log_variances.shape == (0,)
 
 
 def averaging(name):
