@@ -114,7 +114,7 @@ class Balancer(ABC):
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``. On an accelerator, which the
                 host does not wait for, gradients become inf or nan instead, as without a balancer.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_in(optimizer)
         processes = processes_of(model, parameters)
         network = model.module if isinstance(model, DistributedDataParallel) else model
         begins = self._stepped or self._was_reset(parameters)
@@ -124,7 +124,7 @@ class Balancer(ABC):
             check_losses(losses, self._terms or None, finite=finite, graph=processes.group is None)
             if self.looks_ahead:
                 _refuse_static_graph(model)
-            self._check(losses, network, parameters, processes)
+            self._check(losses, network, optimizer, processes)
             return () if processes.group is None else _named_shapes(network, parameters)  # a walk over the network
 
         pending = () if begins else self._pending_terms()
@@ -183,7 +183,7 @@ class Balancer(ABC):
     def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
         """Run the backward passes, and set ``_state`` from ``_before`` and all batches of the step so far."""
 
-    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
+    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
         """Raise if the losses cannot be balanced; nothing was changed yet."""
         if processes.sharded and not self.works_on_shards:
             raise ValueError(
@@ -215,6 +215,11 @@ class Balancer(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watched": None, "_stepped": True}
+
+
+def parameters_in(optimizer: Optimizer) -> list[Tensor]:
+    """What the optimizer steps on, of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _versions(parameters: list[Tensor]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer, Batch
 from lightning_mtadam.distributed.averaging import averaging_of
@@ -95,8 +96,8 @@ class GradientBalancer(Balancer):
         finite is made, and ``_state`` is ``_before``.
         """
 
-    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
-        super()._check(losses, model, parameters, processes)
+    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
+        super()._check(losses, model, optimizer, processes)
         if not self._state:  # a walk over the whole graph: before the first step only
             refuse_reentrant_checkpoints(losses)
 

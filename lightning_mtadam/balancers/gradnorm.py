@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer, Batch
@@ -112,8 +113,8 @@ class GradNorm(Balancer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layer": []}
 
-    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
-        super()._check(losses, model, parameters, processes)
+    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
+        super()._check(losses, model, optimizer, processes)
         self._layer = parameters_of(model, self.shared)
 
     def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:

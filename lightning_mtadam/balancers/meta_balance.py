@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_mtadam import balancing
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
@@ -79,8 +80,8 @@ class MetaBalance(GradientBalancer):
         norms = torch.stack([norms for norms, _ in self._state.values()])
         return dict(zip(self._state, balancing.balance_weights(norms, self._reference(norms)).unbind(), strict=True))
 
-    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
-        super()._check(losses, model, parameters, processes)
+    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
+        super()._check(losses, model, optimizer, processes)
         self._options.check_terms(self._terms or tuple(losses))
 
     def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:

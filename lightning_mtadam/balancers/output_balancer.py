@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.balancers.balancer import Balancer, Batch, parameters_in
 from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
 from lightning_mtadam.balancing import corrected_norms, update_norms
 from lightning_mtadam.distributed.averaging import mean_over
@@ -107,9 +108,9 @@ class OutputBalancer(Balancer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_attached": None, "_outputs": []}
 
-    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
-        super()._check(losses, model, parameters, processes)
-        self._outputs = find_outputs(losses, self.output, parameters)
+    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
+        super()._check(losses, model, optimizer, processes)
+        self._outputs = find_outputs(losses, self.output, parameters_in(optimizer))
         if not self._nesting_checked:
             refuse_nested(self._outputs, self.output)
             self._nesting_checked = True

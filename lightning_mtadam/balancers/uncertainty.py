@@ -6,24 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.balancers.balancer import Balancer, Batch, parameters_in
+from lightning_mtadam.balancers.log_variances import LogVariances
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
-
-
-class LogVariances(nn.Module):
-    """What uncertainty weighting learns.
-
-    Attributes:
-        log_variances: ``s_i = log sigma_i^2``, [I]. Autograd does not see them: their gradient is known in closed form.
-            So ``DistributedDataParallel``, which looks for parameters in the graph of the losses, leaves them alone.
-    """
-
-    def __init__(self, terms: int) -> None:
-        super().__init__()
-        self.log_variances = nn.Parameter(torch.zeros(terms), requires_grad=False)
 
 
 class UncertaintyWeighting(Balancer):
@@ -37,19 +26,19 @@ class UncertaintyWeighting(Balancer):
     One backward pass. The log variances are the parameter of the module ``learned``, which a
     :class:`~lightning_mtadam.MultiTermLightningModule` registers as its ``learned_balance``: the optimizer that is
     given ``self.parameters()`` learns them with its own learning rate. The parameter has ``requires_grad=False``, and
-    gets its gradient all the same. A term that is absent in a step has no part in it.
+    gets its gradient all the same. It is empty until the terms are known. A term that is absent in a step has no part
+    in it.
 
     Args:
-        terms: the names of the losses. They are required, since the optimizer is made of the parameters before there
-            are any losses.
+        terms: the names of the losses, if known ahead; otherwise they are taken from the first losses.
 
     Raises:
-        TypeError: no terms.
-        ValueError: the optimizer does not hold the log variances; parameters are sharded.
+        ValueError: the optimizer does not hold the log variances, or has made its state for them before the terms were
+            known; they were learned for another number of terms; parameters are sharded.
 
     Example:
         >>> model = nn.Linear(3, 2)
-        >>> balancer = UncertaintyWeighting(terms=("fit", "size"))
+        >>> balancer = UncertaintyWeighting()
         >>> optimizer = torch.optim.SGD([*model.parameters(), *balancer.learned.parameters()], lr=0.1)
         >>> output = model(torch.ones(4, 3))
         >>> losses = {"fit": (output - 9).square().mean(), "size": 0.01 * output.abs().mean()}
@@ -67,33 +56,41 @@ class UncertaintyWeighting(Balancer):
     learned: LogVariances
 
     def __init__(self, terms: Iterable[str] | None = None) -> None:
-        if terms is None:
-            raise TypeError(
-                "UncertaintyWeighting needs the names of the terms: it learns a parameter for each, which must exist"
-                " before the optimizer is made. Write UncertaintyWeighting(terms=('reconstruction', 'sparsity')), with"
-                " the names of your losses."
-            )
         super().__init__(terms)
         self.learned = LogVariances(len(self._terms))
 
     def term_weights(self) -> dict[str, Tensor]:
         """The weights ``exp(-s_i) / 2``."""
-        return dict(zip(self._terms, self._weights().unbind(), strict=True))
+        weights = self._weights(len(self._terms)).unbind()
+        return dict(zip(self._terms, weights, strict=False))  # loaded ones have no names before the first losses
 
-    def _weights(self) -> Tensor:
-        return 0.5 * torch.exp(-self.learned.log_variances.detach())
+    def _weights(self, terms: int) -> Tensor:
+        held = self.learned.log_variances.detach()
+        return 0.5 * torch.exp(-held if held.numel() else held.new_zeros(terms))  # [I]
 
-    def _check(self, losses: Losses, model: nn.Module, parameters: list[Tensor], processes: Processes) -> None:
-        super()._check(losses, model, parameters, processes)
-        if not any(parameter is self.learned.log_variances for parameter in parameters):
+    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
+        super()._check(losses, model, optimizer, processes)
+        parameter, terms = self.learned.log_variances, self._terms or tuple(losses)
+        if not any(held is parameter for held in parameters_in(optimizer)):
             raise ValueError(
                 "The optimizer does not hold the log variances that UncertaintyWeighting learns, so they would stay as"
                 " they are. In configure_optimizers give it all of self.parameters(), also those without requires_grad;"
                 " without Lightning add balancer.learned.parameters()."
             )
+        if parameter.numel() not in (0, len(terms)):
+            raise ValueError(
+                f"UncertaintyWeighting has learned {parameter.numel()} log variances, but the losses are {terms}. Begin"
+                " with all the losses that they were learned for, or give their names, UncertaintyWeighting(terms=...)."
+            )
+        state = optimizer.state.get(parameter, {}).values()
+        if any(isinstance(value, Tensor) and value.shape == (0,) for value in state):
+            raise ValueError(
+                f"{type(optimizer).__name__} has made its state for the log variances before it was known how many"
+                f" there are. Give the names of the losses ahead, UncertaintyWeighting(terms={terms})."
+            )
 
     def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        weights = self._weights()
+        weights = self._weights(len(terms))
         weighted = [weights[terms.index(name)] * loss for name, loss in batch.losses.items()]
         batch.run(torch.stack(weighted).sum() * batch.grad_output)
         present = [terms.index(name) for name in batch.losses]
@@ -107,4 +104,5 @@ class UncertaintyWeighting(Balancer):
         summed = gradient if parameter.grad is None else parameter.grad + gradient
         if processes.group is not None and processes.averages:
             summed = mean_over(summed, processes.group)
+        self.learned.grow(len(summed))
         parameter.grad = summed

@@ -50,8 +50,8 @@ def output_losses(network: nn.Module, batch: Batch) -> Losses:
     }
 
 
-def uncertainty() -> Balancer:
-    balancer = UncertaintyWeighting(("fit", "size", "decay"))
+def uncertainty(terms: Iterable[str] | None = None) -> Balancer:
+    balancer = UncertaintyWeighting(terms)
     balancer.learned.double()  # as the network
     return balancer
 
@@ -61,6 +61,7 @@ CASES = {
     "gradnorm": Case(lambda: GradNorm(shared="network.0")),
     "gradnorm, three steps of start": Case(lambda: GradNorm("network.0.weight", alpha=0.5, initial_losses=3)),
     "uncertainty": Case(uncertainty),
+    "uncertainty, terms given": Case(lambda: uncertainty(("fit", "size", "decay"))),
     "output": Case(lambda: OutputBalancer("network"), output_losses, joins=False),
     "output, weighted": Case(
         lambda: OutputBalancer("network.2", {"fit": 5.0, "size": 1.0, "bend": 2.0}, ema_decay=0.5),

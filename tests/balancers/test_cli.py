@@ -65,6 +65,13 @@ def test_options_of_the_balancer_come_from_the_command_line(tmp_path):
     assert (cli.model.balancer.shared, cli.model.balancer.lr) == ("network.0", 0.1)
 
 
+def test_a_balancer_that_learns_needs_no_options(tmp_path):
+    cli = run(tmp_path, "--model.balancer=UncertaintyWeighting")
+    assert_same(
+        cli.model, balanced_by_hand(Case(balancers.UncertaintyWeighting, output_losses), make_loader(), epochs=2)
+    )
+
+
 def test_without_a_balancer_the_plain_sum_is_trained(tmp_path):
     cli = run(tmp_path)
     assert cli.model.balancer is None
