@@ -96,11 +96,21 @@ def corrected_norms(
 
 
 def geometric_mean(norms: Tensor) -> Tensor:
-    """The geometric mean over the terms that reach the layer; zero where none does. [L, I] -> [L, 1]."""
+    """The geometric mean over the terms that reach the layer; zero where none does. [L, I] -> [L, 1].
+
+    Logarithms are of the share of the largest: of one term, or of equal ones, the mean is exact.
+
+    Example:
+        >>> norms = torch.tensor([[0.3, 0.0], [2.0, 8.0]])
+        >>> bool(geometric_mean(norms)[0, 0] == norms[0, 0]), geometric_mean(norms)
+        (True, tensor([[0.3000],
+                [4.0000]]))
+    """
     reached = norms > 0
     count = reached.sum(1, keepdim=True)
-    logs = torch.where(reached, norms.log(), 0).sum(1, keepdim=True)
-    return torch.where(count > 0, torch.exp(logs / count.clamp(min=1)), 0)
+    largest = norms.amax(1, keepdim=True)
+    logs = torch.where(reached, (norms / largest).log(), 0).sum(1, keepdim=True)
+    return torch.where(count > 0, largest * torch.exp(logs / count.clamp(min=1)), 0)
 
 
 def reference_norms(norms: Tensor, reference: Reference) -> Tensor:

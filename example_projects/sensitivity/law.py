@@ -1,7 +1,6 @@
 """MTAdam's law, in double precision: what a loss other than the anchor is multiplied by changes nothing.
 
-Powers of two are exact in floating point, and so is then the whole training, to the last digit, but where the anchor
-does not reach a layer: it is balanced to a geometric mean there, of a logarithm and an exponential.
+Powers of two are exact in floating point, and so is then the whole training, to the last digit.
 """
 
 from __future__ import annotations

@@ -160,5 +160,8 @@ METHODS = {
     "aligned-mtl": Method(aggregated("AlignedMTL"), one_per_term),
     "adatask": Method(mtadam(anchor=None, denominator="own"), one_per_term),
     "mtadam": Method(mtadam(), one_per_term),
-    "mtadam-every-20": Method(mtadam(balance_every=20), partial(seldom, every=20)),
+    **{
+        f"mtadam-every-{every}": Method(mtadam(balance_every=every), partial(seldom, every=every))
+        for every in (5, 20, 50)
+    },
 }
