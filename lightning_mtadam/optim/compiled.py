@@ -62,7 +62,7 @@ def _run(
     hyper: Hyperparameters,
     scratch: Tensor,
 ) -> None:
-    kernel(parameter, *rows, *_contiguous(local), *_numbers(hyper), hyper.finite)
+    kernel(parameter, *rows, *_contiguous(local), *_numbers(hyper, local.scales.dtype), hyper.finite)
 
 
 def _contiguous(local: Coefficients) -> list[Tensor | None]:
@@ -70,14 +70,14 @@ def _contiguous(local: Coefficients) -> list[Tensor | None]:
     return [None if coefficient is None else coefficient.contiguous() for coefficient in found]
 
 
-def _numbers(hyper: Hyperparameters) -> tuple[Tensor, ...]:
+def _numbers(hyper: Hyperparameters, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
-    return _as_tensors((hyper.lr, hyper.beta1, hyper.eps, hyper.clip_value or 0.0, hyper.decay))
+    return _as_tensors((hyper.lr, 1 - hyper.beta1, hyper.eps, hyper.clip_value or 0.0, hyper.decay), dtype)
 
 
 @lru_cache(maxsize=64)  # they are the same for all blocks of a group
-def _as_tensors(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind()
+def _as_tensors(numbers: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return torch.tensor(numbers, dtype=dtype, device="cpu").unbind()
 
 
 def _update_rows(
@@ -92,7 +92,7 @@ def _update_rows(
     reaching: Tensor | None,
     correction: Tensor | None,
     lr: Tensor,
-    beta1: Tensor,
+    share: Tensor,
     eps: Tensor,
     limit: Tensor,
     decay: Tensor,
@@ -104,7 +104,6 @@ def _update_rows(
     no_eps: bool,
 ) -> None:
     balanced = [gradient.to(dtype) * scale for gradient, scale in zip(gradients, scales.unbind(), strict=True)]
-    share = 1 - beta1
     if finite is not None:
         balanced = [torch.where(finite, row, 0) for row in balanced]
         share, decay = torch.where(finite, share, 0.0), torch.where(finite, decay, 1.0)
@@ -116,7 +115,7 @@ def _update_rows(
     if denominator == "sum":
         balanced = steps
     merged = len(exp_avg) / len(exp_avg_sq)
-    first = [_towards(row.to(dtype), step * merged, share.to(dtype)) for row, step in zip(exp_avg, steps, strict=True)]
+    first = [_towards(row.to(dtype), step * merged, share) for row, step in zip(exp_avg, steps, strict=True)]
     second = [
         _towards(row.to(dtype), one * one, weight)
         for row, one, weight in zip(exp_avg_sq, balanced, weights.unbind(), strict=True)
@@ -200,7 +199,7 @@ def _kernel(
         if packed and coefficient is not None:
             torch._dynamo.maybe_mark_dynamic(coefficient, 1)
     finite = torch.ones((), dtype=torch.bool, device=device) if deferred else None
-    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, 1.0, denominator, 1.0))
+    numbers = _numbers(Hyperparameters(1e-3, 0.9, 0.0 if no_eps else 1e-8, 1.0, denominator, 1.0), wide)
     try:
         kernel(rows[0][0], *rows[1:], *coefficients, *numbers, finite)
     except Exception as error:
