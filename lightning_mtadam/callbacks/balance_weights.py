@@ -18,6 +18,9 @@ from lightning_mtadam.callbacks import tensorboard
 from lightning_mtadam.guard import balancer_of
 from lightning_mtadam.optim import MTAdam
 
+NOTHING: tuple[dict[str, tuple[str, ...]], bool] = ({}, False)
+"""The layout of charts before there are any."""
+
 SUMMARY_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
@@ -28,7 +31,8 @@ class BalanceWeightMonitor(pl.Callback):
     percentile over the layers, ``balance_weight/<term>.median``, ``.p10``, ``.p90``. To a TensorBoard logger also a
     heatmap of layers by terms (Images), and a chart per term of the median between its percentiles (Custom Scalars).
     A layer that a term never reached has no value. Between logging steps it costs nothing. A balancer that has one
-    weight per term is logged as ``term_weight/<term>``; ``MetaBalance`` is logged as MTAdam is.
+    weight per term is logged as ``term_weight/<term>``, with one chart of all of them; ``MetaBalance`` is logged as
+    MTAdam is.
 
     With several optimizers the first part of a tag tells them apart, as in
     :class:`~lightning.pytorch.callbacks.LearningRateMonitor`: ``balance_weight-MTAdam``, ``balance_weight-MTAdam-1``.
@@ -62,11 +66,11 @@ class BalanceWeightMonitor(pl.Callback):
         self.image_every_n = image_every_n
         self._logged = 0
         self._told: set[str] = set()
-        self._laid_out: dict[str, tuple[str, ...]] = {}
+        self._laid_out = NOTHING
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to log, and something to log it to."""
-        self._laid_out = {}
+        self._laid_out = NOTHING
         if not trainer.loggers:
             raise MisconfigurationException("Cannot use `BalanceWeightMonitor` with a `Trainer` that has no logger.")
         if not any(True for _ in named_sources(trainer)):
@@ -97,11 +101,13 @@ class BalanceWeightMonitor(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         metrics: dict[str, float] = {}
+        term_weights: dict[str, float] = {}
         terms_of: dict[str, tuple[str, ...]] = {}
         image_due = self.image_every_n > 0 and self._logged % self.image_every_n == 0
         for prefix, source in named_sources(trainer):
             if isinstance(source, Balancer):
-                metrics |= {f"term_weight/{term}": float(weight) for term, weight in source.term_weights().items()}
+                found = source.term_weights()
+                term_weights = {f"{tensorboard.TERM_WEIGHT}/{term}": float(weight) for term, weight in found.items()}
             weights = source.balance_weights()
             if not weights:
                 continue
@@ -112,10 +118,12 @@ class BalanceWeightMonitor(pl.Callback):
             for writer in tensorboard.writers(trainer.loggers):
                 if image_due and table.numel() <= self.max_series:
                     tensorboard.add_heatmap(writer, prefix, source.terms, list(weights), table, step)
-        if terms_of != self._laid_out:
+        layout = terms_of, bool(term_weights)
+        if layout != self._laid_out:
             for writer in tensorboard.writers(trainer.loggers):
-                tensorboard.add_layout(writer, terms_of)
-            self._laid_out = terms_of
+                tensorboard.add_layout(writer, terms_of, weighted=bool(term_weights))
+            self._laid_out = layout
+        metrics |= term_weights
         if metrics:
             self._logged += 1
             for logger in trainer.loggers:

@@ -17,6 +17,7 @@ LABEL_HEIGHT = 16
 FONT_SIZE = 12
 PAPER, INK = (225, 225, 225), "black"
 LOW, MIDDLE, HIGH = (torch.tensor(rgb) for rgb in ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0)))
+TERM_WEIGHT = "term_weight"
 UNREACHED = torch.tensor((90.0, 90.0, 90.0))
 
 
@@ -31,20 +32,22 @@ def writers(loggers: Sequence[Logger]) -> Iterator[Any]:
             yield writer
 
 
-def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]]) -> None:
+def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]], *, weighted: bool) -> None:
     """Lay out one chart per term: the median over the layers between the 10th and the 90th percentile.
 
     Args:
         writer: TensorBoard's. It keeps one layout, the last.
         terms_of: the terms of every optimizer, by the first part of its tags.
+        weighted: whether there are weights that differ by term only; they share a chart.
     """
     names = ("median", "p10", "p90")
-    writer.add_custom_scalars(
-        {
-            prefix: {term: ["Margin", [f"{prefix}/{term}.{name}" for name in names]] for term in reversed(terms)}
-            for prefix, terms in terms_of.items()
-        }
-    )
+    charts = {
+        prefix: {term: ["Margin", [f"{prefix}/{term}.{name}" for name in names]] for term in reversed(terms)}
+        for prefix, terms in terms_of.items()
+    }
+    if weighted:
+        charts[TERM_WEIGHT] = {"all terms": ["Multiline", [f"{TERM_WEIGHT}/.+"]]}
+    writer.add_custom_scalars(charts)
 
 
 def add_heatmap(

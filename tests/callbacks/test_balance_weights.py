@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import re
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_mtadam import MTAdam, MultiTermLightningModule
+from lightning_mtadam.balancers import FixedWeights
 from lightning_mtadam.callbacks import BalanceWeightMonitor, tensorboard
 from lightning_mtadam.callbacks.balance_weights import named_optimizers, summaries
 from tests.lightning_models import needs_exact_resume
@@ -462,6 +464,30 @@ def test_the_layout_has_a_margin_chart_per_term_between_the_percentiles(trained)
 
 def test_tensorboards_page_shows_the_layout(trained):
     assert shown_layout(trained[0]) == {"balance_weight": {term: margin("balance_weight", term) for term in REACHED}}
+
+
+# Balancers
+
+
+def test_weights_that_differ_by_term_only_share_a_chart(tmp_path):
+    """And no tag of anything else is in it, whatever the terms are called."""
+
+    class Weighted(TwoHeads):
+        def configure_balancer(self):
+            return FixedWeights({"fit": 2.0, "big": 0.5})
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    fit(tmp_path, BalanceWeightMonitor(), module=Weighted())
+    series = points(tmp_path)
+    assert {tag for tag in series if tag.startswith("term_weight")} == {"term_weight/fit", "term_weight/big"}
+    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    (category,) = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    (chart,) = category.chart
+    (tags,) = chart.multiline.tag
+    assert category.title == "term_weight"
+    assert [tag for tag in series if re.match(tags, tag)] == ["term_weight/fit", "term_weight/big"]
 
 
 # Several optimizers
