@@ -58,8 +58,8 @@ class Work:
     def put_back(self, flat: Tensor) -> None:
         """Write to the parameters what was not a view of them."""
         if self._packed:
-            pieces = _unflatten_dense_tensors(flat, self.parameters)  # type: ignore[no-untyped-call]
-            torch._foreach_copy_(self.parameters, pieces)
+            filled = [parameter for parameter in self.parameters if parameter.numel()]  # empty ones may come back flat
+            torch._foreach_copy_(filled, _unflatten_dense_tensors(flat, filled))  # type: ignore[no-untyped-call]
             return
         whole = self._whole()
         if not whole.is_contiguous():
