@@ -2,8 +2,10 @@
 
 A setting is written as "adam" or "mtadam", with options behind a colon: mtadam:denominator=sum,beta3=0.99. A term's
 name sets its weight, with MTAdam its importance: adam:boundary=100. "adam" has the weights that are known to be good,
-"adam:weights=given" those the problem comes with, which MTAdam gets too. Every run is a line of runs.csv in the output
-folder; runs that are there already are not repeated.
+"adam:weights=given" those the problem comes with, which MTAdam gets too. mtadam:anchor=max-mean@0.5 changes the anchor
+after half of the steps; mtadam:beta2.boundary=0.99 gives a term a beta2 of its own, mtadam:beta2=fallen each term one
+that is the smaller, the further its gradient norm has fallen. Every run is a line of runs.csv in the output folder;
+runs that are there already are not repeated.
 """
 
 from __future__ import annotations

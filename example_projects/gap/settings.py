@@ -10,10 +10,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Adam, Optimizer
 
+from example_projects.gap.anchors import AnchorSchedule, read_anchor
+from example_projects.gap.beta2_per_term import Beta2PerTerm
+from example_projects.gap.memory import Memory, fallen, fixed
 from example_projects.problems.problem import Problem
 from lightning_mtadam import MTAdam
 
 BETAS = {"beta1": 0.9, "beta2": 0.999, "beta3": 0.9}
+OF_A_TERM = "beta2."  # and its name
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Setting:
         optimizer: "adam", on a weighted sum of the losses, or "mtadam", on the losses as they are given.
         options: by name. ``beta1`` to ``beta3`` and MTAdam's own options. A term's name sets its weight, with MTAdam
             its importance. Adam has the balanced weights, but with ``weights=given`` the losses as they are given.
+            MTAdam's ``anchor`` may be two with a change of them, ``max-mean@0.5``. It has a beta2 for each term if
+            ``beta2`` is "fallen", or with ``beta2.<term>``.
     """
 
     name: str
@@ -37,24 +43,39 @@ class Setting:
             return problem.given_weights(seed)
         return {**problem.balanced_weights, **self._of_terms(problem)}
 
-    def configure(self, problem: Problem, network: nn.Module, lr: float) -> Optimizer:
-        """Make the optimizer."""
+    def anchors(self, problem: Problem) -> AnchorSchedule:
+        """MTAdam's anchor, and when it changes."""
+        return read_anchor(self.options.get("anchor", problem.anchor))
+
+    def configure(self, problem: Problem, network: nn.Module, lr: float, *, late: bool = False) -> Optimizer:
+        """Make the optimizer, with its early anchor or with its late one."""
         betas = tuple(self.options.get(name, usual) for name, usual in BETAS.items())
         if self.optimizer == "adam":
             return Adam(network.parameters(), lr=lr, betas=betas[:2], fused=True)
-        own = {"anchor": problem.anchor, **self.options}
-        options = {name: value for name, value in own.items() if name not in (*BETAS, *problem.terms)}
-        return MTAdam(
-            network.named_parameters(),
-            lr=lr,
-            betas=betas,
-            terms=problem.terms,
-            importance=self._of_terms(problem),
-            **options,
-        )
+        anchors = self.anchors(problem)
+        named = {name: value for name, value in self.options.items() if name not in (*BETAS, *problem.terms, "anchor")}
+        options = {
+            **{name: value for name, value in named.items() if not name.startswith(OF_A_TERM)},
+            "terms": problem.terms,
+            "importance": self._of_terms(problem),
+            "anchor": anchors.late if late else anchors.early,
+        }
+        memory = self._memory(problem)
+        if memory is not None:
+            return Beta2PerTerm(network.parameters(), lr, memory, betas=(betas[0], betas[2]), **options)
+        return MTAdam(network.named_parameters(), lr=lr, betas=betas, **options)
 
     def _of_terms(self, problem: Problem) -> dict[str, float]:
         return {name: value for name, value in self.options.items() if name in problem.terms}
+
+    def _memory(self, problem: Problem) -> Memory | None:
+        """What chooses beta2 for each term; ``None`` if all have the same."""
+        beta2 = self.options.get("beta2", BETAS["beta2"])
+        if beta2 == "fallen":
+            return fallen(BETAS["beta2"])
+        if not any(name.startswith(OF_A_TERM) for name in self.options):
+            return None
+        return fixed([self.options.get(f"{OF_A_TERM}{term}", beta2) for term in problem.terms])
 
 
 def read_setting(name: str) -> Setting:

@@ -6,11 +6,11 @@ import math
 from typing import Literal, TypeAlias
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 
 from example_projects.gap.settings import Setting
 from example_projects.problems.problem import Problem
-from lightning_mtadam import MTAdam, NonFiniteError
+from lightning_mtadam import NonFiniteError
 
 Decay: TypeAlias = Literal["none", "linear"]
 
@@ -33,19 +33,21 @@ def train(problem: Problem, setting: Setting, lr: float, decay: Decay, steps: in
     network = problem.make_network(seed)
     optimizer = setting.configure(problem, network, lr)
     weights = setting.weights(problem, seed)
-    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps if decay == "linear" else 1.0)
+    change_at = setting.anchors(problem).change_at(steps)
     late: list[Tensor] = []
     try:
         for step, batch in enumerate(problem.batches(seed, steps)):
+            if step == change_at:
+                optimizer = taken_over(optimizer, setting.configure(problem, network, lr, late=True))
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) if decay == "linear" else lr
             optimizer.zero_grad()
             losses = problem.losses(network, batch)
             weighted = {name: weights[name] * loss for name, loss in losses.items()}
-            if isinstance(optimizer, MTAdam):
-                optimizer.backward(weighted)
-            else:
+            if setting.optimizer == "adam":
                 sum(weighted.values()).backward()
+            else:
+                optimizer.backward(weighted)
             optimizer.step()
-            schedule.step()
             if step >= int(0.9 * steps):
                 late.append(sum(problem.balanced_weights[name] * loss.detach() for name, loss in losses.items()))
     except NonFiniteError:
@@ -53,3 +55,9 @@ def train(problem: Problem, setting: Setting, lr: float, decay: Decay, steps: in
     loss = math.nan if not late else float(sum(late)) / len(late)
     figures = {**problem.metrics(network), "training_loss": loss}
     return figures if math.isfinite(loss) else dict.fromkeys(figures, math.nan)
+
+
+def taken_over(early: Optimizer, late: Optimizer) -> Optimizer:
+    """The second optimizer, with all that the first one remembers."""
+    late.load_state_dict(early.state_dict())
+    return late

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from example_projects.gap import __main__ as command
+from example_projects.gap.anchors import AnchorSchedule
 from example_projects.gap.settings import read_setting
 from example_projects.gap.table import table
 from example_projects.gap.training import train
 from example_projects.mnist.data import SUBSET
 from example_projects.problems.catalogue import PROBLEMS
+from lightning_mtadam import MTAdam
 from tests.examples.running import output_of, read_rows
 
 call = partial(output_of, command.main)
@@ -54,6 +56,34 @@ def test_what_is_no_setting_is_refused(name):
         read_setting(name)
 
 
+def test_an_anchor_may_change_and_a_share_outside_of_training_is_refused():
+    problem = equation()
+    anchors = read_setting("mtadam:anchor=residual-boundary@0.25").anchors(problem)
+    assert (anchors.early, anchors.late, anchors.change_at(40)) == ("residual", "boundary", 10)
+    assert read_setting("mtadam").anchors(problem) == AnchorSchedule(problem.anchor, problem.anchor, 1.0)
+    with pytest.raises(ValueError, match=r"between 0 and 1, but got 'max-mean@1.5'"):
+        read_setting("mtadam:anchor=max-mean@1.5").anchors(problem)
+
+
+@pytest.mark.parametrize(
+    ("options", "beta2"),
+    [
+        ("beta2=fallen", [0.999, 0.99]),
+        ("beta2.boundary=0.9", [0.999, 0.9]),
+        ("beta2=0.8,beta2.boundary=0.9", [0.8, 0.9]),
+    ],
+)
+def test_a_beta2_for_each_term_comes_with_mtadams_other_options(options, beta2):
+    problem = equation()
+    setting = read_setting(f"mtadam:{options},boundary=2,layers=global,beta1=0.5,beta3=0.6")
+    optimizer = setting.configure(problem, problem.make_network(0), 0.1)
+    norms = torch.tensor([[3.0, 0.1]], dtype=torch.float64)
+    assert optimizer.memory(norms, torch.tensor([[3.0, 1.0]], dtype=torch.float64)).tolist() == [pytest.approx(beta2)]
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.1, (0.5, 0.6))
+    assert optimizer.options.importance == {"boundary": 2}
+    assert (optimizer.options.anchor, optimizer.options.layers) == ("residual", "global")
+
+
 # Training
 
 
@@ -67,6 +97,25 @@ def test_the_learning_rate_falls_to_zero_in_equal_steps(monkeypatch):
     )
     train(problem, read_setting("adam"), 0.4, "linear", 4, 0)
     assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_the_anchor_changes_at_its_share_of_the_steps(monkeypatch):
+    problem, seen = equation(), []
+    original = MTAdam.step
+    monkeypatch.setattr(
+        MTAdam, "step", lambda self, *args: (seen.append(self._options.anchor), original(self, *args))[1]
+    )
+    train(problem, read_setting("mtadam:anchor=max-boundary@0.5"), 0.01, "linear", 6, 0)
+    assert seen == ["max"] * 3 + ["boundary"] * 3
+
+
+@pytest.mark.parametrize("more", ["", ",balance_every=3", ",beta2=fallen"])
+def test_an_anchor_that_changes_to_itself_changes_nothing(more):
+    figures = [
+        train(equation(), read_setting(f"mtadam:anchor={anchor}{more}"), 0.01, "linear", 20, 0)
+        for anchor in ("max", "max-max@0.5", "max-mean@0.5")
+    ]
+    assert figures[0] == figures[1] != figures[2]
 
 
 def test_a_run_that_diverges_has_no_figures():
