@@ -51,7 +51,7 @@ class Work:
         if self._packed:
             packed: Tensor = _flatten_dense_tensors(self.parameters)  # type: ignore[no-untyped-call]
             return packed
-        flat = self._whole().detach().reshape(-1)
+        flat = sharding.local(self.parameters[0]).detach().reshape(-1)
         size = self.block.end - self.block.begin
         return flat if len(flat) == size else flat[self._start : self._start + size]
 
@@ -61,15 +61,12 @@ class Work:
             filled = [parameter for parameter in self.parameters if parameter.numel()]  # empty ones may come back flat
             torch._foreach_copy_(filled, _unflatten_dense_tensors(flat, filled))  # type: ignore[no-untyped-call]
             return
-        whole = self._whole()
+        whole = sharding.local(self.parameters[0])
         if not whole.is_contiguous():
             whole = whole.detach()
             copy = whole.reshape(-1)
             copy[self._start : self._start + len(flat)] = flat
             whole.copy_(copy.view_as(whole))
-
-    def _whole(self) -> Tensor:
-        return self.parameters[0] if self.cut is None else sharding.local(self.parameters[0])
 
 
 class Works:

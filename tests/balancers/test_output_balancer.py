@@ -64,7 +64,10 @@ def test_gradients_equal_the_naive_balance_of_explicit_gradients_at_the_output(c
         outputs = [naive_network(x) for x in inputs]
         naive = {n: loss for n, loss in losses_of(outputs, batch).items() if n not in absent}
         gradients = {
-            name: [g.numpy() for g in torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)]
+            name: [
+                g.detach().numpy()
+                for g in torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
+            ]
             for name, loss in naive.items()
         }
         combined = [torch.from_numpy(found) for found in oracle.combine(gradients)]
