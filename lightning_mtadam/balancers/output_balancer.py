@@ -165,7 +165,7 @@ def _gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list
         return [torch.zeros_like(output, dtype=_wide(output.dtype)) for output in outputs]
     factor = batch.grad_output  # the loss scale keeps small gradients from vanishing on their way
     found = torch.autograd.grad(loss, outputs, factor.to(loss), retain_graph=True, materialize_grads=True)
-    return [gradient.to(_wide(gradient.dtype)) / factor for gradient in found]
+    return [gradient.detach().to(_wide(gradient.dtype)) / factor for gradient in found]  # torch 2.6: zeros have a graph
 
 
 def _sample_norms(gradient: Tensor) -> Tensor:
