@@ -46,6 +46,11 @@ class Work:
     def _packed(self) -> bool:
         return len(self.parameters) > 1
 
+    @property
+    def scattered(self) -> bool:
+        """Whether it is a parameter, or a piece of one, that is not contiguous: to flatten it copies all of it."""
+        return not self._packed and not self._whole().is_contiguous()
+
     def elements(self) -> Tensor:
         """The parameters' elements, flat; a view if they are one parameter's, and contiguous."""
         if self._packed:
@@ -69,7 +74,7 @@ class Work:
             whole.copy_(copy.view_as(whole))
 
     def _whole(self) -> Tensor:
-        return self.parameters[0] if self.cut is None else sharding.local(self.parameters[0])
+        return sharding.local(self.parameters[0])
 
 
 class Works:
