@@ -98,7 +98,7 @@ def corrected_norms(
 def geometric_mean(norms: Tensor) -> Tensor:
     """The geometric mean over the terms that reach the layer; zero where none does. [L, I] -> [L, 1].
 
-    Logarithms are of the share of the largest: of one term, or of equal ones, the mean is exact.
+    Logarithms are relative to the largest: of one term, or of equal ones, the mean is exact.
 
     Example:
         >>> norms = torch.tensor([[0.3, 0.0], [2.0, 8.0]])
@@ -109,8 +109,9 @@ def geometric_mean(norms: Tensor) -> Tensor:
     reached = norms > 0
     count = reached.sum(1, keepdim=True)
     largest = norms.amax(1, keepdim=True)
-    logs = torch.where(reached, (norms / largest).log(), 0).sum(1, keepdim=True)
-    return torch.where(count > 0, largest * torch.exp(logs / count.clamp(min=1)), 0)
+    logs = torch.where(reached, norms.log() - largest.log(), 0).sum(1, keepdim=True)
+    root = torch.exp(logs / (2 * count.clamp(min=1)))  # the share itself may be too small for the dtype
+    return torch.where(count > 0, largest * root * root, 0)
 
 
 def reference_norms(norms: Tensor, reference: Reference) -> Tensor:

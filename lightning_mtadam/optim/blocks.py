@@ -46,12 +46,17 @@ class Work:
     def _packed(self) -> bool:
         return len(self.parameters) > 1
 
+    @property
+    def scattered(self) -> bool:
+        """Whether it is a parameter, or a piece of one, that is not contiguous: to flatten it copies all of it."""
+        return not self._packed and not self._whole().is_contiguous()
+
     def elements(self) -> Tensor:
         """The parameters' elements, flat; a view if they are one parameter's, and contiguous."""
         if self._packed:
             packed: Tensor = _flatten_dense_tensors(self.parameters)  # type: ignore[no-untyped-call]
             return packed
-        flat = sharding.local(self.parameters[0]).detach().reshape(-1)
+        flat = self._whole().detach().reshape(-1)
         size = self.block.end - self.block.begin
         return flat if len(flat) == size else flat[self._start : self._start + size]
 
@@ -61,12 +66,15 @@ class Work:
             filled = [parameter for parameter in self.parameters if parameter.numel()]  # empty ones may come back flat
             torch._foreach_copy_(filled, _unflatten_dense_tensors(flat, filled))  # type: ignore[no-untyped-call]
             return
-        whole = sharding.local(self.parameters[0])
+        whole = self._whole()
         if not whole.is_contiguous():
             whole = whole.detach()
             copy = whole.reshape(-1)
             copy[self._start : self._start + len(flat)] = flat
             whole.copy_(copy.view_as(whole))
+
+    def _whole(self) -> Tensor:
+        return sharding.local(self.parameters[0])
 
 
 class Works:

@@ -25,21 +25,25 @@ class CompiledPlan:
 
 
 def _compiled(plan: Plan, method: Callable[..., tuple[Tensor, Coefficients]]) -> Planned:
-    """The method as a program of its own: the tables of another optimizer are no reason to compile it anew."""
-    joined = torch.compile(with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
-    ran = False
+    """The method as a program of its own for each number of threads.
+
+    The tables of another optimizer are then no reason to compile it anew; and torch, which does so for other numbers of
+    threads, refuses more than a few programs of the same code.
+    """
+    programs: dict[int, Callable[..., tuple[Tensor, Coefficients]]] = {}
 
     def call(
         observed: Tensor, touched: Tensor, third: Tensor, decays: Decays, finite: Tensor | None
     ) -> tuple[Tensor, Coefficients]:
-        nonlocal ran
+        threads = torch.get_num_threads()
+        if threads in programs:
+            return programs[threads](plan, observed, touched, third, decays, finite)
+        program = torch.compile(with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
         try:
-            planned: tuple[Tensor, Coefficients] = joined(plan, observed, touched, third, decays, finite)
+            planned: tuple[Tensor, Coefficients] = program(plan, observed, touched, third, decays, finite)
         except Exception as error:
-            if ran:
-                raise
             raise refusal(observed.device, error) from error
-        ran = True
+        programs[threads] = program
         return planned
 
     return call

@@ -387,7 +387,8 @@ class MTAdam(TermOptimizer):
         layers = self._book.layers(self.param_groups)
         if not self._steppers or not self._steppers[0].fits(self.param_groups, self.state, layers, self.terms):
             names = self._book.labels
-            self._steppers[:] = [Stepper(self._options, self.param_groups, self.state, layers, names, self.terms)]
+            with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
+                self._steppers[:] = [Stepper(self._options, self.param_groups, self.state, layers, names, self.terms)]
         return self._steppers[0]
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:

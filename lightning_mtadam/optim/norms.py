@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 
 def norms_of(gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """The L2 norm of each, a scalar in fp32 or better."""
+    """The L2 norm of each, a scalar in fp32, or wider if any gradient is."""
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return []
-    dtype = torch.promote_types(present[0].dtype, torch.float32)
+    dtype = reduce(torch.promote_types, {gradient.dtype for gradient in present}, torch.float32)
     return list(torch._foreach_norm(present, 2.0, dtype=dtype))
 
 

@@ -122,7 +122,7 @@ class Stepper:
         else:
             present = self.balance.constant([term in pending.gradients for term in terms], torch.bool)
             scales, table = self.plan.measured(observed, reached, present, decays, finite)
-            self._frozen = scales
+            self._frozen = None  # read from the tables, as after a checkpoint: compiled, the last digit may differ
         if pending.clip is not None and pending.clip[0] == "norm":
             factor = self._clip_factor(memory, works, scales, pending.clip[1])
             scales, table = scales * factor, replace(table, scales=table.scales * factor)
@@ -172,13 +172,18 @@ class Stepper:
     def _update(
         self, jobs: Sequence[_Job], local: Iterable[Coefficients], numbers: Mapping[int, Hyperparameters]
     ) -> None:
-        flats = [job.work.elements() for job in jobs]  # between updates, which flush the cache, it would take longer
-        for (work, columns, update), flat, found in zip(jobs, flats, local, strict=True):
+        # Between updates, which flush the cache, it would take longer; but each scattered piece copies its whole.
+        early = [None if job.work.scattered else job.work.elements() for job in jobs]
+        for (work, columns, update), held, found in zip(jobs, early, local, strict=True):
             rows = 0 if self._is_compiled(columns) else len(columns) + 1
             scratch = self._scratch if rows == 0 else self.scratch_for(columns, rows)
+            flat = work.elements() if held is None else held
             update(flat, columns, work.moments, found, numbers[id(work.group)], scratch)
-        for job, flat in zip(jobs, flats, strict=True):
-            job.work.put_back(flat)
+            if held is None:
+                work.put_back(flat)
+        for job, held in zip(jobs, early, strict=True):
+            if held is not None:
+                job.work.put_back(held)
 
     def _clip_factor(self, memory: TermMemory, works: Works, scales: Tensor, limit: float) -> Tensor:
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.balance.shardings}
