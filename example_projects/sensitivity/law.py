@@ -1,6 +1,7 @@
 """MTAdam's law, in double precision: what a loss other than the anchor is multiplied by changes nothing.
 
-Powers of two are exact in floating point, and so is then the whole training, to the last digit.
+Powers of two are exact in floating point, and so is then the whole training, to the last digit; but not where several
+terms share a layer that the anchor does not reach: it is balanced to a geometric mean there, of logarithms.
 """
 
 from __future__ import annotations

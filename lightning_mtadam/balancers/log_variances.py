@@ -23,20 +23,30 @@ class LogVariances(nn.Module):
         super().__init__()
         self.log_variances = nn.Parameter(torch.zeros(terms), requires_grad=False)
         self._copies = _Copies()
+        self._grew_along = False  # with what it is a copy of; its own losses may be others
+
+    @property
+    def size(self) -> int:
+        """The number of terms; 0 while it is open."""
+        return 0 if self._grew_along else self.log_variances.numel()
 
     def grow(self, terms: int) -> None:
         """Hold a zero for each of the terms, unless they are held already; in place, as optimizers have the parameter.
 
         Copies grow along: what averages the weights copies the whole module before the first batch.
         """
-        if not self.log_variances.numel():
+        if self.size == 0 and self.log_variances.numel() != terms:
             self.log_variances.data = self.log_variances.new_zeros(terms)
-            for copied in self._copies:
+        self._grew_along = False
+        for copied in self._copies:
+            if copied.size == 0:
                 copied.grow(terms)
+                copied._grew_along = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LogVariances:
         copied = LogVariances()
         copied.log_variances = deepcopy(self.log_variances, memo)
+        copied._grew_along = self._grew_along
         self._copies.add(copied)
         return copied
 

@@ -66,7 +66,7 @@ class UncertaintyWeighting(Balancer):
 
     def _weights(self, terms: int) -> Tensor:
         held = self.learned.log_variances.detach()
-        return 0.5 * torch.exp(-held if held.numel() else held.new_zeros(terms))  # [I]
+        return 0.5 * torch.exp(-held if len(held) == terms else held.new_zeros(terms))  # [I]
 
     def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
         super()._check(losses, model, optimizer, processes)
@@ -77,9 +77,9 @@ class UncertaintyWeighting(Balancer):
                 " they are. In configure_optimizers give it all of self.parameters(), also those without requires_grad;"
                 " without Lightning add balancer.learned.parameters()."
             )
-        if parameter.numel() not in (0, len(terms)):
+        if self.learned.size not in (0, len(terms)):
             raise ValueError(
-                f"UncertaintyWeighting has learned {parameter.numel()} log variances, but the losses are {terms}. Begin"
+                f"UncertaintyWeighting has learned {self.learned.size} log variances, but the losses are {terms}. Begin"
                 " with all the losses that they were learned for, or give their names, UncertaintyWeighting(terms=...)."
             )
         state = optimizer.state.get(parameter, {}).values()

@@ -86,7 +86,7 @@ class MTAdam(TermOptimizer):
             refused, and the host waits for each term. If the gradient of a later term is inf or nan, second moments
             have seen those before it; after a backward pass that no step follows, they have seen all.
         compile: join the update to one kernel, and the balance to one call, by :func:`torch.compile`, which takes some
-            seconds at the first step.
+            seconds at the first step; the call is compiled anew after a load, or when parameters are added.
 
     Raises:
         ValueError: an option is out of range, or names a term that is not in ``terms``.

@@ -193,6 +193,21 @@ def test_a_pickled_module_is_a_module_of_its_own():
     assert pickled.learned.log_variances.shape == (0,)
 
 
+def test_a_copy_that_is_trained_itself_may_have_other_terms():
+    module, _ = prepared(UNNAMED)
+    copied = copy.deepcopy(module)
+    step(module, module.configure_optimizers(), first_losses(module))
+    assert copied.balancer.term_weights() == {}
+    losses = first_losses(copied)
+    del losses["size"]
+    optimizer = copied.configure_optimizers()
+    step(copied, optimizer, losses)
+    assert (size_of(module), size_of(copied)) == ((3,), (2,))
+    assert copied.balancer.terms == ("fit", "decay")
+    with pytest.raises(ValueError, match="'size'"):
+        copied.balancer.backward(first_losses(copied), optimizer, model=copied)
+
+
 def averaging(name):
     if not hasattr(callbacks, name):
         pytest.skip(f"this Lightning has no {name}")
