@@ -32,6 +32,8 @@ def draw(runs: Sequence[Run], metric: str, file: Path) -> None:
     panels = list(figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
     for axes, (name, cells) in zip(panels, found.items(), strict=False):
         panel(axes, name, cells, found.get(ORACLE))
+    for axes in panels[len(found) - COLUMNS : len(found)]:  # the last of each column, whatever is below
+        axes.tick_params(labelbottom=True)
     for axes in panels[len(found) :]:
         axes.set_axis_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
