@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.optim import kernels
+from lightning_mtadam.optim.finite import is_host
 from lightning_mtadam.optim.kernels import Coefficients, Hyperparameters, Moments, Update
 from lightning_mtadam.optim.options import Denominator
 
@@ -21,6 +22,8 @@ _T = TypeVar("_T")
 
 TRIAL = 67
 """Elements of the block on which a kernel is compiled; those of later blocks are free, above one."""
+SHARED = 1 << 15
+"""Elements of a block that several threads share. It has a kernel of its own: torch would decide by the trial's."""
 
 
 def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, packed: bool) -> Update:
@@ -35,6 +38,7 @@ def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, pack
     Raises:
         RuntimeError: torch.compile does not work here.
     """
+    threads = torch.get_num_threads()
     kernel = _kernel(
         len(gradients),
         len(moments.exp_avg_sq),
@@ -47,7 +51,8 @@ def updater(gradients: Tensor, moments: Moments, hyper: Hyperparameters, *, pack
         hyper.eps == 0,
         hyper.finite is not None,
         packed,
-        torch.get_num_threads(),
+        threads,
+        not packed and threads > 1 and is_host(gradients.device) and gradients.shape[1] >= SHARED,
     )
     return partial(_run, kernel, (gradients.unbind(), *moments.rows))
 
@@ -147,13 +152,14 @@ def _towards(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return start + weight * (end - start)
 
 
-def _without_guards() -> dict[str, Any] | None:
-    """Options of ``torch.compile`` that spare the checks before each call, where torch has them.
+def _options(shared: bool) -> dict[str, Any]:
+    """What ``torch.compile`` is told: no checks before each call, where torch can leave them out; threads for any size.
 
-    They would find nothing: each case has a kernel of its own, and what differs from call to call is free.
+    The checks would find nothing: each case has a kernel of its own, and what differs from call to call is free.
     """
     skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
-    return None if skip is None else {"guard_filter_fn": skip}
+    unguarded = {} if skip is None else {"guard_filter_fn": skip}
+    return {**unguarded, "cpp.min_chunk_size": 0} if shared else unguarded
 
 
 @cache
@@ -170,6 +176,7 @@ def _kernel(
     deferred: bool,
     packed: bool,
     threads: int,
+    shared: bool,
 ) -> Callable[..., None]:
     """A kernel of its own for each case, compiled on zeros before any number of a training depends on it.
 
@@ -178,7 +185,7 @@ def _kernel(
     """
     function = with_own_code(_update_rows, f"update_{terms}_terms")
     options = {"dtype": wide, "denominator": denominator, "clips": clips, "no_eps": no_eps}
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_without_guards())
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=_options(shared))
 
     def kernel(*arguments: object) -> None:
         compiled(*arguments, **options)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from lightning_mtadam.optim import MTAdam, compiled
 from tests.optim.streams import SHAPES, feed, make, start, stream
@@ -132,6 +133,25 @@ def test_other_sizes_learning_rates_betas_and_steps_are_not_compiled_anew():
         trained((0, 2, 1), (0.1, 0.2))
     assert kernels() == before + 5  # one for the tables of each optimizer
     assert before > 0
+
+
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize(("size", "shared"), [(compiled.SHARED, True), (compiled.SHARED - 1, False)])
+def test_threads_share_a_large_block_and_no_other(size, shared):
+    compiled._kernel.cache_clear()
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        ours, programs = run_and_get_code(trained, (size,), (0.1, 0.2))
+    assert any("omp parallel" in program for program in programs) is shared
+    (theirs,) = trained((size,), (0.1, 0.2), compile=False)
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1), (1, 3000)])
