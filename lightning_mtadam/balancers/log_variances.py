@@ -19,34 +19,36 @@ class LogVariances(nn.Module):
             the losses, leaves them alone.
     """
 
-    def __init__(self, terms: int = 0) -> None:
+    def __init__(self, terms: int = 0, *, grew_along: bool = False) -> None:
         super().__init__()
         self.log_variances = nn.Parameter(torch.zeros(terms), requires_grad=False)
         self._copies = _Copies()
-        self._grew_along = False  # with what it is a copy of; its own losses may be others
+        self._grew_along = grew_along  # with what it is a copy of; its own losses may be others
 
     @property
     def size(self) -> int:
         """The number of terms; 0 while it is open."""
         return 0 if self._grew_along else self.log_variances.numel()
 
-    def grow(self, terms: int) -> None:
+    def grow(self, terms: int, *, along: bool = False) -> None:
         """Hold a zero for each of the terms, unless they are held already; in place, as optimizers have the parameter.
 
         Copies grow along: what averages the weights copies the whole module before the first batch.
+
+        Args:
+            terms: how many.
+            along: whether it is a copy, and its original's terms.
         """
         if self.size == 0 and self.log_variances.numel() != terms:
             self.log_variances.data = self.log_variances.new_zeros(terms)
-        self._grew_along = False
+        self._grew_along = along
         for copied in self._copies:
             if copied.size == 0:
-                copied.grow(terms)
-                copied._grew_along = True
+                copied.grow(terms, along=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LogVariances:
-        copied = LogVariances()
+        copied = LogVariances(grew_along=self._grew_along)
         copied.log_variances = deepcopy(self.log_variances, memo)
-        copied._grew_along = self._grew_along
         self._copies.add(copied)
         return copied
 
