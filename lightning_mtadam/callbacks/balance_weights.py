@@ -118,11 +118,11 @@ class BalanceWeightMonitor(pl.Callback):
             for writer in tensorboard.writers(trainer.loggers):
                 if image_due and table.numel() <= self.max_series:
                     tensorboard.add_heatmap(writer, prefix, source.terms, list(weights), table, step)
-        layout = terms_of, bool(term_weights)
-        if layout != self._laid_out:
+        weighted = bool(term_weights)
+        if (terms_of, weighted) != self._laid_out:
             for writer in tensorboard.writers(trainer.loggers):
-                tensorboard.add_layout(writer, terms_of, weighted=bool(term_weights))
-            self._laid_out = layout
+                tensorboard.add_layout(writer, terms_of, weighted=weighted)
+            self._laid_out = terms_of, weighted
         metrics |= term_weights
         if metrics:
             self._logged += 1

@@ -114,7 +114,7 @@ class Stepper:
         finite = watch.check(observed, self.names, terms)
         works = self.workshop.works(memory.spans, touched, self._limit(memory))
         clip_value = pending.clip[1] if pending.clip is not None and pending.clip[0] == "value" else None
-        numbers = {id(group): self.hyperparameters(group, clip_value, finite) for group in self.balance.distinct}
+        numbers = self.hyperparameters(clip_value, finite)
         jobs = self._jobs(memory, works, numbers)
         reached, decays = self.balance.flags(touched), self.balance.decays()
         if light:
@@ -124,7 +124,7 @@ class Stepper:
             scales, table = self.plan.measured(observed, reached, present, decays, finite)
             self._frozen = None  # read from the tables, as after a checkpoint: compiled, the last digit may differ
         if pending.clip is not None and pending.clip[0] == "norm":
-            factor = self._clip_factor(memory, works, scales, pending.clip[1])
+            factor = self._clip_factor(jobs, works.spread(table.scales), scales, pending.clip[1])
             scales, table = scales * factor, replace(table, scales=table.scales * factor)
         self._update(jobs, works.local(table), numbers)
         return self.frozen_scales * scales if light else scales
@@ -175,8 +175,8 @@ class Stepper:
         # Between updates, which flush the cache, it would take longer; but each scattered piece copies its whole.
         early = [None if job.work.scattered else job.work.elements() for job in jobs]
         for (work, columns, update), held, found in zip(jobs, early, local, strict=True):
-            rows = 0 if self._is_compiled(columns) else len(columns) + 1
-            scratch = self._scratch if rows == 0 else self.scratch_for(columns, rows)
+            unused = self._is_compiled(columns)
+            scratch = self._scratch if unused else self.scratch_for(columns, len(columns) + 1)
             flat = work.elements() if held is None else held
             update(flat, columns, work.moments, found, numbers[id(work.group)], scratch)
             if held is None:
@@ -185,11 +185,10 @@ class Stepper:
             if held is not None:
                 job.work.put_back(held)
 
-    def _clip_factor(self, memory: TermMemory, works: Works, scales: Tensor, limit: float) -> Tensor:
+    def _clip_factor(self, jobs: Sequence[_Job], local: Iterable[Tensor], scales: Tensor, limit: float) -> Tensor:
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.balance.shardings}
-        for work, local in zip(works, works.spread(self.balance.by_parameter(scales)), strict=True):
-            columns = memory.columns(work.block)
-            norm = kernels.balanced_norm(columns, local, self.scratch_for(columns, len(columns)))
+        for (work, columns, _), rows in zip(jobs, local, strict=True):
+            norm = kernels.balanced_norm(columns, rows, self.scratch_for(columns, len(columns)))
             parts[work.cut].append(norm.to(scales))
         zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
         norms = [torch.linalg.vector_norm(torch.stack([zero, *mine])) for mine in parts.values()]
@@ -197,10 +196,11 @@ class Stepper:
         factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(joined)) + 1e-6)
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
 
-    def hyperparameters(
-        self, group: Mapping[str, Any], clip_value: float | None, finite: Tensor | None
-    ) -> Hyperparameters:
-        """The numbers of a group."""
+    def hyperparameters(self, clip_value: float | None, finite: Tensor | None) -> dict[int, Hyperparameters]:
+        """The numbers of each group, by its identity."""
+        return {id(group): self._numbers(group, clip_value, finite) for group in self.balance.distinct}
+
+    def _numbers(self, group: Mapping[str, Any], clip_value: float | None, finite: Tensor | None) -> Hyperparameters:
         lr = float(group["lr"])
         return Hyperparameters(
             lr=-lr if group["maximize"] else lr,

@@ -83,7 +83,7 @@ class Streaming:
         scales, table = stepper.plan.measured(
             self._norms(), balance.flags(touched), self._present(), balance.decays(), None
         )
-        numbers = {id(group): stepper.hyperparameters(group, None, None) for group in balance.distinct}
+        numbers = stepper.hyperparameters(None, None)
         works = self._works(touched)
         for work, local in zip(works, works.local(table), strict=True):
             (member,) = work.block.members
