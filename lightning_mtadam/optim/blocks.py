@@ -64,7 +64,8 @@ class Work:
         """Write to the parameters what was not a view of them."""
         if self._packed:
             filled = [parameter for parameter in self.parameters if parameter.numel()]  # empty ones may come back flat
-            torch._foreach_copy_(filled, _unflatten_dense_tensors(flat, filled))  # type: ignore[no-untyped-call]
+            if filled:
+                torch._foreach_copy_(filled, _unflatten_dense_tensors(flat, filled))  # type: ignore[no-untyped-call]
             return
         whole = self._whole()
         if not whole.is_contiguous():

@@ -50,6 +50,13 @@ def test_a_layout_that_is_not_contiguous_changes_nothing(monkeypatch):
     assert torch.equal(*parameters)
 
 
+def test_a_pack_of_empty_parameters_is_updated():
+    parameters = [torch.zeros(0).requires_grad_() for _ in range(2)]
+    optimizer = MTAdam(parameters)
+    advance(optimizer)
+    assert all(bool((optimizer.state[parameter]["step"] == 0).any()) for parameter in parameters)  # nothing reaches it
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float64)])
 def test_parameters_of_several_dtypes_are_trained_together(dtypes):
     parameters = [torch.linspace(0, 1, 5, dtype=dtype).requires_grad_() for dtype in dtypes]
