@@ -1,4 +1,4 @@
-"""The balance of the terms, as pure functions: norms, their moving average, the reference, the scales, the clocks.
+"""Lines 7 and 8 of Algorithm 1, as pure functions of tables: norms, their averages, the anchor, scales, clocks.
 
 Shapes: ``I`` terms, ``L`` layers, ``P`` parameters. Everything is fp32 or better, whatever the parameters' dtype.
 A term has reached a layer when its norm there is above zero; that is the only threshold.
@@ -7,6 +7,7 @@ A term has reached a layer when its norm there is above zero; that is the only t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,6 +15,27 @@ from torch import Tensor
 
 NormInit: TypeAlias = Literal["first", "unbiased", "one"]
 Reference: TypeAlias = int | Literal["mean", "max"]
+
+ANCHOR_POLICIES = ("first", "mean", "max", "unit")
+
+
+def check_anchor(anchor: str | None, terms: Sequence[str]) -> None:
+    """Raise unless the anchor is a policy, ``None`` or one of the terms."""
+    if anchor in ("mean", "max", "unit") and anchor in terms:
+        raise ValueError(f"anchor={anchor!r} is a policy and a term of that name: call the term something else.")
+    if anchor is not None and anchor not in ANCHOR_POLICIES and anchor not in terms:
+        raise ValueError(
+            f"anchor must be one of {ANCHOR_POLICIES}, None or one of the terms {tuple(terms)}, but got {anchor!r}."
+        )
+
+
+def reference_of(anchor: str | None, terms: Sequence[str]) -> Reference:
+    """Relative to what the balance weights are: the anchor; the first term where there is none."""
+    if anchor == "mean":
+        return "mean"
+    if anchor == "max":
+        return "max"
+    return 0 if anchor in ("first", "unit", None) else terms.index(anchor)
 
 
 def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tensor:
@@ -54,11 +76,11 @@ def update_norms(
     *,
     quadratic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Average the observed norms into the moving average (Alg. 1).
+    """Average the observed norms into the moving average.
 
-    ``n_i <- beta3 n_i + (1 - beta3) ||g_i||``, from the first step at which the term reaches the layer on:
-    the observed norm itself ("first"), the average of a history that began at zero ("unbiased", corrected when it is
-    read) or at one ("one", the paper's).
+    ``n_i <- beta3 n_i + (1 - beta3) ||g_i||`` (Alg. 1, line 7), from the first step on at which the term reaches the
+    layer. There it starts at the observed norm itself ("first"), at zero ("unbiased", corrected when it is read) or at
+    one ("one", the paper's).
 
     Args:
         norms: [L, I], the moving average so far.
@@ -91,7 +113,7 @@ def corrected_norms(
     """The gradient norms n_i as the balance uses them: "unbiased" divides by ``1 - beta3^count``. [L, I]."""
     if norm_init != "unbiased":
         return norms
-    correction = bias_correction(counts, beta3)
+    correction = bias_correction(counts, beta3.log())
     return norms / (correction.sqrt() if quadratic else correction)
 
 
@@ -135,8 +157,15 @@ def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
     return torch.where(anchor > 0, anchor, geometric_mean(norms))
 
 
+def target_norms(norms: Tensor, anchor: str | None, terms: Sequence[str]) -> Tensor | None:
+    """The magnitude that the terms are brought to, [L, 1]; ``None`` if they are left as they are."""
+    if anchor is None:
+        return None
+    return norms.new_ones(len(norms), 1) if anchor == "unit" else reference_norms(norms, reference_of(anchor, terms))
+
+
 def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, max_scale: float) -> Tensor:
-    """What multiplies each term's gradient: ``importance_i * n_anchor / n_i`` (Alg. 1).
+    """What multiplies each term's gradient: ``importance_i * n_anchor / n_i`` (Alg. 1, line 8).
 
     Args:
         norms: [L, I], >= 0.
@@ -185,6 +214,44 @@ def tick(clocks: Tensor, reaching: Tensor, touched: Tensor) -> Tensor:
     return torch.where(touched, torch.cat([shared, own], 1), clocks)
 
 
-def bias_correction(clocks: Tensor, beta: Tensor) -> Tensor:
+def bias_correction(clocks: Tensor, log_beta: Tensor) -> Tensor:
     """``1 - beta^clock``, accurate also where it is small; one where the clock has not started."""
-    return torch.where(clocks > 0, -torch.expm1(clocks * torch.log(beta)), 1)
+    return torch.where(clocks > 0, -torch.expm1(clocks * log_beta), 1)
+
+
+def record_scales(averages: Tensor, counts: Tensor, scales: Tensor, finite: Tensor | None) -> None:
+    """Average the logarithm of the scales, in place, over the steps in which they are above zero.
+
+    The average is geometric, as scales are ratios: a factor on a loss then divides it exactly. It is a running mean,
+    since a sum in fp32 would lose the digits of what is added to it in a long run; and a mean of equal numbers stays
+    that number to the last digit.
+
+    Args:
+        averages: [P, I], the mean logarithm so far.
+        counts: [P, I], over how many steps it is taken.
+        scales: [P, I] or broadcastable, of this step, >= 0.
+        finite: a boolean scalar; where it is false nothing may change. ``None``: it is known to be true.
+
+    Example:
+        >>> averages, counts = torch.zeros(1, 2), torch.zeros(1, 2)
+        >>> record_scales(averages, counts, torch.tensor([[1.0, 0.0]]), None)
+        >>> record_scales(averages, counts, torch.tensor([[100.0, 3.0]]), None)
+        >>> averages.exp(), counts
+        (tensor([[10.,  3.]]), tensor([[2., 1.]]))
+    """
+    counted = scales > 0
+    if finite is not None:
+        counted = counted & finite
+    counts.add_(counted)
+    averages.lerp_(torch.special.xlogy(counted, scales), counted / counts.clamp(min=1))
+
+
+def average_scales(averages: Tensor, counts: Tensor, layer_of: Tensor, layers: int) -> Tensor:
+    """The geometric mean of each layer's scales, [L, I]; nan where none was above zero.
+
+    All parameters of a layer have the same entries, but for those that were trained from a later step on.
+    """
+    empty = averages.new_zeros(layers, averages.shape[1])
+    steps = empty.index_add(0, layer_of, counts)
+    logs = empty.index_add(0, layer_of, averages * counts) / steps
+    return torch.where(steps > 0, logs.exp(), math.nan)

@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.terms import BalancesTerms
 
 
 @runtime_checkable
@@ -69,6 +70,7 @@ def export_weights(source: object) -> ExportedWeights:
 
     Example:
         >>> from torch import nn
+        >>> from lightning_mtadam import MTAdam
         >>> model = nn.Linear(4, 2).double()
         >>> optimizer = MTAdam(model.named_parameters(), lr=1e-2)
         >>> for _ in range(10):
@@ -120,24 +122,30 @@ def _check(found: Mapping[str, Tensor], owner: str) -> None:
 
 def _balancer_of(source: object) -> Any:
     """What has the weights: the source itself, or what trains in a Trainer."""
-    if isinstance(source, WeightsSource):
+    if _keeps_averages(source):
         return source
     if not (hasattr(source, "optimizers") and hasattr(source, "lightning_module")):
         raise TypeError(
             "export_weights takes a Lightning Trainer, an MTAdam optimizer or an object with a method average_weights,"
             f" but got a {type(source).__name__}. Pass the optimizer that balanced the run, or its Trainer."
         )
-    found = [optimizer for optimizer in source.optimizers if isinstance(optimizer, MTAdam)]
+    found = [optimizer for optimizer in source.optimizers if isinstance(optimizer, BalancesTerms)]
     if len(found) > 1:
         raise ValueError(
             f"The Trainer has {len(found)} MTAdam optimizers, each with weights of its own. Pass one of them, e.g."
             " export_weights(trainer.optimizers[0])."
         )
     balancer = found[0] if found else getattr(source.lightning_module, "balancer", None)
-    if not isinstance(balancer, WeightsSource):
+    if not _keeps_averages(balancer):
         names = [type(optimizer).__name__ for optimizer in source.optimizers]
         raise ValueError(
             f"Nothing in the Trainer has balanced the terms: its optimizers are {names}, and its module has no balancer"
             " with average_weights(). Call trainer.fit() on a module that trains with MTAdam first."
         )
     return balancer
+
+
+def _keeps_averages(source: object) -> bool:
+    """Whether it has averages to read; what ``Balancer`` has is overridden by those that keep some."""
+    method = getattr(type(source), "average_weights", None)
+    return isinstance(source, WeightsSource) and method is not Balancer.average_weights

@@ -6,18 +6,26 @@ It also takes the state of a module's balancer to checkpoints and back: hooks of
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.balancers.balancer import parameters_in
 from lightning_mtadam.distributed.agreement import host_group, tell
-from lightning_mtadam.distributed.processes import ALONE, Processes, processes_of
+from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1, processes_of
+from lightning_mtadam.distributed.sharding import mesh_of
 from lightning_mtadam.optim import MTAdam
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHECKPOINT_KEY = "lightning_mtadam_balancer"
 
@@ -33,17 +41,17 @@ class Guard(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if the strategy is none under which the losses can be balanced."""
-        balancer, mtadam = balancer_of(pl_module), any(isinstance(one, MTAdam) for one in trainer.optimizers)
+        balancer = balancer_of(pl_module)
         if balancer is not None:
-            if mtadam:
+            if any(mtadam_of(optimizer) is not None for optimizer in trainer.optimizers):
                 raise MisconfigurationException(
                     f"configure_balancer returns {type(balancer).__name__}, but MTAdam balances the losses by itself."
                     " Return None from configure_balancer, or another optimizer from configure_optimizers."
                 )
             balancer.attach(pl_module)
-        if mtadam or balancer is not None:
-            lightning_internals.check_strategy(trainer)
-            group = _processes(trainer).group
+        if _balanced_parameters(trainer):
+            _check_strategy(trainer)
+            group = _group(trainer)
             if group is not None:
                 host_group(group)
 
@@ -75,7 +83,7 @@ class Guard(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the other ranks, which would wait for this one."""
         with contextlib.suppress(ValueError):  # the strategy is none under which anyone waits
-            group = _processes(trainer).group
+            group = _group(trainer)
             if group is not None:
                 tell(exception, group)
 
@@ -86,11 +94,51 @@ def balancer_of(module: pl.LightningModule) -> Balancer | None:
     return balancer if isinstance(balancer, Balancer) else None
 
 
-def _processes(trainer: pl.Trainer) -> Processes:
-    """The processes that train the parameters of the trainer's MTAdam, or of what its module's balancer is for."""
+def mtadam_of(optimizer: Optimizer) -> MTAdam | None:
+    """The optimizer, if it balances the losses by itself."""
+    return optimizer if isinstance(optimizer, MTAdam) else None
+
+
+def _balanced_parameters(trainer: pl.Trainer) -> list[Tensor]:
+    """What the trainer's MTAdam trains, or the optimizer that its module's balancer is for; empty if there is none."""
     balanced = balancer_of(trainer.lightning_module) is not None
     for optimizer in trainer.optimizers:
-        if balanced or isinstance(optimizer, MTAdam):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            return processes_of(trainer.strategy.model, parameters)
-    return ALONE
+        if balanced or mtadam_of(optimizer) is not None:
+            return parameters_in(optimizer)
+    return []
+
+
+def _group(trainer: pl.Trainer) -> ProcessGroup | None:
+    """The processes that train those parameters together, if there are several."""
+    parameters = _balanced_parameters(trainer)
+    return processes_of(trainer.strategy.model, parameters).group if parameters else None
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    """Raise if the gradients of single terms cannot be had under the trainer's strategy.
+
+    Raises:
+        MisconfigurationException: with the reason, and what to do instead.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise MisconfigurationException(FSDP1)
+    if lightning_internals.has_comm_hook(strategy):
+        raise MisconfigurationException(COMM_HOOK)
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            "DeepSpeed runs backward and the optimizer by itself, on one loss. Use strategy='ddp', or, to shard"
+            " parameters and states, ModelParallelStrategy() with fully_shard."
+        )
+    if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"MTAdam does not support {type(strategy).__name__}, where it cannot average the gradients of the terms"
+            " over the processes. Use strategy='ddp' or ModelParallelStrategy(), or another optimizer."
+        )
+    if trainer.world_size > 1 and isinstance(strategy, ModelParallelStrategy):
+        parameters = [parameter for optimizer in trainer.optimizers for parameter in parameters_in(optimizer)]
+        if mesh_of(parameters) is None:
+            raise MisconfigurationException(
+                "No parameter is sharded, so every process would train alone. Call fully_shard in configure_model, on"
+                " the whole network last; or use strategy='ddp'."
+            )

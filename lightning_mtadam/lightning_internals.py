@@ -1,7 +1,7 @@
 """Every private attribute of Lightning that the package relies on, in one place.
 
-``tests/test_lightning_internals.py`` fails by name when one of them moves. Lightning is imported where it is needed
-only: the optimizer, which uses this file too, works without it.
+``tests/test_lightning_internals.py`` fails by name when one of them moves. It imports nothing of the package, and
+Lightning where it is needed only: the optimizer, which uses this file too, works without it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
-
-from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1
-from lightning_mtadam.distributed.sharding import mesh_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,39 +57,9 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Raise if the gradients of single terms cannot be had under the trainer's strategy.
-
-    Raises:
-        MisconfigurationException: with the reason, and what to do instead.
-    """
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy):
-        raise MisconfigurationException(FSDP1)
-    if getattr(strategy, "_ddp_comm_hook", None) is not None:
-        raise MisconfigurationException(COMM_HOOK)
-    if isinstance(strategy, DeepSpeedStrategy):
-        raise MisconfigurationException(
-            "DeepSpeed runs backward and the optimizer by itself, on one loss. Use strategy='ddp', or, to shard"
-            " parameters and states, ModelParallelStrategy() with fully_shard."
-        )
-    if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
-        raise MisconfigurationException(
-            f"MTAdam does not support {type(strategy).__name__}, where it cannot average the gradients of the terms"
-            " over the processes. Use strategy='ddp' or ModelParallelStrategy(), or another optimizer."
-        )
-    if trainer.world_size > 1 and isinstance(strategy, ModelParallelStrategy):
-        parameters = [
-            p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        ]
-        if mesh_of(parameters) is None:
-            raise MisconfigurationException(
-                "No parameter is sharded, so every process would train alone. Call fully_shard in configure_model, on"
-                " the whole network last; or use strategy='ddp'."
-            )
+def has_comm_hook(strategy: object) -> bool:
+    """Whether a communication hook of DDP was given to the strategy."""
+    return getattr(strategy, "_ddp_comm_hook", None) is not None
 
 
 def should_log(trainer: pl.Trainer) -> bool:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import BalancerSlot
 from lightning_mtadam.balancers import Balancer
-from lightning_mtadam.guard import Guard
+from lightning_mtadam.guard import Guard, mtadam_of
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -31,14 +31,14 @@ class _PendingLosses:
         total: their sum; what Lightning scales and passes to ``backward`` derives from it.
         accumulated: by how many batches Lightning divides.
         optimizer: whose gradients are wanted.
-        balancer: makes one gradient of them; ``None`` with MTAdam, or if their sum is wanted.
+        balancer: makes one gradient of them: MTAdam, or a balancer; ``None`` if their sum is wanted.
     """
 
     losses: Losses
     total: Tensor
     accumulated: int
     optimizer: Optimizer
-    balancer: Balancer | None
+    balancer: MTAdam | Balancer | None
 
 
 class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
@@ -112,8 +112,8 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
                 generator.step()
         """
         optimizer = lightning_internals.unwrap(optimizer)
-        balancer = self.balancer if balanced else None
-        self._check(losses, optimizer, balancer)
+        balancer = mtadam_of(optimizer) or (self.balancer if balanced else None)
+        self._check(losses, balancer)
         total = _sum(losses)
         self._pending = _PendingLosses(losses, total, 1, optimizer, balancer)
         self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
@@ -127,15 +127,23 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         pending, self._pending = self._pending, None
         if pending is None:
             return super().backward(loss, *args, **kwargs)
-        if isinstance(pending.optimizer, MTAdam):
-            pending.optimizer.name_parameters(self.named_parameters())
-            self._backward_terms(pending, pending.optimizer.backward, loss)
-        elif pending.balancer is not None:
-            run = partial(self._backward_once, pending, *args, **kwargs)
-            balance = partial(pending.balancer.backward, optimizer=pending.optimizer, run=run)
-            self._backward_terms(pending, balance, loss)
-        else:
+        if pending.balancer is None:
             self._backward_once(pending, loss, *args, **kwargs)
+            return
+        pending.balancer.name_parameters(self.named_parameters())
+        balance: Callable[..., None] = pending.balancer.backward
+        if pending.balancer is not pending.optimizer:
+            run = partial(self._backward_once, pending, *args, **kwargs)
+            balance = partial(balance, optimizer=pending.optimizer, run=run)
+        # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
+        (factor,) = torch.autograd.grad(loss, pending.total)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        balance(
+            pending.losses,
+            model=self.trainer.strategy.model,
+            grad_output=factor,
+            loss_scale=factor * pending.accumulated if scaled else None,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pending": None}
@@ -147,8 +155,8 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the balanced gradient of MTAdam; the gradients of other optimizers as in every LightningModule."""
-        mtadam = lightning_internals.unwrap(optimizer)
-        if not isinstance(mtadam, MTAdam):
+        mtadam = mtadam_of(lightning_internals.unwrap(optimizer))
+        if mtadam is None:
             return super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         limit = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm = self.trainer.gradient_clip_algorithm if gradient_clip_algorithm is None else gradient_clip_algorithm
@@ -164,17 +172,6 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         else:  # the hooks that average want a pass through everything
             with self._keeping_gradients_of_others(pending.optimizer):
                 super().backward(loss, *args, **kwargs)
-
-    def _backward_terms(self, pending: _PendingLosses, balance: Callable[..., None], loss: Tensor) -> None:
-        # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
-        (factor,) = torch.autograd.grad(loss, pending.total)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        balance(
-            pending.losses,
-            model=self.trainer.strategy.model,
-            grad_output=factor,
-            loss_scale=factor * pending.accumulated if scaled else None,
-        )
 
     @contextmanager
     def _keeping_gradients_of_others(self, optimizer: Optimizer) -> Iterator[None]:
@@ -201,15 +198,16 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
                 f" {'one loss' if isinstance(output, Mapping) else 'a ' + type(output).__name__}. Return a dict of"
                 " named scalar losses, or no balancer from configure_balancer."
             )
-        if not named and (output is None or not isinstance(optimizer, MTAdam)):
+        mtadam = mtadam_of(optimizer)
+        if not named and (output is None or mtadam is None):
             return ClosureResult.from_training_step_output(output, accumulated)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
-        self._check(losses, optimizer, balancer)
+        self._check(losses, mtadam or balancer)
         total = _sum(losses) if named else losses["loss"]
         if not lightning_internals.skips_backward(self.trainer):
-            self._pending = _PendingLosses(losses, total, accumulated, optimizer, balancer)
-        elif isinstance(optimizer, MTAdam):
-            optimizer.skip_step()
+            self._pending = _PendingLosses(losses, total, accumulated, optimizer, mtadam or balancer)
+        elif mtadam is not None:
+            mtadam.skip_step()
         if not named:
             return ClosureResult.from_training_step_output(output, accumulated)
         self._log_losses(losses, total, "on_before_backward")
@@ -217,11 +215,10 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
         )
 
-    def _check(self, losses: Losses, optimizer: Optimizer, balancer: Balancer | None) -> None:
-        source = optimizer if isinstance(optimizer, MTAdam) else balancer
+    def _check(self, losses: Losses, balancer: MTAdam | Balancer | None) -> None:
         alone = self.trainer.world_size == 1
-        check_losses(losses, None if source is None else source.terms or None, finite=False, graph=alone)
-        reduced = source is None or (isinstance(source, Balancer) and source.one_backward)
+        check_losses(losses, None if balancer is None else balancer.terms or None, finite=False, graph=alone)
+        reduced = isinstance(balancer, Balancer | None) and (balancer is None or balancer.one_backward)
         if not alone and reduced and not any(loss.requires_grad for loss in losses.values()):
             check_losses(losses, finite=False)  # MTAdam's ranks agree on terms without a graph, DDP's reducer does not
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mtadam.coupling import refusing_coupled_samples
 from lightning_mtadam.distributed.sharding import holds_shards
-from lightning_mtadam.optim.options import check_terms
+from lightning_mtadam.terms import check_terms
 
 Batch: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 """What is cut into rows: a tensor, or several with the same first dimension."""

@@ -1,25 +1,62 @@
-"""Named loss terms: what a mapping of losses must hold, and the errors when it does not."""
+"""What all rooms share: the names of losses and parameters, their checks, and the types of what is handed on.
+
+It imports nothing of the package.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.distributed.sharding import is_sharded
-
 Losses: TypeAlias = Mapping[str, Tensor]
 """One scalar tensor with a graph per term, in the order of the terms."""
 
+Gradients: TypeAlias = Sequence[Tensor | None]
+"""One gradient for each parameter; ``None`` where the term does not reach the parameter."""
+
 TermGradients: TypeAlias = dict[str, list[Tensor | None]]
-"""Per term, one gradient for each parameter; ``None`` where the term does not reach the parameter."""
+"""Per term, its gradients."""
+
+Found: TypeAlias = Generator[tuple[str, list[Tensor | None]], None, None]
+"""The terms' names and gradients, one after the other, as they are found."""
+
+PLACEHOLDER = "parameter_"
+"""What a parameter without a name is called, before its number."""
 
 
 class NonFiniteError(FloatingPointError, ValueError):
     """A loss term or its gradient is inf or nan."""
+
+
+@runtime_checkable
+class BalancesTerms(Protocol):
+    """What balances losses: MTAdam, or a balancer. All that is logged, exported or checked is read from here."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the loss terms, in order; empty until they are known."""
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The moving averages n_i of the gradient norms by layer, [I]; empty where there are none."""
+
+    def balance_weights(self) -> dict[str, Tensor]:
+        """The balance weights n_i / n_anchor by layer, [I]; empty where there are none."""
+
+    def scales(self) -> dict[str, Tensor]:
+        """What multiplied the terms' gradients in the last step by layer, [I]; empty where that is not known."""
+
+    def term_weights(self) -> dict[str, Tensor]:
+        """What multiplies each loss, a scalar by term; empty where layers differ."""
+
+    def average_weights(self) -> dict[str, Tensor]:
+        """The weights of each term, averaged over the steps, one per layer: [L]; empty where none are kept."""
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Name the parameters as ``model.named_parameters()`` does, for layers and messages."""
 
 
 def check_losses(
@@ -55,8 +92,7 @@ def check_losses(
         for name in losses:
             if name not in terms:
                 raise ValueError(unknown_name_message("losses", name, terms))
-    for name, loss in losses.items():
-        _check_loss(name, loss, graph)
+    _check_each(losses, graph)
     if finite:
         _check_finite(losses)
 
@@ -66,6 +102,19 @@ def check_names(names: Iterable[object]) -> None:
     for name in names:
         if not isinstance(name, str) or not name:
             raise TypeError(f"The name of a loss term must be a non-empty string, but got {name!r}.")
+
+
+def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
+    """Return ``terms`` as a tuple, or raise unless it is a sequence of different names."""
+    if isinstance(terms, str):
+        raise TypeError(f"terms must be a sequence of names, but got the string {terms!r}. Write ({terms!r},).")
+    terms = tuple(terms)
+    check_names(terms)
+    if not terms:
+        raise ValueError("terms is empty. Name at least one term, or leave it out to take the first losses' names.")
+    if len(set(terms)) != len(terms):
+        raise ValueError(f"terms must be different from each other, but got {terms}.")
+    return terms
 
 
 def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
@@ -79,26 +128,36 @@ def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
     )
 
 
-def _check_loss(name: str, loss: object, graph: bool) -> None:
-    where = f"losses[{name!r}]"
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{where} must be a scalar tensor, but is a {type(loss).__name__}. Do not call .item() on it.")
-    if not loss.is_floating_point():
-        raise TypeError(f"{where} must be a real floating-point tensor, but has dtype {loss.dtype}.")
-    if loss.dim() != 0:
-        raise ValueError(
-            f"{where} must be a scalar tensor, but has shape {tuple(loss.shape)}. Reduce it, e.g. with .mean()."
-        )
-    if is_sharded(loss):
-        raise TypeError(
-            f"{where} is a DTensor, of which every process holds a part: it was computed from sharded parameters. Make"
-            " it whole with .full_tensor()."
-        )
-    if graph and not loss.requires_grad:
-        raise ValueError(
-            f"{where} has no graph, so it reaches no parameter. Compute it from the network's output without"
-            " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
-        )
+def clean_names(names: Sequence[str]) -> list[str]:
+    """Names without what ``torch.compile`` puts into them, and ``DistributedDataParallel`` before all of them."""
+    names = [name.replace("_orig_mod.", "") for name in names]
+    wrapped = all(name.startswith(("module.", PLACEHOLDER)) for name in names)
+    return [name.removeprefix("module.") for name in names] if wrapped else names
+
+
+def _check_each(losses: Losses, graph: bool) -> None:
+    for name, loss in losses.items():
+        where = f"losses[{name!r}]"
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"{where} must be a scalar tensor, but is a {type(loss).__name__}. Do not call .item() on it."
+            )
+        if not loss.is_floating_point():
+            raise TypeError(f"{where} must be a real floating-point tensor, but has dtype {loss.dtype}.")
+        if loss.dim() != 0:
+            raise ValueError(
+                f"{where} must be a scalar tensor, but has shape {tuple(loss.shape)}. Reduce it, e.g. with .mean()."
+            )
+        if hasattr(loss, "full_tensor"):
+            raise TypeError(
+                f"{where} is a DTensor, of which every process holds a part: it was computed from sharded parameters."
+                " Make it whole with .full_tensor()."
+            )
+        if graph and not loss.requires_grad:
+            raise ValueError(
+                f"{where} has no graph, so it reaches no parameter. Compute it from the network's output without"
+                " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
+            )
 
 
 def _check_finite(losses: Losses) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,42 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_mtadam.distributed.agreement import Parameters, tell
-from lightning_mtadam.distributed.joint_terms import agree_on_terms
-from lightning_mtadam.distributed.processes import Processes, processes_of
-from lightning_mtadam.optim.finite import is_host
-from lightning_mtadam.optim.options import check_terms
-from lightning_mtadam.terms import Losses, check_losses
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The losses of one batch, and all that is needed to differentiate them.
-
-    Attributes:
-        losses: of the terms that are present, in the order of the terms.
-        parameters: of the optimizer.
-        model: the network, without a wrapper.
-        grad_output: scalar by which every loss is multiplied: the loss scale over the number of accumulated batches.
-        loss_scale: of a gradient scaler; ``None`` if there is none.
-        processes: which train together.
-        begins: whether it is the first batch of a step; the others are accumulated to it.
-        run: runs an ordinary backward pass from a scalar.
-    """
-
-    losses: Losses
-    parameters: list[Tensor]
-    model: nn.Module
-    grad_output: Tensor
-    loss_scale: Tensor | None
-    processes: Processes
-    begins: bool
-    run: Callable[[Tensor], None]
-
-    @property
-    def share(self) -> Tensor:
-        """The part of the step's losses that is this batch's: one over the number of accumulated batches."""
-        return self.grad_output if self.loss_scale is None else self.grad_output / self.loss_scale
+from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.collect.norms import are_on_host
+from lightning_mtadam.distributed.agreement import Parameters
+from lightning_mtadam.distributed.processes import processes_of
+from lightning_mtadam.terms import Losses, check_losses, check_terms
 
 
 class Balancer(ABC):
@@ -59,7 +28,12 @@ class Balancer(ABC):
     Args:
         terms: the names of the losses, if known ahead; otherwise they are taken from the first losses.
 
+    A balancer of your own is a subclass with a method :meth:`balance`; ``docs/balancers/your_own.md`` writes one.
+
     Attributes:
+        state: what is remembered after the last batch, in checkpoints too. Its tensors are replaced, never changed.
+        state_before: the same, before the step that this batch belongs to: where several batches accumulate, the state
+            follows from this one and all of them.
         learned: parameters that the module's optimizer is to learn; ``None`` if there are none.
         one_backward: whether there is one ordinary backward pass, which wrappers of the network see.
         works_on_shards: whether parameters may be sharded.
@@ -73,8 +47,8 @@ class Balancer(ABC):
 
     def __init__(self, terms: Iterable[str] | None = None) -> None:
         self._terms = () if terms is None else check_terms(terms)
-        self._state: dict[str, Tensor] = {}  # after the last batch; tensors in it are replaced, never changed
-        self._before: dict[str, Tensor] = {}  # before the step that batch belongs to
+        self.state: dict[str, Tensor] = {}
+        self.state_before: dict[str, Tensor] = {}
         self._stepped = True
         self._left: list[tuple[int, int]] = []  # what the last backward pass left in .grad
         self._watched: Optimizer | None = None
@@ -115,36 +89,29 @@ class Balancer(ABC):
                 host does not wait for, gradients become inf or nan instead, as without a balancer.
         """
         parameters = parameters_in(optimizer)
-        processes = processes_of(model, parameters)
-        network = model.module if isinstance(model, DistributedDataParallel) else model
         begins = self._stepped or self._was_reset(parameters)
-
-        def check() -> Parameters:
-            finite = loss_scale is None and all(is_host(parameter.device) for parameter in parameters)
-            check_losses(losses, self._terms or None, finite=finite, graph=processes.group is None)
-            if self.looks_ahead:
-                _refuse_static_graph(model)
-            self._check(losses, network, optimizer, processes)
-            return () if processes.group is None else _named_shapes(network, parameters)  # a walk over the network
-
-        pending = () if begins else self._pending_terms()
-        found, absent = agree_on_terms(
-            losses, check, pending=pending, known=self._terms, processes=processes, model=model
-        )
-        terms = self._terms or found
-        if begins and (self._stepped or loss_scale is None):  # else a scaler has skipped the step before
-            self._before = {key: value.to(parameters[0].device) for key, value in self._state.items()}
-        present = {name: losses[name] for name in terms if name in losses and name not in absent}
-        factor = torch.ones_like(next(iter(losses.values()))) if grad_output is None else grad_output
-        batch = Batch(present, parameters, network, factor.detach(), loss_scale, processes, begins, run)
-        try:
-            self._balance(batch, terms)
-        except Exception as error:
-            if processes.group is not None:
-                tell(error, processes.group)
-            raise
-        self._terms, self._stepped, self._left = terms, False, _versions(parameters)
+        processes = processes_of(model, parameters)
+        batch = Batch(losses, parameters, model, grad_output, loss_scale, processes, begins=begins, run=run)
+        pending = () if begins else self.pending_terms()
+        check, take = partial(self._check_all, batch, optimizer), self._take
+        self._terms = collect(batch, check, take, known=self._terms, pending=pending).terms
+        self._stepped, self._left = False, _versions(parameters)
         self._watch(optimizer)
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Names are taken from the network, in every call of :meth:`backward`."""
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The moving averages n_i of the gradient norms by layer, tensors [I]; empty where there are none."""
+        return {}
+
+    def scales(self) -> dict[str, Tensor]:
+        """What multiplied the terms' gradients by layer in the last step, tensors [I]; empty if that is not known."""
+        return {}
+
+    def average_weights(self) -> dict[str, Tensor]:
+        """The weights of each term, averaged over the steps, one per layer: [L]; empty where none are kept."""
+        return {}
 
     def term_weights(self) -> dict[str, Tensor]:
         """What multiplies each loss, a scalar per term; empty if that is not known, or differs between layers."""
@@ -156,7 +123,7 @@ class Balancer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What training needs to continue bit for bit, but for :attr:`learned`, which is the module's."""
-        return {"balancer": type(self).__name__, "terms": self._terms, "state": dict(self._state)}
+        return {"balancer": type(self).__name__, "terms": self._terms, "state": dict(self.state)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.
@@ -176,24 +143,44 @@ class Balancer(ABC):
                 " was made with, or load only the weights."
             )
         self._terms = terms or self._terms
-        self._state = {key: value.clone() for key, value in state_dict["state"].items()}
+        self.state = {key: value.clone() for key, value in state_dict["state"].items()}
         self._stepped = True
 
     @abstractmethod
-    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        """Run the backward passes, and set ``_state`` from ``_before`` and all batches of the step so far."""
+    def balance(self, batch: Batch) -> None:
+        """Leave a gradient in ``p.grad``, and set ``state`` from ``state_before`` and all batches of the step so far.
 
-    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
+        Args:
+            batch: its losses are checked, and agreed on by all processes. ``batch.run_weighted(weights)`` is one
+                backward pass of their weighted sum.
+        """
+
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
         """Raise if the losses cannot be balanced; nothing was changed yet."""
-        if processes.sharded and not self.works_on_shards:
+        if batch.processes.sharded and not self.works_on_shards:
             raise ValueError(
                 f"{type(self).__name__} needs whole gradients, but the parameters are sharded. Use strategy='ddp', or"
                 " MTAdam, which balances sharded parameters."
             )
 
-    def _pending_terms(self) -> tuple[str, ...]:
+    def pending_terms(self) -> tuple[str, ...]:
         """The terms of earlier batches of the step, if their gradients are held."""
         return ()
+
+    def _check_all(self, batch: Batch, optimizer: Optimizer) -> Parameters:
+        alone = batch.processes.group is None
+        finite = batch.loss_scale is None and are_on_host(batch.parameters)
+        check_losses(batch.losses, self._terms or None, finite=finite, graph=alone)
+        if self.looks_ahead:
+            _refuse_static_graph(batch.model)
+        self.check(batch, optimizer)
+        return () if alone else _named_shapes(batch.network, batch.parameters)  # a walk over the network
+
+    def _take(self, batch: Batch) -> None:
+        if batch.begins and (self._stepped or batch.loss_scale is None):  # else a scaler has skipped the step before
+            device = batch.parameters[0].device
+            self.state_before = {key: value.to(device) for key, value in self.state.items()}
+        self.balance(batch)
 
     def _was_reset(self, parameters: list[Tensor]) -> bool:
         """Whether gradients were dropped since the last backward pass, or set to zero."""
@@ -234,9 +221,10 @@ def _named_shapes(model: nn.Module, parameters: list[Tensor]) -> Parameters:
     return tuple((names.get(id(parameter), "?"), tuple(parameter.shape)) for parameter in trained)
 
 
-def _refuse_static_graph(model: nn.Module) -> None:
+def _refuse_static_graph(model: nn.Module | None) -> None:
     """Raise if the wrapper takes the first time that the losses are differentiated for its one backward pass."""
-    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in model.modules()):
+    modules = () if model is None else model.modules()
+    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in modules):
         raise ValueError(
             "DistributedDataParallel(static_graph=True) would average nothing in the first step, because the balancer"
             " differentiates terms by themselves before the backward pass. Leave static_graph out."

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.balancers.balancer import Balancer
+from lightning_mtadam.collect import Batch
 
 
 class FixedWeights(Balancer):
@@ -45,6 +46,5 @@ class FixedWeights(Balancer):
         """The weights."""
         return {name: torch.tensor(weight) for name, weight in self.weights.items()}
 
-    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        weighted = [self.weights[name] * loss for name, loss in batch.losses.items()]
-        batch.run(torch.stack(weighted).sum() * batch.grad_output)
+    def balance(self, batch: Batch) -> None:
+        batch.run_weighted([self.weights[name] for name in batch.terms])

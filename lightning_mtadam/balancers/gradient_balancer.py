@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mtadam.balancers.balancer import Balancer, Batch
-from lightning_mtadam.distributed.averaging import averaging_of
-from lightning_mtadam.distributed.processes import Processes
-from lightning_mtadam.gradients import refuse_reentrant_checkpoints, term_gradients
+from lightning_mtadam.balancers.balancer import Balancer
+from lightning_mtadam.collect import Batch
+from lightning_mtadam.collect.differentiate import refuse_reentrant_checkpoints
+from lightning_mtadam.collect.norms import is_host, non_finite
+from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
+from lightning_mtadam.collect.pending import PendingGradients
+from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.optim.finite import is_host, non_finite
-from lightning_mtadam.optim.layers import PLACEHOLDER, clean_names
-from lightning_mtadam.optim.layout import Block, TermMemory, fitting
-from lightning_mtadam.optim.norms import norm_table
-from lightning_mtadam.optim.pending import PendingGradients
-from lightning_mtadam.optim.state import balance_dtype
-from lightning_mtadam.optim.uninterrupted import uninterrupted
-from lightning_mtadam.terms import Losses
+from lightning_mtadam.terms import PLACEHOLDER, clean_names
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class StepGradients:
         layers: the names of the parameters.
     """
 
-    memory: TermMemory
+    memory: GradientMemory
     norms: Tensor
     present: list[bool]
     reached: list[bool]
@@ -58,13 +55,12 @@ class StepGradients:
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """The sum of the terms' gradients, each times its weight at the layer: [P, I], in fp32 or better -> P."""
         summed: list[Tensor | None] = [None] * len(self.layers)
-        for span in self.memory.spans:
-            for place, member in enumerate(span.members):
-                block = Block(span, place, place + 1, span.bounds[place], span.bounds[place + 1])
-                gradients = self.memory.columns(block)  # [I, elements]
+        for place, pack in enumerate(self.memory.packs):
+            sizes = [self.memory.shapes[member].numel() for member in pack]
+            for member, gradients in zip(pack, torch.split(self.memory.columns(place), sizes, 1), strict=True):
                 factors = weights[member].to(gradients.device)
                 total = factors @ gradients.to(factors.dtype)
-                summed[member] = total.to(gradients.dtype).view_as(self.memory.parameters[member])
+                summed[member] = total.to(gradients.dtype).view(self.memory.shapes[member])
         return summed
 
 
@@ -89,79 +85,67 @@ class GradientBalancer(Balancer):
         return {**super().__getstate__(), "_pending": PendingGradients(), "_others": []}
 
     @abstractmethod
-    def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:
-        """The gradient to step on, one per parameter, and ``_state`` from ``_before``.
+    def combine(self, step: StepGradients) -> list[Tensor | None]:
+        """The gradient to step on, one per parameter, and ``state`` from ``state_before``.
 
         Of gradients that are not finite, which a gradient scaler or an accelerator lets through, something that is not
-        finite is made, and ``_state`` is ``_before``.
+        finite is made, and ``state`` is ``state_before``.
         """
 
-    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
-        super()._check(losses, model, optimizer, processes)
-        if not self._state:  # a walk over the whole graph: before the first step only
-            refuse_reentrant_checkpoints(losses)
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        """As of every balancer."""
+        super().check(batch, optimizer)
+        if not self.state:  # a walk over the whole graph: before the first step only
+            refuse_reentrant_checkpoints(batch.losses)
 
-    def _pending_terms(self) -> tuple[str, ...]:
+    def pending_terms(self) -> tuple[str, ...]:
+        """As of every balancer."""
         return tuple(self._pending.gradients)
 
     @uninterrupted()
-    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
+    def balance(self, batch: Batch) -> None:
+        """Differentiate the terms, and leave what ``combine`` makes of them in ``p.grad``."""
         if batch.begins:
             self._others = [parameter.grad for parameter in batch.parameters]
         try:
-            combined = self._balanced(batch, terms)
+            combined = self._combined(batch)
         except BaseException:
             self._pending.clear()
-            self._state = self._before
+            self.state = self.state_before
             for parameter, other in zip(batch.parameters, self._others, strict=True):
                 parameter.grad = other
             raise
         for parameter, gradient, other in zip(batch.parameters, combined, self._others, strict=True):
             parameter.grad = other if gradient is None else gradient if other is None else other + gradient
 
-    def _balanced(self, batch: Batch, terms: tuple[str, ...]) -> list[Tensor | None]:
+    def _combined(self, batch: Batch) -> list[Tensor | None]:
         """The gradient to step on, times the loss scale, one per parameter; ``None`` where no term reaches it."""
-        self._collect(batch, terms)
-        step = self._observe(batch, terms)
+        pending, parameters = self._pending, batch.parameters
+        if batch.begins:
+            pending.drop_gradients()
+        trained = [parameter.requires_grad for parameter in parameters]
+        keys = [0] * len(parameters)
+        memory = GradientMemory.fitting(pending.memory, parameters, trained, keys, len(batch.terms))
+        pending.use(memory, batch.terms)
+        with as_fabric_backward():
+            pending.add(batch, batch.terms)
+        step = self._observe(batch, memory)
         if batch.loss_scale is None and is_host(step.norms.device) and not bool(step.finite):
-            raise non_finite(step.norms, step.layers, terms)
+            raise non_finite(step.norms, step.layers, batch.terms)
         with torch.autocast(step.norms.device.type, enabled=False):  # manual optimization runs under it
-            combined = self._combine(step, terms)
+            combined = self.combine(step)
         reached = [None if not flag else gradient for gradient, flag in zip(combined, step.reached, strict=True)]
         if batch.loss_scale is None:
             return reached
         return [None if gradient is None else gradient * batch.loss_scale.to(gradient) for gradient in reached]
 
-    def _collect(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        """Add the gradients of this batch to those of the step."""
-        pending, parameters = self._pending, batch.parameters
-        if batch.begins:
-            pending.drop_gradients()
-        trained = [parameter.requires_grad for parameter in parameters]
-        pending.use(fitting(pending.memory, parameters, trained, [0] * len(parameters), len(terms)), terms)
-        with as_fabric_backward():
-            pending.collect(
-                term_gradients(batch.losses, parameters, grad_output=batch.grad_output),
-                tuple(batch.losses),
-                terms,
-                parameters,
-                batch.loss_scale,
-                averaging_of(batch.processes),
-                may_miss=batch.processes.group is not None,
-            )
-
-    def _observe(self, batch: Batch, terms: tuple[str, ...]) -> StepGradients:
+    def _observe(self, batch: Batch, memory: GradientMemory) -> StepGradients:
         """What has been collected in this step."""
         pending, parameters = self._pending, batch.parameters
-        assert pending.memory is not None
-        names = {id(parameter): name for name, parameter in batch.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in batch.network.named_parameters()}
         labels = [names.get(id(parameter), f"{PLACEHOLDER}{index}") for index, parameter in enumerate(parameters)]
-        norms = norm_table(
-            [pending.gradients.get(term, [None] * len(parameters)) for term in terms],
-            [pending.norms.get(term) for term in terms],
-            balance_dtype(parameters),
-            parameters[0].device,
-            uniform=False,
-        )
-        present = [term in pending.gradients for term in terms]
-        return StepGradients(pending.memory, norms, present, pending.touched, tuple(clean_names(labels)))
+        none: list[Tensor | None] = [None] * len(parameters)
+        norms = [pending.norms.get(term) or norms_of(pending.gradients.get(term, none)) for term in batch.terms]
+        table = norm_table(norms, torch.empty(0, dtype=wide_dtype(parameters), device=parameters[0].device))
+        present = [term in pending.gradients for term in batch.terms]
+        return StepGradients(memory, table, present, pending.touched, tuple(clean_names(labels)))

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers import gradnorm_rule as rule
-from lightning_mtadam.balancers.balancer import Balancer, Batch
+from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
+from lightning_mtadam.collect import Batch
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
-from lightning_mtadam.terms import Losses
 
 
 class GradNorm(Balancer):
@@ -94,15 +94,15 @@ class GradNorm(Balancer):
 
     def term_weights(self) -> dict[str, Tensor]:
         """The weights w_i, which are positive and sum to I."""
-        if not self._state:
+        if not self.state:
             return {}
-        return dict(zip(self._terms, rule.weights_of(self._state["logits"]).unbind(), strict=True))
+        return dict(zip(self._terms, rule.weights_of(self.state["logits"]).unbind(), strict=True))
 
     def average_weights(self) -> dict[str, Tensor]:
         """The geometric mean of the weights over the steps so far, [1] for each term; empty before the first."""
-        if not self._state:
+        if not self.state:
             return {}
-        means = self._state["log_weights"].exp().unbind()
+        means = self.state["log_weights"].exp().unbind()
         return {name: mean[None] for name, mean in zip(self._terms, means, strict=True)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -113,16 +113,16 @@ class GradNorm(Balancer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layer": []}
 
-    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
-        super()._check(losses, model, optimizer, processes)
-        self._layer = parameters_of(model, self.shared)
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        super().check(batch, optimizer)
+        self._layer = parameters_of(batch.network, self.shared)
 
-    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
+    def balance(self, batch: Batch) -> None:
         if batch.begins:
-            self._check_first_steps(batch.losses, terms)
-        shared, device = self._layer, batch.grad_output.device
+            self._check_first_steps(batch)
+        terms, shared, device = batch.terms, self._layer, batch.factor.device
         dtype = torch.promote_types(next(iter(batch.losses.values())).dtype, torch.float32)
-        before = self._before or rule.beginning(len(terms), self._given, dtype, device)
+        before = self.state_before or rule.beginning(len(terms), self._given, dtype, device)
         seen = torch.zeros(len(terms), rule.HEAD + sum(p.numel() for p in shared), dtype=dtype, device=device)
         for name, loss in batch.losses.items():
             row, gradient = seen[terms.index(name)], gradient_at(shared, name, loss, batch, dtype)
@@ -134,16 +134,15 @@ class GradNorm(Balancer):
             before, _of_all(observed, batch.processes), alpha=self.alpha, lr=self.lr, start_length=self._start_length
         )
         weights = rule.weights_of(before["logits"])
-        weighted = [weights[terms.index(name)] * loss for name, loss in batch.losses.items()]
-        batch.run(torch.stack(weighted).sum() * batch.grad_output)
-        self._observed, self._state = observed, after
+        batch.run_weighted(weights)
+        self._observed, self.state = observed, after
 
-    def _check_first_steps(self, losses: Losses, terms: tuple[str, ...]) -> None:
+    def _check_first_steps(self, batch: Batch) -> None:
         """Raise, on all processes, if a term cannot be balanced; the host reads until all initial losses are known."""
-        if not self._before or self._started.issuperset(losses):
+        if not self.state_before or self._started.issuperset(batch.losses):
             return
-        columns = (self._before[key].tolist() for key in ("seen", "reached", "initial_losses"))
-        for name, seen, reached, loss in zip(terms, *columns, strict=True):
+        columns = (self.state_before[key].tolist() for key in ("seen", "reached", "initial_losses"))
+        for name, seen, reached, loss in zip(batch.terms, *columns, strict=True):
             if seen < max(self._start_length, 1):
                 continue
             if not reached:

@@ -6,14 +6,11 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import balancing
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
-from lightning_mtadam.distributed.processes import Processes
-from lightning_mtadam.optim.options import Options
-from lightning_mtadam.terms import Losses
 
 
 class MetaBalance(GradientBalancer):
@@ -68,25 +65,27 @@ class MetaBalance(GradientBalancer):
             raise ValueError(f"beta must be at least 0 and below 1, but got {beta!r}.")
         if anchor in (None, "unit"):
             raise ValueError(f"anchor must be 'first', 'mean', 'max' or a term's name, but got {anchor!r}.")
-        self.relax, self.beta = relax, beta
-        self._options = Options(anchor=anchor)
+        if not isinstance(anchor, str):
+            policies = balancing.ANCHOR_POLICIES
+            raise TypeError(f"anchor must be one of {policies}, a term's name or None, but got {anchor!r}.")
+        self.relax, self.beta, self.anchor = relax, beta, anchor
         if self._terms:
-            self._options.check_terms(self._terms)
+            balancing.check_anchor(anchor, self._terms)
 
     def balance_weights(self) -> dict[str, Tensor]:
         """The balance weights n_i / n_anchor by layer, tensors [I], nan where a term never reached it."""
-        if not self._state:
+        if not self.state:
             return {}
-        norms = torch.stack([norms for norms, _ in self._state.values()])
-        return dict(zip(self._state, balancing.balance_weights(norms, self._reference(norms)).unbind(), strict=True))
+        norms = torch.stack([norms for norms, _ in self.state.values()])
+        return dict(zip(self.state, balancing.balance_weights(norms, self._reference(norms)).unbind(), strict=True))
 
-    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
-        super()._check(losses, model, optimizer, processes)
-        self._options.check_terms(self._terms or tuple(losses))
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        super().check(batch, optimizer)
+        balancing.check_anchor(self.anchor, self._terms or tuple(batch.losses))
 
-    def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:
+    def combine(self, step: StepGradients) -> list[Tensor | None]:
         none = torch.zeros_like(step.norms[:1].expand(2, -1))
-        before = torch.stack([self._before.get(layer, none).to(none) for layer in step.layers])  # [P, 2, I]
+        before = torch.stack([self.state_before.get(layer, none).to(none) for layer in step.layers])  # [P, 2, I]
         norms, counts = balancing.update_norms(
             before[:, 0],
             before[:, 1],
@@ -97,10 +96,10 @@ class MetaBalance(GradientBalancer):
         )
         after = torch.where(step.finite, torch.stack([norms, counts], 1), before)
         rows = zip(step.layers, step.reached, after.unbind(), strict=True)
-        self._state = {**self._before, **{layer: row for layer, reached, row in rows if reached}}
+        self.state = {**self.state_before, **{layer: row for layer, reached, row in rows if reached}}
         scales = balancing.balance_scales(norms, self._reference(norms), torch.ones_like(norms[0]), math.inf)
         return step.weighted_sum(self.relax * scales + (1 - self.relax))
 
     def _reference(self, norms: Tensor) -> Tensor:
         """n_anchor, [L, 1]."""
-        return balancing.reference_norms(norms, self._options.reference(self._terms))
+        return balancing.reference_norms(norms, balancing.reference_of(self.anchor, self._terms))

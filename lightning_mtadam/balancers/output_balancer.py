@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mtadam.balancers.balancer import Balancer, Batch, parameters_in
+from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
 from lightning_mtadam.balancing import corrected_norms, update_norms
+from lightning_mtadam.collect import Batch
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
-from lightning_mtadam.terms import Losses
 
 
 class OutputBalancer(Balancer):
@@ -100,23 +100,23 @@ class OutputBalancer(Balancer):
 
     def term_weights(self) -> dict[str, Tensor]:
         """What multiplies each loss if all terms are present: its share over its norm; zero if it had no gradient."""
-        if not self._state:
+        if not self.state:
             return {}
-        norms, everywhere = self._norms(self._state), self._state["counts"] >= 0
+        norms, everywhere = self._norms(self.state), self.state["counts"] >= 0
         return dict(zip(self._terms, _scales(norms, self._wanted(self._terms), everywhere).unbind(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_attached": None, "_outputs": []}
 
-    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
-        super()._check(losses, model, optimizer, processes)
-        self._outputs = find_outputs(losses, self.output, parameters_in(optimizer))
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        super().check(batch, optimizer)
+        self._outputs = find_outputs(batch.losses, self.output, batch.parameters)
         if not self._nesting_checked:
             refuse_nested(self._outputs, self.output)
             self._nesting_checked = True
 
-    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        outputs, self._outputs = self._outputs, []
+    def balance(self, batch: Batch) -> None:
+        terms, outputs, self._outputs = batch.terms, self._outputs, []
         gradients = {name: _gradients_at(outputs, loss, batch) for name, loss in batch.losses.items()}
         share = batch.share.to(_wide(batch.share.dtype))
         seen = share.new_zeros(2, len(terms))
@@ -128,13 +128,13 @@ class OutputBalancer(Balancer):
         after = self._advance(observed)
         scales = _scales(self._norms(after), self._wanted(terms), seen[0] > 0)
         by_name = dict(zip(terms, scales.unbind(), strict=True))
-        batch.run(_surrogate(outputs, gradients, by_name) * batch.grad_output)
-        self._observed, self._state = observed, after
+        batch.run(_surrogate(outputs, gradients, by_name) * batch.factor)
+        self._observed, self.state = observed, after
 
     def _advance(self, observed: Tensor) -> dict[str, Tensor]:
         """The state after a step in which this was observed, [2, I]; the same if it is not finite."""
         zeros = torch.zeros_like(observed[0])
-        before = self._before or {"norms": zeros, "counts": zeros}
+        before = self.state_before or {"norms": zeros, "counts": zeros}
         present = observed[0] > 0
         mean = observed[1] / torch.where(present, observed[0], 1)
         norms, counts = update_norms(
@@ -163,7 +163,7 @@ def _gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list
     """The gradient of a term at each output, without the loss scale and the share of the batch; the graph is kept."""
     if not loss.requires_grad:  # a constant on this process
         return [torch.zeros_like(output, dtype=_wide(output.dtype)) for output in outputs]
-    factor = batch.grad_output  # the loss scale keeps small gradients from vanishing on their way
+    factor = batch.factor  # the loss scale keeps small gradients from vanishing on their way
     found = torch.autograd.grad(loss, outputs, factor.to(loss), retain_graph=True, materialize_grads=True)
     return [gradient.detach().to(_wide(gradient.dtype)) / factor for gradient in found]  # torch 2.6: zeros have a graph
 

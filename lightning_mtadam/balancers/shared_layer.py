@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtadam.balancers.balancer import Batch
 from lightning_mtadam.balancers.names import near_matches
+from lightning_mtadam.collect import Batch
 
 
 def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
@@ -59,7 +59,7 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
     """
     if not loss.requires_grad:  # a constant on this process
         return None
-    found = torch.autograd.grad(loss, shared, batch.grad_output.to(loss), retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, shared, batch.factor.to(loss), retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in found):
         if batch.processes.group is None:
             raise ValueError(unreached_message(name))

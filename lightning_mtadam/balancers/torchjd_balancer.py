@@ -78,15 +78,15 @@ class TorchJDBalancer(GradientBalancer):
 
     def term_weights(self) -> dict[str, Tensor]:
         """What multiplied each loss in the last step, 0 for absent terms; empty if the aggregator gives no weights."""
-        if "weights" not in self._state:
+        if "weights" not in self.state:
             return {}
-        return dict(zip(self._terms, self._state["weights"].unbind(), strict=True))
+        return dict(zip(self._terms, self.state["weights"].unbind(), strict=True))
 
-    def _combine(self, step: StepGradients, terms: tuple[str, ...]) -> list[Tensor | None]:
+    def combine(self, step: StepGradients) -> list[Tensor | None]:
         if not bool(step.finite):  # no aggregator should have to bear it
-            self._state = self._before
+            self.state = self.state_before
             return step.weighted_sum(torch.ones_like(step.norms))
-        state = dict(self._before)
+        state = dict(self.state_before)
         steps = state.pop("steps", torch.zeros((), dtype=torch.int64))
         state.pop("weights", None)
         norms = self._divisors(step)
@@ -97,7 +97,7 @@ class TorchJDBalancer(GradientBalancer):
         if weights and _multiplied(weights[-1], matrix, vector):
             state["weights"] = torch.zeros_like(norms)
             state["weights"][step.flags(step.present)] = weights[-1].to(norms) / norms[step.flags(step.present)]
-        self._state = {**state, "steps": steps + 1}
+        self.state = {**state, "steps": steps + 1}
         return _split(vector.detach(), step)
 
     def _divisors(self, step: StepGradients) -> Tensor:

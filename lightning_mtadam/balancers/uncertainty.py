@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mtadam.balancers.balancer import Balancer, Batch, parameters_in
+from lightning_mtadam.balancers.balancer import Balancer, parameters_in
 from lightning_mtadam.balancers.log_variances import LogVariances
+from lightning_mtadam.collect import Batch
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
-from lightning_mtadam.terms import Losses
 
 
 class UncertaintyWeighting(Balancer):
@@ -68,9 +68,9 @@ class UncertaintyWeighting(Balancer):
         held = self.learned.log_variances.detach()
         return 0.5 * torch.exp(-held if len(held) == terms else held.new_zeros(terms))  # [I]
 
-    def _check(self, losses: Losses, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
-        super()._check(losses, model, optimizer, processes)
-        parameter, terms = self.learned.log_variances, self._terms or tuple(losses)
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        super().check(batch, optimizer)
+        parameter, terms = self.learned.log_variances, self._terms or tuple(batch.losses)
         if not any(held is parameter for held in parameters_in(optimizer)):
             raise ValueError(
                 "The optimizer does not hold the log variances that UncertaintyWeighting learns, so they would stay as"
@@ -89,13 +89,12 @@ class UncertaintyWeighting(Balancer):
                 f" there are. Give the names of the losses ahead, UncertaintyWeighting(terms={terms})."
             )
 
-    def _balance(self, batch: Batch, terms: tuple[str, ...]) -> None:
-        weights = self._weights(len(terms))
-        weighted = [weights[terms.index(name)] * loss for name, loss in batch.losses.items()]
-        batch.run(torch.stack(weighted).sum() * batch.grad_output)
-        present = [terms.index(name) for name in batch.losses]
+    def balance(self, batch: Batch) -> None:
+        weights = self._weights(len(batch.terms))
+        weighted = batch.run_weighted(weights)
+        present = [batch.terms.index(name) for name in batch.losses]
         gradient = torch.zeros_like(weights)
-        gradient[present] = (0.5 - torch.stack(weighted).detach()).to(weights) * batch.grad_output.to(weights)
+        gradient[present] = (0.5 - weighted).to(weights) * batch.factor.to(weights)
         self._add(gradient, batch.processes)
 
     def _add(self, gradient: Tensor, processes: Processes) -> None:

@@ -13,10 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.callbacks import tensorboard
 from lightning_mtadam.guard import balancer_of
-from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.terms import BalancesTerms
 
 NOTHING: tuple[dict[str, tuple[str, ...]], bool] = ({}, False)
 """The layout of charts before there are any."""
@@ -105,9 +104,8 @@ class BalanceWeightMonitor(pl.Callback):
         terms_of: dict[str, tuple[str, ...]] = {}
         image_due = self.image_every_n > 0 and self._logged % self.image_every_n == 0
         for prefix, source in named_sources(trainer):
-            if isinstance(source, Balancer):
-                found = source.term_weights()
-                term_weights = {f"{tensorboard.TERM_WEIGHT}/{term}": float(weight) for term, weight in found.items()}
+            found = source.term_weights()
+            term_weights |= {f"{tensorboard.TERM_WEIGHT}/{term}": float(weight) for term, weight in found.items()}
             weights = source.balance_weights()
             if not weights:
                 continue
@@ -159,7 +157,7 @@ def summaries(prefix: str, terms: tuple[str, ...], table: Tensor) -> dict[str, f
     return found
 
 
-def named_sources(trainer: pl.Trainer) -> Iterator[tuple[str, MTAdam | Balancer]]:
+def named_sources(trainer: pl.Trainer) -> Iterator[tuple[str, BalancesTerms]]:
     """What balances losses in a trainer, each with the first part of its tags."""
     balancer = balancer_of(trainer.lightning_module)
     if balancer is not None:
@@ -168,9 +166,9 @@ def named_sources(trainer: pl.Trainer) -> Iterator[tuple[str, MTAdam | Balancer]
     yield from named_optimizers(trainer.optimizers)
 
 
-def named_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, MTAdam]]:
+def named_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, BalancesTerms]]:
     """The MTAdams of a trainer, each with the first part of its tags."""
-    found = [optimizer for optimizer in optimizers if isinstance(optimizer, MTAdam)]
+    found = [optimizer for optimizer in optimizers if isinstance(optimizer, BalancesTerms)]
     for index, optimizer in enumerate(found):
         name = type(optimizer).__name__ + (f"-{index}" if index else "")
         yield "balance_weight" if len(found) == 1 else f"balance_weight-{name}", optimizer

@@ -1,4 +1,4 @@
-"""Averages the terms' gradients over the processes of a group, each while the next term's are computed."""
+"""Averages over the processes of a group, each term's gradients while the next term's are computed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mtadam.distributed.agreement import reached_anywhere
-from lightning_mtadam.terms import TermGradients
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
-    from lightning_mtadam.distributed.processes import Processes
-    from lightning_mtadam.optim.layout import TermMemory
-
 
 class Averaging:
-    """Sends each term's gradients off as soon as they are there, and receives their averages.
+    """Sends each term's gradients off as soon as they are there, and receives their averages in the same memory.
 
     A parameter that a term reaches on some ranks only has a gradient on all of them: on the others it counts as zero.
 
@@ -30,32 +26,27 @@ class Averaging:
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
-        self._sent: dict[str, tuple[TermMemory, int, list[bool], list[Work]]] = {}
+        self._reached: list[list[bool]] = []
+        self._work: list[Work] = []
 
-    def send(self, name: str, gradients: Sequence[Tensor | None], memory: TermMemory, row: int) -> None:
+    def send(self, flats: Sequence[Tensor], reached: list[bool]) -> None:
         """Divide a term's gradients by the number of ranks, and start to add them up.
 
         Args:
-            name: the term's.
-            gradients: one per parameter, views into the row; where there is none the row is zero.
-            memory: what holds them.
-            row: the term's.
+            flats: its gradients, for each device and dtype; zero where there is none.
+            reached: per parameter, whether there is one.
         """
-        flats = [rows[row] for rows in memory.rows]
-        torch._foreach_div_(flats, float(dist.get_world_size(self.group)))  # first: sums overflow in fp16
-        work = [dist.all_reduce(flat, group=self.group, async_op=True) for flat in flats]
-        self._sent[name] = memory, row, [gradient is not None for gradient in gradients], work
+        torch._foreach_div_(list(flats), float(dist.get_world_size(self.group)))  # first: sums overflow in fp16
+        self._work += [dist.all_reduce(flat, group=self.group, async_op=True) for flat in flats]
+        self._reached.append(reached)
 
-    def receive(self) -> TermGradients:
-        """Wait for what was sent."""
-        reached = reached_anywhere([reached for _, _, reached, _ in self._sent.values()], self.group)
-        averaged: TermGradients = {}
-        sent, self._sent = self._sent, {}
-        for (name, (memory, row, _, work)), anywhere in zip(sent.items(), reached, strict=True):
-            for one in work:
-                one.wait()
-            averaged[name] = [view if flag else None for view, flag in zip(memory.views[row], anywhere, strict=True)]
-        return averaged
+    def receive(self) -> list[list[bool]]:
+        """Wait for what was sent; whether each term, in the order they were sent, reaches the parameters on any rank."""
+        reached = reached_anywhere(self._reached, self.group)
+        for work in self._work:
+            work.wait()
+        self._reached, self._work = [], []
+        return reached
 
 
 def mean_over(tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -63,8 +54,3 @@ def mean_over(tensor: Tensor, group: ProcessGroup) -> Tensor:
     mean = tensor / dist.get_world_size(group)
     dist.all_reduce(mean, group=group)
     return mean
-
-
-def averaging_of(processes: Processes) -> Averaging | None:
-    """What averages over the processes; ``None`` if they do not average now."""
-    return Averaging(processes.group) if processes.group is not None and processes.averages else None

@@ -35,18 +35,16 @@ def agree_on_terms(
         have no graph on any rank, so that they count as absent.
     """
     group = processes.group
+    assert group is not None
     try:
         parameters = check()
         names = tuple(dict.fromkeys((*pending, *losses)))
-        if group is None:
-            return names, ()
         constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
         modules = model.modules() if constant and model is not None else ()
         has_sync_batch_norm = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
         mine = Announcement(names, constant, parameters, processes.averages, has_sync_batch_norm)
     except Exception as error:
-        if group is not None:
-            tell(error, group)
+        tell(error, group)
         raise
     terms, absent = agree(mine, group)
     unknown = [name for name in absent if name not in known]

@@ -39,6 +39,14 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """This process's part of each."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return tensors
+    return [local(tensor) if isinstance(tensor, module.DTensor) else tensor for tensor in tensors]
+
+
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """This process's part of ``parameter.grad``, cut as the parameter is; a collective if it is not yet."""
     gradient: Any = parameter.grad

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -12,27 +14,19 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
-from lightning_mtadam.distributed.averaging import Averaging
-from lightning_mtadam.optim.checkpoint import check_checkpoint
-from lightning_mtadam.optim.collecting import TermOptimizer
-from lightning_mtadam.optim.finite import FiniteWatch
+from lightning_mtadam.collect import Batch
+from lightning_mtadam.collect.norms import FiniteWatch
+from lightning_mtadam.distributed.uninterrupted import uninterrupted
+from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import named_alike
-from lightning_mtadam.optim.options import (
-    Denominator,
-    LayerRule,
-    OnNonfinite,
-    Options,
-    Update,
-    check_group,
-    check_terms,
-)
-from lightning_mtadam.optim.pending import Found, check_reached
-from lightning_mtadam.optim.schedule import SUM, is_measured
-from lightning_mtadam.optim.state import allocate, restore
-from lightning_mtadam.optim.step import Stepper
-from lightning_mtadam.optim.streaming import Streaming
-from lightning_mtadam.optim.uninterrupted import uninterrupted
-from lightning_mtadam.terms import NonFiniteError
+from lightning_mtadam.optim.low_memory import LowMemory
+from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
+from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
+from lightning_mtadam.optim.state import allocate, check_checkpoint, restore
+from lightning_mtadam.optim.tables import Tables
+from lightning_mtadam.optim.term_optimizer import TermOptimizer
+from lightning_mtadam.optim.update import Updater
+from lightning_mtadam.terms import NonFiniteError, check_terms
 
 
 class MTAdam(TermOptimizer):
@@ -73,18 +67,16 @@ class MTAdam(TermOptimizer):
         amsgrad: divide by the largest second moments so far.
         maximize: maximize the losses.
         on_nonfinite: what :meth:`step` does where a term's gradient is inf or nan: "raise", or "skip" the step, which
-            then changes nothing, and warn at the first. On an accelerator, which the host does not wait for, this
-            happens one step later.
+            then changes nothing, and warn at the first. On an accelerator this happens one step later.
         balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
-            pass per term, and take a single backward pass of the sum in the steps between, each loss multiplied by its
-            last scale. This is no longer the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``,
-            and costs little more than Adam. A term that was never measured is measured in the step it comes in. Under
-            accumulation, if it is not in the step's first batch or if there are several processes, it is left out until
-            the next measured step.
+            pass per term, and take one backward pass of the sum in the steps between, each loss times its last scale.
+            Not the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``, and costs little more than
+            Adam. A term that was never measured is measured in the step it comes in; under accumulation in the first
+            batch only, and with several processes at the next measured step.
         low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
             the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
-            refused, and the host waits for each term. If the gradient of a later term is inf or nan, second moments
-            have seen those before it; after a backward pass that no step follows, they have seen all.
+            refused, and the host waits for each term. After a backward pass that fails, or that no step follows,
+            second moments have seen the terms that came before.
         compile: join the update to one kernel, and the balance to one call, by :func:`torch.compile`, which takes some
             seconds at the first step; the call is compiled anew after a load, or when parameters are added.
 
@@ -133,27 +125,25 @@ class MTAdam(TermOptimizer):
         balance_every: int = 1,
         low_memory: bool = False,
     ) -> None:
-        seldom = balance_every != 1
+        lightly = balance_every != 1
         options = Options(
-            anchor=anchor,
-            importance=dict(importance or {}),
-            layers=layers or ("global" if seldom else "parameter"),
-            norm_init=norm_init or ("unbiased" if seldom else "first"),
-            denominator=denominator or ("sum" if seldom else "max"),
-            update=update,
-            max_scale=max_scale,
-            on_nonfinite=on_nonfinite,
-            compile=compile,
-            balance_every=balance_every,
-            low_memory=low_memory,
+            anchor,
+            dict(importance or {}),
+            layers or ("global" if lightly else "parameter"),
+            norm_init or ("unbiased" if lightly else "first"),
+            denominator or ("sum" if lightly else "max"),
+            update,
+            max_scale,
+            on_nonfinite,
+            compile,
+            balance_every,
+            low_memory,
         )
         given = () if terms is None else check_terms(terms)
         if given:
             options.check_terms(given)
-        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params, {**defaults, "amsgrad": amsgrad, "maximize": maximize, "steps": 0, "measured": ()}, options, given
-        )
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, given)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -174,12 +164,25 @@ class MTAdam(TermOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._pending.gradients or self._pending.streaming is not None:
-            self._consume()
+        if self._pending.gradients or self._pending.absorbed is not None:
+            self._update()
         else:
             self._check_nothing_to_do(skipped=closure is not None and loss is None)
         self._pending.clear()
         return loss
+
+    @uninterrupted()
+    def _update(self) -> None:
+        """Algorithm 1, for the gradients that are pending."""
+        self._recall()
+        self._allocate()
+        updater = self._pending.absorbed or self._updater()
+        with self._skipping_nonfinite():
+            norms, finite = updater.observe(self._pending, self._watch)  # lines 5 to 7: g and ||g||
+            scales, coefficients = updater.balance(self._pending, norms, finite)  # lines 7, 8, 11 and 12
+            updater.run(coefficients)  # lines 9 to 14, chunk by chunk
+            self._count()  # line 3: t
+            self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """The moving averages n_i of the terms' gradient norms, by layer: tensors [I]; zero where never reached."""
@@ -191,10 +194,14 @@ class MTAdam(TermOptimizer):
         With anchor "unit" or ``None`` they are relative to the first term.
         """
         terms = self.terms
-        reference = self._options.reference(terms) if terms else 0
+        reference = balancing.reference_of(self._options.anchor, terms) if terms else 0
         return self._read_norms(
             lambda norms: balancing.balance_weights(norms, balancing.reference_norms(norms, reference))
         )
+
+    def term_weights(self) -> dict[str, Tensor]:
+        """Empty: no constant multiplies a loss. :func:`lightning_mtadam.export_weights` makes some."""
+        return {}
 
     def scales(self) -> dict[str, Tensor]:
         """What multiplied the terms' gradients in the last step, clipping by norm included, by layer: tensors [I]."""
@@ -209,27 +216,27 @@ class MTAdam(TermOptimizer):
         """
         if not any(self.state.values()):
             return {}
-        return dict(zip(self.terms, self._stepper().balance.average_scales().unbind(1), strict=True))
+        return dict(zip(self.terms, self._updater().tables.average_scales().unbind(1), strict=True))
 
     def layer_sizes(self) -> Tensor:
         """The number of elements of each layer: [L], float64, on the host."""
-        layers = self._book.layers(self.param_groups)
+        layers = self._layer_names.layers(self.param_groups)
         sizes = torch.tensor([p.numel() for p in self._parameters()], dtype=torch.float64, device="cpu")
         return sizes.new_zeros(len(layers.names)).index_add_(0, layers.layer_of.to("cpu"), sizes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
-        if self._pending.streaming is not None:
-            self._refuse_if_streaming("a parameter group that is added between backward() and step()")
+        if self._pending.absorbed is not None:
+            self._refuse_with_low_memory("a parameter group that is added between backward() and step()")
         named = [group for group in self.param_groups if "param_names" in group]
-        super().add_param_group(named_alike(param_group, len(self._book.names)) if named else param_group)
+        super().add_param_group(named_alike(param_group, len(self._layer_names.names)) if named else param_group)
         group = self.param_groups[-1]
         try:
             check_group(group, self._options, self.defaults["terms"])
         except Exception:
             self.param_groups.pop()
             raise
-        self._book.add(group)
+        self._layer_names.add(group)
         self._pending.extend(len(group["params"]))
         if self.terms:
             self._set_terms(self.terms)
@@ -249,121 +256,92 @@ class MTAdam(TermOptimizer):
         Raises:
             ValueError: other terms, shapes, parameters or options; the message names them. Nothing was changed.
         """
-        check_checkpoint(state_dict, self.param_groups, self._book.labels, self._options, self.terms)
+        check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(self.terms or self._given_terms)
 
-    @uninterrupted()
-    def _consume(self) -> None:
-        self._recall(stacklevel=8)
-        self._allocate()
-        stepper = self._stepper()
-        try:
-            if self._pending.streaming is not None:
-                scales = self._pending.streaming.finish()
-            else:
-                scales = stepper.step(self._pending, self._watch)
-        except NonFiniteError as error:
-            if self._options.on_nonfinite == "raise":
-                raise
-            self._warn_of_skip(error, stacklevel=7)
-        else:
-            self._count_step()
-            self._last_scales.update(zip(stepper.balance.layers.names, scales.unbind(), strict=True))
+    def __repr__(self) -> str:
+        """The options and the groups' hyper-parameters, without what is only counted."""
+        options = {"terms": self.terms, **vars(self._options)}
+        lines = [f"{type(self).__name__} (", *[f"    {name}: {value!r}" for name, value in options.items()]]
+        hidden = {"params", "param_names", "steps", "measured", *options}
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index} ({len(group['params'])} parameters)")
+            lines += [f"    {key}: {value!r}" for key, value in group.items() if key not in hidden]
+        return "\n".join([*lines, ")"])
 
-    def _recall(self, stacklevel: int) -> None:
+    def _recall(self) -> None:
         """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
+        with self._skipping_nonfinite():
+            try:
+                self._watch.recall()
+            except NonFiniteError:
+                for group in self.param_groups:
+                    group.update(self._counted)
+                raise
+
+    @contextmanager
+    def _skipping_nonfinite(self) -> Iterator[None]:
+        """Warn of gradients that are inf or nan in place of raising, if the user wants it so."""
         try:
-            self._watch.recall()
+            yield
         except NonFiniteError as error:
-            for group in self.param_groups:
-                group.update(self._counted)
             if self._options.on_nonfinite == "raise":
                 raise
-            self._warn_of_skip(error, stacklevel)
+            if not self._pending.warned:
+                self._pending.warned = True
+                warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=8)
 
-    def _count_step(self) -> None:
-        self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})
-        light = SUM in self._pending.gradients
-        measured = () if light else tuple(term for term in self.terms if term in self._pending.gradients)
+    def _count(self) -> None:
+        pending, group = self._pending, self.param_groups[0]
+        self._counted.update(steps=group["steps"], measured=group["measured"])
+        new = [] if pending.light else [term for term in pending.gradients if term not in group["measured"]]
         for group in self.param_groups:
-            group["steps"] += 1
-            group["measured"] = tuple(dict.fromkeys((*group["measured"], *measured)))
+            group.update(steps=group["steps"] + 1, measured=(*group["measured"], *new))
 
-    def _collect(
-        self,
-        found: Found,
-        names: tuple[str, ...],
-        rows: tuple[str, ...],
-        loss_scale: Tensor | None,
-        averaging: Averaging | None,
-        *,
-        may_miss: bool,
-    ) -> None:
-        if not self._options.low_memory:
-            return super()._collect(found, names, rows, loss_scale, averaging, may_miss=may_miss)
+    def _take(self, batch: Batch) -> None:
+        pending, rows = self._pending, batch.terms
+        factors = self._factors(batch)
+        if factors is not None:
+            batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
+        with as_fabric_backward():
+            if self._options.low_memory:
+                self._absorb(batch)
+                return
+            pending.use(self._memory(len(batch.terms)).use(len(rows)), rows)
+            pending.add(batch, rows)
+        pending.light = factors is not None
+        pending.show_sum(batch.parameters, batch.loss_scale)
+
+    def _absorb(self, batch: Batch) -> None:
         known = self.terms
-        self._set_terms(rows)
+        self._set_terms(batch.terms)
         self._allocate()
-        streaming = Streaming(self._stepper())
         try:
-            for name in names:
-                streaming.absorb(name, self._one(found, name, averaging, may_miss))
-            next(found, None)
+            absorbed = LowMemory(self._updater())
+            if batch.averaging() is not None:
+                self._pending.memory = self._memory(1)
+            absorbed.absorb_all(batch, self._pending.memory)
         except BaseException:
-            found.close()
             if not known:  # nor are the terms now
                 self.state.clear()
                 self._set_terms(())
             raise
-        streaming.absorb_late()
-        streaming.show_sum()
-        self._pending.streaming = streaming
+        self._pending.absorbed = absorbed
 
-    def _one(self, found: Found, name: str, averaging: Averaging | None, may_miss: bool) -> list[Tensor | None]:
-        """The next term's gradients, averaged."""
-        _, gradients = next(found)
-        if not may_miss:
-            check_reached(name, gradients)
-        if averaging is None:
-            return gradients
-        memory = self._memory(1)
-        self._pending.memory = memory
-        for view, gradient in zip(memory.views[0], gradients, strict=True):
-            if view is not None and gradient is not None:
-                view.copy_(gradient)
-        memory.wrote(0, [gradient is not None for gradient in gradients])
-        averaging.send(name, gradients, memory, 0)
-        averaged = averaging.receive()[name]
-        check_reached(name, averaged)
-        memory.wrote(0, [gradient is not None for gradient in averaged])
-        return averaged
-
-    def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:
-        reference = self._options.reference(terms)
-        if self._options.low_memory and isinstance(reference, int):  # its norms are needed first
-            return tuple(dict.fromkeys((terms[reference], *terms)))
-        return terms
-
-    def _refuse_if_streaming(self, what: str) -> None:
-        """Raise if each gradient is consumed at once."""
-        if self._options.low_memory:
-            raise ValueError(
-                f"low_memory=True consumes each term's gradient as soon as it is there, but {what} needs those of all"
-                " terms at once. Leave out low_memory=True, or do without."
-            )
-
-    def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
-        group = self.param_groups[0]
-        if self._options.balance_every > 1:  # whether the step before counts must be known now
-            self._recall(stacklevel=6)
-        if self._pending.gradients:
-            light = SUM in self._pending.gradients
-        else:
-            unmeasured = agreed and not set(terms) <= set(group["measured"])
-            light = not is_measured(group["steps"], self._options.balance_every) and not unmeasured
-        return dict(zip(self.terms, self._stepper().frozen_scales[0].unbind(), strict=True)) if light else None
+    def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
+        """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
+        every, group, pending = self._options.balance_every, self.param_groups[0], self._pending
+        if every == 1:
+            return None
+        self._recall()  # whether the step before counts must be known now
+        light = pending.light
+        if not pending.gradients:
+            agreed = batch.processes.group is None or batch.processes.averages  # on the terms of all processes
+            new = agreed and not set(batch.collected) <= set(group["measured"])
+            light = not is_measured(group["steps"], every) and not new
+        return dict(zip(self.terms, self._updater().tables.frozen_scales[0].unbind(), strict=True)) if light else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -374,22 +352,23 @@ class MTAdam(TermOptimizer):
     def _reset_transient(self) -> None:
         super()._reset_transient()
         self._watch = FiniteWatch()
-        self._steppers: list[Stepper] = []  # one, or none
+        self._kept: list[Any] = []  # the key of the updater, and the updater
         self._counted: dict[str, Any] = {}  # what was counted before the last step
 
-    def _warn_of_skip(self, error: NonFiniteError, stacklevel: int) -> None:
-        if not self._pending.warned:
-            self._pending.warned = True
-            warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=stacklevel)
-
-    def _stepper(self) -> Stepper:
-        """The one of the last step, unless something was added, loaded or replaced."""
-        layers = self._book.layers(self.param_groups)
-        if not self._steppers or not self._steppers[0].fits(self.param_groups, self.state, layers, self.terms):
-            names = self._book.labels
+    def _updater(self) -> Updater:
+        """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
+        if not self._kept or self._kept[0] != self._key():
+            layers = self._layer_names.layers(self.param_groups)
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
-                self._steppers[:] = [Stepper(self._options, self.param_groups, self.state, layers, names, self.terms)]
-        return self._steppers[0]
+                names, terms = self._layer_names.labels, self.terms
+                updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
+            self._kept[:] = [self._key(), updater]  # whose tables hold what the key names
+        return self._kept[1]  # type: ignore[no-any-return]
+
+    def _key(self) -> tuple[object, ...]:
+        parameters = self._parameters()
+        clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
+        return self._layer_names.found, self.terms, list(map(id, parameters)), list(map(id, clocks))
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         super()._set_terms(terms)
@@ -397,17 +376,16 @@ class MTAdam(TermOptimizer):
             self._allocate()
 
     def _allocate(self) -> None:
-        """Make the state of the parameters that are trained, or have gradients pending."""
-        parameters, touched = self._parameters(), self._pending.touched
-        reached = touched + [False] * (len(parameters) - len(touched))
-        needed = [flag or parameter.requires_grad for flag, parameter in zip(reached, parameters, strict=True)]
-        allocate(self.state, self.param_groups, needed, self._options, len(self.terms))
+        """Make the state of the parameters that are trained, or may have gradients pending."""
+        memory = self._pending.memory if self._pending.gradients else None
+        wanted = [parameter.requires_grad for parameter in self._parameters()]
+        for index, flag in enumerate(() if memory is None else memory.trained):
+            wanted[index] = wanted[index] or flag
+        allocate(self.state, self.param_groups, wanted, self._options, len(self.terms))
 
     def _read_norms(self, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
         if not any(self.state.values()):
             return {}
-        stepper = self._stepper()
-        return dict(
-            zip(stepper.balance.layers.names, read(stepper.balance.corrected_norms()).clone().unbind(), strict=True)
-        )
+        tables = self._updater().tables
+        return dict(zip(tables.layers.names, read(tables.corrected_norms()).clone().unbind(), strict=True))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import Tensor
-
-from lightning_mtadam.balancing import NormInit, Reference, reference_norms
+from lightning_mtadam.balancing import ANCHOR_POLICIES, NormInit, check_anchor
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.terms import check_names, unknown_name_message
 
@@ -19,7 +17,6 @@ Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
 Update: TypeAlias = Literal["sum", "mean"]
 OnNonfinite: TypeAlias = Literal["raise", "skip"]
 
-ANCHOR_POLICIES = ("first", "mean", "max", "unit")
 LAYER_RULES = ("parameter", "module", "group", "global")
 
 
@@ -87,38 +84,16 @@ class Options:
         """Raise unless the anchor and the importances name ``terms``."""
         if SUM in terms:
             raise ValueError(f"No term can be called {SUM!r}: that is what messages call their sum. Rename it.")
-        if self.anchor in ("mean", "max", "unit") and self.anchor in terms:
-            raise ValueError(
-                f"anchor={self.anchor!r} is a policy and a term of that name: call the term something else."
-            )
-        if self.anchor is not None and self.anchor not in ANCHOR_POLICIES and self.anchor not in terms:
-            raise ValueError(
-                f"anchor must be one of {ANCHOR_POLICIES}, None or one of the terms {tuple(terms)},"
-                f" but got {self.anchor!r}."
-            )
+        check_anchor(self.anchor, terms)
         for name in self.importance:
             if name not in terms:
                 raise ValueError(unknown_name_message("importance", name, terms))
 
-    def reference(self, terms: Sequence[str]) -> Reference:
-        """Relative to what the balance weights are: the anchor; the first term where there is none."""
-        if self.anchor == "mean":
-            return "mean"
-        if self.anchor == "max":
-            return "max"
-        return 0 if self.anchor in ("first", "unit", None) else terms.index(self.anchor)
-
-    def target_norms(self, norms: Tensor, terms: Sequence[str]) -> Tensor | None:
-        """The magnitude that the terms are brought to, [L, 1]; ``None`` if they are left as they are."""
-        if self.anchor is None:
-            return None
-        return norms.new_ones(len(norms), 1) if self.anchor == "unit" else reference_norms(norms, self.reference(terms))
-
     @property
-    def seldom(self) -> bool:
-        """Whether the balance is not measured at every step. Squares of norms are averaged then.
+    def averages_squares(self) -> bool:
+        """Whether the squares of norms are averaged: where a scale lasts for many steps.
 
-        A scale lasts for many steps, and the norms of a term that is nearly satisfied are small but for some batches.
+        The norms of a term that is nearly satisfied are small but for some batches.
         """
         return self.balance_every > 1
 
@@ -131,19 +106,6 @@ class Options:
         """The options that say what the numbers in the state mean: a checkpoint must agree on them."""
         layers = "callable" if callable(self.layers) else self.layers
         return {"layers": layers, "norm_init": self.norm_init, "denominator": self.denominator}
-
-
-def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
-    """Return ``terms`` as a tuple, or raise unless it is a sequence of different names."""
-    if isinstance(terms, str):
-        raise TypeError(f"terms must be a sequence of names, but got the string {terms!r}. Write ({terms!r},).")
-    terms = tuple(terms)
-    check_names(terms)
-    if not terms:
-        raise ValueError("terms is empty. Name at least one term, or leave it out to take the first losses' names.")
-    if len(set(terms)) != len(terms):
-        raise ValueError(f"terms must be different from each other, but got {terms}.")
-    return terms
 
 
 def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_mtadam.terms import Losses
 
 SUM = "sum of the terms"
-"""What the only gradient of a light step is called."""
+"""What messages call the only loss of a light step."""
 
 AVERAGED = 20
 """Measurements this many steps apart are averaged with beta3 itself; closer ones see less happen, and count less."""

@@ -1,4 +1,4 @@
-"""Notices gradients that are inf or nan, without making the host wait for an accelerator."""
+"""The L2 norms of the terms' gradients (Alg. 1, line 7), and whether they are finite."""
 
 from __future__ import annotations
 
@@ -9,12 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtadam.terms import NonFiniteError
+from lightning_mtadam.terms import Gradients, NonFiniteError
+
+
+def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of norms, scales and clocks: fp32, or wider if any tensor is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def norms_of(gradients: Gradients) -> list[Tensor | None]:
+    """The L2 norm of each, a scalar in fp32, or wider if any gradient is; ``None`` where there is none."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return [None] * len(gradients)
+    found = iter(torch._foreach_norm(present, 2.0, dtype=wide_dtype(present)))
+    return [None if gradient is None else next(found) for gradient in gradients]
+
+
+def norm_table(norms: Sequence[Gradients], like: Tensor, *, uniform: bool = False) -> Tensor:
+    """The norms of all terms, zero where there is none: I lists of P -> [P, I], in the dtype and device of ``like``.
+
+    ``uniform``: whether all norms are so already.
+    """
+    zero = like.new_zeros(())
+    every = [zero if norm is None else norm for column in norms for norm in column]
+    table = torch.stack(every if uniform else [norm.to(zero) for norm in every])
+    return table.view(len(norms), -1).T.contiguous()
 
 
 def is_host(device: torch.device) -> bool:
     """Whether the host can read the device's tensors at once."""
     return device.type == "cpu"
+
+
+def are_on_host(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host can read all of them at once."""
+    return all(map(is_host, {tensor.device for tensor in tensors}))
 
 
 class FiniteWatch:
@@ -29,12 +62,7 @@ class FiniteWatch:
         self._sent: tuple[Tensor, Any, Tensor, Sequence[str], Sequence[str]] | None = None
 
     def check(self, norms: Tensor, layers: Sequence[str], terms: Sequence[str]) -> Tensor | None:
-        """Look at the norms of a step.
-
-        Args:
-            norms: [P, I].
-            layers: P names.
-            terms: I names.
+        """Look at the norms [P, I] of a step, of P named layers and I terms.
 
         Returns:
             ``None`` on the host; else a boolean scalar: whether the step may change anything.
@@ -50,15 +78,14 @@ class FiniteWatch:
         finite = norms.isfinite().all()
         copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=torch.cuda.is_available())
         copy.copy_(finite, non_blocking=True)
-        self._sent = copy, _event(norms.device), norms, layers, terms
+        event = None if norms.device.type == "cpu" else torch.Event(norms.device)
+        if event is not None:
+            event.record()
+        self._sent = copy, event, norms, layers, terms
         return finite
 
     def recall(self) -> None:
-        """Raise if the step before was not finite, and that was not known then.
-
-        Raises:
-            NonFiniteError: naming term and layer.
-        """
+        """Raise ``NonFiniteError`` if the step before was not finite, and that was not known then."""
         if self._sent is None:
             return
         (copy, event, norms, layers, terms), self._sent = self._sent, None
@@ -66,14 +93,6 @@ class FiniteWatch:
             event.synchronize()
         if not copy.numpy():  # memory of the host
             raise non_finite(norms, layers, terms)
-
-
-def _event(device: torch.device) -> Any:
-    if device.type == "cpu":
-        return None
-    event = torch.Event(device)
-    event.record()
-    return event
 
 
 def non_finite(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.collect.differentiate import refuse_reentrant_checkpoints
+from lightning_mtadam.collect.norms import are_on_host
+from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.agreement import Parameters, tell
-from lightning_mtadam.distributed.averaging import Averaging, averaging_of
-from lightning_mtadam.distributed.joint_terms import agree_on_terms
-from lightning_mtadam.distributed.processes import Processes, processes_of
-from lightning_mtadam.gradients import refuse_reentrant_checkpoints, sharded_term_gradients, term_gradients
-from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.optim.finite import is_host
-from lightning_mtadam.optim.layers import LayerBook
-from lightning_mtadam.optim.layout import TermMemory, fitting
+from lightning_mtadam.distributed.agreement import Parameters
+from lightning_mtadam.distributed.processes import processes_of
+from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.pending import ClipAlgorithm, Found, PendingGradients
-from lightning_mtadam.optim.schedule import SUM, weighted_sum
-from lightning_mtadam.optim.uninterrupted import uninterrupted
 from lightning_mtadam.terms import Losses, check_losses
 
 
@@ -40,7 +39,7 @@ class TermOptimizer(Optimizer):
         # what they hold, but never assign them anew.
         self._options = options
         self._given_terms = terms
-        self._book = LayerBook(options.layers)
+        self._layer_names = LayerNames(options.layers)
         self._reset_transient()
         super().__init__(params, {**defaults, "terms": terms, **options.state_meaning})
 
@@ -80,36 +79,17 @@ class TermOptimizer(Optimizer):
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
         """
-        parameters = self._parameters()
-        self._pending.start_anew_if_reset(parameters)
+        parameters, pending = self._parameters(), self._pending
+        pending.start_anew_if_reset(parameters)
         if loss_scale is not None:
-            self._refuse_if_streaming("a gradient scaler")
-        if self._pending.streaming is not None:
-            self._refuse_if_streaming("accumulation over several backward passes")
-        processes = processes_of(model, parameters)
-        terms, absent = self._check(losses, loss_scale, processes, model)
-        rows = self.terms or terms
-        order = self._in_order(rows)
-        present: Losses = {name: losses[name] for name in order if name in losses and name not in absent}
-        factors = self._factors(terms, agreed=processes.group is None or processes.averages)
-        if factors is not None:
-            present, rows = weighted_sum(present, factors), (SUM,)
-        replicated = processes.group is not None and not processes.sharded
-        averaging = averaging_of(processes)
-        if processes.sharded:
-            assert model is not None
-            found = sharded_term_gradients(present, parameters, model, grad_output=grad_output)
-        else:
-            found = term_gradients(present, parameters, grad_output=grad_output)
-        try:
-            with as_fabric_backward():
-                self._collect(found, tuple(present), rows, loss_scale, averaging, may_miss=replicated)
-        except Exception as error:
-            if averaging is not None:
-                tell(error, averaging.group)
-            raise
-        self._pending.terms = terms
-        self._set_terms(self.terms or terms)
+            self._refuse_with_low_memory("a gradient scaler")
+        if pending.absorbed is not None:
+            self._refuse_with_low_memory("accumulation over several backward passes")
+        batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
+        taken = collect(batch, partial(self._check, batch), self._take, known=self.terms, pending=pending.terms)
+        pending.terms = taken.collected
+        if not self.terms:
+            self._set_terms(taken.terms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does.
@@ -148,15 +128,16 @@ class TermOptimizer(Optimizer):
             raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
         if not limit > 0:
             raise ValueError(f"limit must be above 0, but got {limit!r}.")
-        self._refuse_if_streaming("clipping")
+        self._refuse_with_low_memory("clipping")
         self._pending.clip = (algorithm, float(limit))
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
-        self._book.name(named_parameters, self._parameters())
+        if None in self._layer_names.names:
+            self._layer_names.name(named_parameters, self._parameters())
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_book")}
+        mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_layer_names")}
         return {**super().__getstate__(), **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,75 +148,41 @@ class TermOptimizer(Optimizer):
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
 
-    def _collect(
-        self,
-        found: Found,
-        names: tuple[str, ...],
-        rows: tuple[str, ...],
-        loss_scale: Tensor | None,
-        averaging: Averaging | None,
-        *,
-        may_miss: bool,
-    ) -> None:
-        """Hold the gradients that are found. The arguments are those of ``PendingGradients.collect``."""
-        self._pending.use(self._memory(len(self.terms if rows == (SUM,) else rows)), rows)
-        self._pending.collect(found, names, rows, self._parameters(), loss_scale, averaging, may_miss)
-        self._pending.show_sum(self._parameters(), loss_scale)
+    @abstractmethod
+    def _take(self, batch: Batch) -> None:
+        """Differentiate the losses, and hold or consume their gradients."""
 
-    def _in_order(self, terms: tuple[str, ...]) -> tuple[str, ...]:
-        """The terms in the order in which they are differentiated."""
-        return terms
-
-    def _refuse_if_streaming(self, what: str) -> None:
+    def _refuse_with_low_memory(self, what: str) -> None:
         """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""
+        if self._options.low_memory:
+            raise ValueError(
+                f"low_memory=True consumes each term's gradient as soon as it is there, but {what} needs those of all"
+                " terms at once. Leave out low_memory=True, or do without."
+            )
 
-    def _factors(self, terms: Sequence[str], *, agreed: bool) -> Mapping[str, Tensor] | None:
-        """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself.
-
-        Args:
-            terms: the terms of this batch and of what is pending.
-            agreed: whether they are those of all processes.
-        """
-        return None
-
-    def _memory(self, rows: int) -> TermMemory:
+    def _memory(self, rows: int) -> GradientMemory:
         """The memory that is there, if it fits."""
-        parameters = [sharding.local(parameter) for parameter in self._parameters()]
-        trained = [parameter.requires_grad for parameter in self._parameters()]
-        keys = [
-            None if sharding.is_sharded(parameter) else id(group)
-            for group in self.param_groups
-            for parameter in group["params"]
-        ]
-        return fitting(self._pending.memory, parameters, trained, keys, rows)
+        parameters = self._parameters()
+        parts = sharding.local_parts(parameters)
+        groups = [id(group) for group in self.param_groups for _ in group["params"]]
+        keys = [key if part is whole else None for key, part, whole in zip(groups, parts, parameters, strict=True)]
+        trained = [parameter.requires_grad for parameter in parameters]
+        return GradientMemory.fitting(self._pending.memory, parts, trained, keys, rows)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _check(
-        self, losses: Losses, loss_scale: Tensor | None, processes: Processes, model: nn.Module | None
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """As ``agree_on_terms``."""
-        graph = processes.group is None or processes.sharded  # of replicated processes, one may have a constant term
-
-        def check() -> Parameters:
-            finite = loss_scale is None and self._options.on_nonfinite == "raise" and self._is_on_host()
-            check_losses(losses, self.terms or None, finite=finite, graph=graph)
-            self._options.check_terms(self.terms or tuple(losses))
-            self._book.layers(self.param_groups)
-            if not self._last_scales:  # a walk over the whole graph: before the first step only
-                refuse_reentrant_checkpoints(losses)
-            return self._trained()
-
-        pending = self._pending.terms
-        return agree_on_terms(losses, check, pending=pending, known=self.terms, processes=processes, model=model)
-
-    def _is_on_host(self) -> bool:
-        """Whether to look at the losses already: an accelerator would have to be waited for."""
-        return all(is_host(parameter.device) for parameter in self._parameters())
-
-    def _trained(self) -> Parameters:
-        named = zip(self._book.labels, self._parameters(), strict=True)
+    def _check(self, batch: Batch) -> Parameters:
+        finite = batch.loss_scale is None and self._options.on_nonfinite == "raise" and are_on_host(batch.parameters)
+        check_losses(batch.losses, self.terms or None, finite=finite, graph=not batch.replicated)
+        if not self._last_scales:  # what holds for the first step holds for all; and the last walks the whole graph
+            self._options.check_terms(self.terms or tuple(batch.losses))
+            refuse_reentrant_checkpoints(batch.losses)
+        if self._layer_names.found is None:
+            self._layer_names.layers(self.param_groups)
+        if batch.processes.group is None:
+            return ()
+        named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:

@@ -1,0 +1,209 @@
+"""The gradients of each term between ``backward`` and ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.collect.batch import Batch
+from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.collect.norms import wide_dtype
+from lightning_mtadam.distributed import sharding
+from lightning_mtadam.terms import Found, Gradients, TermGradients
+
+ClipAlgorithm: TypeAlias = Literal["norm", "value"]
+
+CACHED = 1 << 20
+"""Elements that are copied before their norm is taken: they are then still in the cache."""
+
+
+@dataclass
+class PendingGradients:
+    """What ``backward`` has collected and ``step`` has not yet consumed.
+
+    Attributes:
+        gradients: of every term, accumulated; views into the memory.
+        terms: the names of the losses they come from.
+        norms: of the gradients of those terms whose norms are known already, [P] each.
+        memory: what holds the gradients; ``None`` before the first backward pass.
+        light: whether they are of one weighted sum of the losses, as in most steps with ``balance_every``.
+        absorbed: what has consumed the gradients already, with ``low_memory``.
+        clip: how the balanced gradient is to be clipped in the next step.
+        skip: whether the next step is to do nothing.
+        warned: whether it was said that a step was skipped.
+        probed: whether ``torch.distributed.checkpoint`` has called ``step`` before the terms were known.
+    """
+
+    gradients: TermGradients = field(default_factory=dict)
+    terms: tuple[str, ...] = ()
+    norms: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    memory: GradientMemory | None = None
+    light: bool = False
+    absorbed: Any = None
+    clip: tuple[ClipAlgorithm, float] | None = None
+    skip: bool = False
+    warned: bool = False
+    probed: bool = False
+
+    def clear(self) -> None:
+        """Forget everything but the memory."""
+        self.drop_gradients()
+        self.clip, self.skip = None, False
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients."""
+        self.gradients, self.norms, self.terms = {}, {}, ()
+        self.light, self.absorbed = False, None
+
+    @property
+    def touched(self) -> list[bool]:
+        """Whether any term has a gradient, per parameter; empty if nothing is pending."""
+        columns = zip(*self.gradients.values(), strict=True)
+        return [not all(map(is_, column, repeat(None))) for column in columns]
+
+    def use(self, memory: GradientMemory, rows: Sequence[str]) -> None:
+        """Collect into this memory, whose rows are these terms; what is pending moves there."""
+        if memory is not self.memory:
+            for name, gradients in self.gradients.items():
+                for index, view in enumerate(memory.views[rows.index(name)]):
+                    gradient = gradients[index]
+                    if gradient is not None and view is not None:
+                        gradients[index] = view.copy_(gradient)
+        self.memory = memory
+
+    def add(self, batch: Batch, rows: Sequence[str]) -> None:
+        """Differentiate and add one more batch. If a term fails, all that is pending is dropped.
+
+        Args:
+            batch: its losses are among the rows.
+            rows: the terms that the memory's rows belong to, in the order in which they are averaged.
+
+        Raises:
+            ValueError: a term reaches no parameter.
+        """
+        memory, found, averaging = self.memory, batch.gradients(), batch.averaging()
+        assert memory is not None
+        gradients: TermGradients = {}
+        try:
+            for row, name in enumerate(rows):
+                if name in batch.losses:
+                    gradients[name] = self._keep(name, memory.views[row], found, batch)
+                elif name in self.gradients:
+                    gradients[name] = self.gradients[name]
+                else:
+                    continue
+                if averaging is not None:
+                    memory.wrote(row, gradients[name])
+                    reached = [gradient is not None for gradient in gradients[name]]
+                    averaging.send([rows_of[row] for rows_of in memory.rows], reached)
+            next(found, None)  # lets it clean up behind itself
+            if averaging is not None:
+                self.norms.clear()
+                for name, flags in zip(gradients, averaging.receive(), strict=True):
+                    views = memory.views[rows.index(name)]
+                    gradients[name] = [view if flag else None for view, flag in zip(views, flags, strict=True)]
+                for name in batch.losses:
+                    check_reached(name, gradients[name])
+        except BaseException:
+            found.close()  # lets it clean up now, not when the traceback is gone
+            self.clear()
+            self.memory = None  # a transfer may not have ended
+            raise
+        self.gradients, self.skip = gradients, False
+        for row, name in enumerate(rows):
+            memory.wrote(row, gradients.get(name))
+
+    def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
+        """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
+        if self.gradients or self.absorbed is not None:
+            reset = all(parameter.grad is None for parameter in parameters)
+            if reset and (self.absorbed is not None or any(self.touched)):
+                self.drop_gradients()
+
+    def extend(self, count: int) -> None:
+        """Note that there are more parameters, without gradients."""
+        for gradients in (*self.gradients.values(), *self.norms.values()):
+            gradients += [None] * count
+
+    def show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
+        """Set ``p.grad`` to the sum over the terms, times the loss scale, for whoever looks at it."""
+        assert self.memory is not None
+        totals = [rows[: self.memory.active].sum(0) for rows in self.memory.rows]
+        if loss_scale is not None:
+            totals = [total.mul_(loss_scale.to(total)) for total in totals]
+        shaped = self.memory.shaped(totals)
+        for parameter, total, touched in zip(parameters, shaped, self.touched, strict=True):
+            if total is not None and hasattr(parameter, "to_local"):  # sharded
+                total = sharding.like(total, parameter)
+            parameter.grad = total if touched else None
+
+    def _keep(self, name: str, views: Gradients, found: Found, batch: Batch) -> list[Tensor | None]:
+        """Take a term's next gradients and add them to what is pending, or copy them to the memory.
+
+        What was found is let go before this returns: the next term's gradients need its place.
+        """
+        new, old = next_gradients(found, name, batch), self.gradients.get(name)
+        kept = [None] * len(new) if old is None else old
+        norms = self.norms.setdefault(name, [None] * len(new))
+        for piece in _pieces(new):
+            targets, gradients = list[Tensor](), list[Tensor]()
+            for index, gradient in piece:
+                view = kept[index]
+                if view is None:  # reached for the first time in this step
+                    view = views[index]
+                    assert view is not None
+                    kept[index] = view if old is None else view.zero_()
+                targets.append(view)
+                gradients.append(gradient)
+            (torch._foreach_copy_ if old is None else torch._foreach_add_)(targets, gradients)
+            found_norms = torch._foreach_norm(targets, 2.0, dtype=wide_dtype(targets))
+            for (index, _), norm in zip(piece, found_norms, strict=True):
+                norms[index] = norm
+        return kept
+
+
+def _pieces(gradients: Gradients) -> list[list[tuple[int, Tensor]]]:
+    """The gradients that are there, with their indices, some together."""
+    pieces: list[list[tuple[int, Tensor]]] = []
+    size = 0
+    for index, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        size += gradient.numel()
+        if not pieces or size > CACHED:
+            pieces.append([])
+            size = gradient.numel()
+        pieces[-1].append((index, gradient))
+    return pieces
+
+
+def next_gradients(found: Found, name: str, batch: Batch) -> list[Tensor | None]:
+    """A term's gradients, without the loss scale.
+
+    Raises:
+        ValueError: the term reaches no parameter; on one of several processes it may.
+    """
+    _, gradients = next(found)
+    if not batch.replicated:
+        check_reached(name, gradients)
+    if batch.loss_scale is None:
+        return gradients
+    present = [gradient for gradient in gradients if gradient is not None]
+    factor = batch.loss_scale.reciprocal()
+    divided = iter(torch._foreach_mul(present, factor.to(present[0])) if present else ())
+    return [None if gradient is None else next(divided) for gradient in gradients]
+
+
+def check_reached(name: str, gradients: Gradients) -> None:
+    """Raise unless there is any gradient."""
+    if all(map(is_, gradients, repeat(None))):
+        raise ValueError(
+            f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
+            " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
+        )

@@ -1,0 +1,283 @@
+"""Faster ways to the same numbers: torch's own fused Adam on a CPU, and ``torch.compile``. Nothing depends on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, lru_cache, partial
+from types import FunctionType
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.collect import norms
+from lightning_mtadam.optim import algorithm
+from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments, Numbers
+from lightning_mtadam.optim.options import Denominator, Options
+from lightning_mtadam.optim.tables import Tables
+
+_T = TypeVar("_T")
+Update: TypeAlias = Callable[..., None]
+"""``algorithm.update``, or what does the same; it may leave gradients multiplied by their scales."""
+
+FUSED_BLOCK = 1 << 18
+"""Elements of a chunk for the fused Adam: calls cost little, and what all terms share stays in the cache."""
+TRIAL = 67
+"""Elements of the chunk on which a kernel is compiled; those of later chunks are free, above one."""
+SHARED = 1 << 15
+"""Elements of a chunk that several threads share. It has a kernel of its own: torch would decide by the trial's."""
+
+_LONG_AGO = torch.tensor(math.inf, device="cpu")
+"""The number of steps so far, as Adam's kernel is told: it finds no bias to correct, which is done already."""
+
+
+def limit_of(rows: Iterable[Tensor], options: Options) -> int | None:
+    """Where chunks of these gradients are to be cut; ``None`` leaves it open."""
+    if options.compile:
+        return 1 << 62
+    return FUSED_BLOCK if all(_suits_fused(options.denominator, one.device, one.dtype) for one in rows) else None
+
+
+def faster(chunk: Chunk, numbers: Numbers, options: Options) -> Update | None:
+    """What updates the chunk faster than ``algorithm.update``; ``None`` if there is nothing.
+
+    Raises:
+        RuntimeError: torch.compile does not work here.
+    """
+    if options.compile and chunk.size > 1:  # a kernel whose size is free takes two and more
+        return partial(_run, _kernel(Case.of(chunk, numbers)))
+    return fused_update if fused_applies(chunk, numbers) else None
+
+
+def fused_applies(chunk: Chunk, numbers: Numbers) -> bool:
+    """Whether torch's fused Adam can update the chunk: not where coefficients differ from element to element."""
+    assert chunk.gradients is not None
+    return (
+        _suits_fused(numbers.denominator, chunk.gradients.device, chunk.gradients.dtype)
+        and not chunk.packed
+        and not chunk.moment_rows.largest
+        and numbers.limit is None
+        and numbers.finite is None
+        and numbers.eps >= torch.finfo(chunk.gradients.dtype).tiny  # or 0 / 0 would be a nan
+    )
+
+
+def fused_update(
+    parameter: Tensor,
+    gradients: Sequence[Tensor],
+    moments: Moments,
+    local: Coefficients,
+    numbers: Numbers,
+    scratch: Tensor,
+) -> None:
+    """As ``algorithm.update``, by torch's fused Adam, one call for each term.
+
+    What Adam's kernel does for the gradient of one term is nearly MTAdam's share of that term:
+
+    - its average of the squares, with the decay ``1 - w`` in place of beta2, is the term's ``v^_i``;
+    - its amsgrad, over memory that begins at zero, keeps the largest of the averages of the terms so far;
+    - its first moment moves a part of the way to each gradient in turn, and parts can be chosen such that all
+      gradients end with the same part of it;
+    - with a learning rate of zero it leaves the parameters where they are, until the last term has been seen.
+    """
+    squares, part = moments.second, numbers.share / len(moments.second)
+    balanced = _balanced(gradients, local.scales[:, 0], numbers.denominator, scratch[1])
+    found = zip(balanced, squares, local.weights[:, 0].tolist(), strict=True)
+    terms = [one for one in found if one[2] > 0]  # else neither gradient nor moment was ever anything but zero
+    if len(terms) < len(squares):  # fewer parts are taken of M than beta1 leaves room for
+        moments.first[0].mul_((1 - numbers.share) / (1 - len(terms) * part))
+    largest = [scratch[0].zero_()] if len(terms) > 1 else []
+    lr, weight_decay = 0.0, 0.0
+    for to_come, ((gradient, divisor), square, weight) in zip(range(len(terms))[::-1], terms, strict=True):
+        if to_come == 0:
+            lr = numbers.lr / float(local.factor)
+            weight_decay = (1 - numbers.decay) / lr if lr and numbers.decay is not None else 0.0
+        torch._fused_adamw_(
+            [parameter],
+            [gradient],
+            [moments.first[0]],
+            [square],
+            largest,
+            [_LONG_AGO],
+            lr=lr,
+            beta1=1 - part / (1 - to_come * part),
+            beta2=1 - weight,
+            weight_decay=weight_decay,
+            eps=numbers.eps,
+            amsgrad=bool(largest),
+            maximize=False,
+            grad_scale=divisor,
+        )
+    if not terms and numbers.decay is not None:
+        parameter.mul_(numbers.decay)
+
+
+def _suits_fused(denominator: Denominator, device: torch.device, dtype: torch.dtype) -> bool:
+    """It takes numbers that are known on the host."""
+    return denominator in ("max", "sum") and norms.is_host(device) and dtype in (torch.float32, torch.float64)
+
+
+def _balanced(
+    gradients: Sequence[Tensor], scales: Tensor, denominator: Denominator, total: Tensor
+) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """The balanced gradients, [b] each, with what the kernel is still to divide them by: it does so in fp32 only.
+
+    With denominator "sum" there is one gradient, that of the sum, written to ``total``. ``scales`` is [I].
+    """
+    if denominator == "sum":
+        torch.mul(gradients[0], scales[0], out=total)
+        for gradient, scale in zip(gradients[1:], scales[1:], strict=True):
+            total.addcmul_(gradient, scale)
+        return [(total, None)]
+    if scales.dtype != torch.float32:
+        return [(gradient.mul_(scale), None) for gradient, scale in zip(gradients, scales, strict=True)]
+    return zip(gradients, scales.reciprocal(), strict=True)
+
+
+class Case(NamedTuple):
+    """What tells one compiled kernel from another. All other numbers are free."""
+
+    terms: int
+    moments: tuple[int, ...]  # how many of each
+    dtype: torch.dtype
+    device: torch.device
+    numbers: Numbers  # with ones in place of what is free
+    packed: bool
+    threads: int
+    shared: bool  # whether threads share a chunk
+
+    @classmethod
+    def of(cls, chunk: Chunk, numbers: Numbers) -> Case:
+        """The case of a chunk; those that come later must lie in the same memory."""
+        assert chunk.gradients is not None
+        threads, device = torch.get_num_threads(), chunk.gradients.device
+        return cls(
+            terms=len(chunk.gradients),
+            moments=tuple(map(len, chunk.moment_rows)),
+            dtype=chunk.gradients.dtype,
+            device=device,
+            numbers=Numbers(
+                *[None if one is None else 1.0 for one in numbers[:5]], *numbers[5:7], numbers.finite is None
+            ),
+            packed=chunk.packed,
+            threads=threads,
+            shared=not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED,
+        )
+
+
+@cache
+def _kernel(case: Case) -> Update:
+    """A kernel of its own for each case, compiled on zeros before any number of a training depends on it.
+
+    Raises:
+        RuntimeError: torch.compile does not work here.
+    """
+    function = with_own_code(algorithm.update, f"update_{case.terms}_terms")
+    kernel: Update = torch.compile(function, fullgraph=True, dynamic=False, options=_options(case.shared))
+    wide = torch.promote_types(case.dtype, torch.float32)
+
+    def zeros(rows: int) -> tuple[Tensor, ...]:
+        made = tuple(torch.zeros(TRIAL, dtype=case.dtype, device=case.device) for _ in range(rows))
+        for row in made:
+            torch._dynamo.maybe_mark_dynamic(row, 0)
+        return made
+
+    def ones(rows: int) -> Tensor | None:
+        made = torch.ones(rows, TRIAL if case.packed else 1, dtype=wide, device=case.device)
+        if case.packed:
+            torch._dynamo.maybe_mark_dynamic(made, 1)
+        return made if rows else None
+
+    first, second, largest = case.moments
+    own, mean = case.numbers.denominator == "own", case.numbers.denominator == "mean"
+    local = Coefficients(*map(ones, (case.terms, second, case.terms if own else 1, int(mean), largest)))
+    flag = None if case.numbers.finite else torch.ones((), dtype=torch.bool, device=case.device)
+    numbers = _as_tensors(case.numbers._replace(finite=flag), wide)
+    try:
+        kernel(zeros(1)[0], zeros(case.terms), Moments(*map(zeros, (first, second, largest))), local, numbers, None)
+    except Exception as error:
+        raise refusal(case.device, error) from error
+    return kernel
+
+
+def _run(
+    kernel: Update,
+    parameter: Tensor,
+    gradients: Sequence[Tensor],
+    moments: Moments,
+    local: Coefficients,
+    numbers: Numbers,
+    scratch: None,
+) -> None:
+    used = local if moments.largest else local._replace(correction=None)
+    contiguous = Coefficients(*[None if one is None else one.contiguous() for one in used])
+    kernel(parameter, gradients, moments, contiguous, _as_tensors(numbers, local.scales.dtype), scratch)
+
+
+def _as_tensors(numbers: Numbers, dtype: torch.dtype) -> Numbers:
+    """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
+    return Numbers(*_scalars(numbers[:5], dtype), *numbers[5:])
+
+
+@lru_cache(maxsize=64)  # they are the same for all chunks of a group
+def _scalars(values: tuple[float | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if value is None else torch.tensor(value, dtype=dtype, device="cpu") for value in values]
+
+
+def _options(shared: bool) -> dict[str, Any]:
+    """What ``torch.compile`` is told: no checks before each call, where torch can leave them out; threads for any size.
+
+    The checks would find nothing: each case has a kernel of its own, and what differs from call to call is free.
+    """
+    skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+    unguarded = {} if skip is None else {"guard_filter_fn": skip}
+    return {**unguarded, "cpp.min_chunk_size": 0} if shared else unguarded
+
+
+class CompiledTables:
+    """What a step does to the tables, as one call in place of some hundred small operations.
+
+    Each kind of step is compiled when it first comes, before anything is changed.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self.measured = _compiled(tables, Tables.measured)
+        self.light = _compiled(tables, Tables.light)
+
+
+def _compiled(tables: Tables, method: Callable[..., _T]) -> Callable[..., _T]:
+    """The method as a program of its own for each number of threads.
+
+    The tables of another optimizer are then no reason to compile it anew; and torch, which does so for other numbers of
+    threads, refuses more than a few programs of the same code.
+    """
+    programs: dict[int, Callable[..., _T]] = {}
+
+    def call(observed: Tensor, *arguments: Tensor | None) -> _T:
+        threads = torch.get_num_threads()
+        if threads in programs:
+            return programs[threads](tables, observed, *arguments)
+        program = torch.compile(with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
+        try:
+            result = program(tables, observed, *arguments)
+        except Exception as error:
+            raise refusal(observed.device, error) from error
+        programs[threads] = program
+        return result
+
+    return call
+
+
+def with_own_code(function: Callable[..., _T], name: str) -> Callable[..., _T]:
+    """The same function with code of its own, by which torch keeps, and counts, what was compiled."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(co_name=name), function.__globals__)
+
+
+def refusal(device: torch.device, error: Exception) -> RuntimeError:
+    """What to raise where nothing can be compiled."""
+    return RuntimeError(
+        f"torch.compile cannot compile the update for {device}: {error}. Nothing was changed. On a CPU it needs a"
+        " C++ compiler such as g++; or leave out compile=True."
+    )
