@@ -1,7 +1,8 @@
 """Lines 7 and 8 of Algorithm 1, as pure functions of tables: norms, their averages, the anchor, scales, clocks.
 
 Shapes: ``I`` terms, ``L`` layers, ``P`` parameters. Everything is fp32 or better, whatever the parameters' dtype.
-A term has reached a layer when its norm there is above zero; that is the only threshold.
+A term has reached a layer when its norm there is above zero; that is the only threshold. ``layer_of``, [P], is the layer
+of each parameter, in 0..layers-1.
 """
 
 from __future__ import annotations
@@ -31,23 +32,15 @@ def check_anchor(anchor: str | None, terms: Sequence[str]) -> None:
 
 def reference_of(anchor: str | None, terms: Sequence[str]) -> Reference:
     """Relative to what the balance weights are: the anchor; the first term where there is none."""
-    if anchor == "mean":
-        return "mean"
-    if anchor == "max":
-        return "max"
+    if anchor == "mean" or anchor == "max":
+        return anchor  # type: ignore[return-value]
     return 0 if anchor in ("first", "unit", None) else terms.index(anchor)
 
 
 def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tensor:
-    """Join the norms of a layer's parameters: the L2 norm over all its entries.
+    """Join the norms of a layer's parameters: the L2 norm over all its entries. [P, I], >= 0 -> [L, I].
 
-    Args:
-        parameter_norms: [P, I], >= 0.
-        layer_of: [P], the layer of each parameter, in 0..layers-1.
-        layers: L.
-
-    Returns:
-        [L, I]. Squares are taken relative to the layer's largest norm, so that none over- or underflows.
+    Squares are taken relative to the layer's largest norm, so that none over- or underflows.
 
     Example:
         >>> layer_norms(torch.tensor([[3.0], [4.0], [1.0]]), torch.tensor([0, 0, 1]), 2)
@@ -83,8 +76,7 @@ def update_norms(
     one ("one", the paper's).
 
     Args:
-        norms: [L, I], the moving average so far.
-        counts: [L, I], how many norms it averages.
+        norms, counts: [L, I], the moving average so far, and how many norms it averages.
         observed: [L, I], the norms of this step's gradients.
         present: [L, I] or broadcastable, bool: whether the term is in this step's losses; elsewhere nothing moves.
         beta3: [L, 1] or scalar, the decay.
@@ -137,17 +129,10 @@ def geometric_mean(norms: Tensor) -> Tensor:
 
 
 def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
-    """The magnitude n_anchor that every term is brought to, per layer.
+    """The magnitude n_anchor that every term is brought to, per layer: [L, I] -> [L, 1].
 
     A layer that the anchor does not reach takes the geometric mean of the terms that do: symmetric, invariant to the
     terms' scales, and plain Adam where a layer is private to one term. (The paper's formula would freeze it.)
-
-    Args:
-        norms: [L, I], >= 0.
-        reference: the anchor's index, "mean" (geometric) or "max".
-
-    Returns:
-        [L, 1].
     """
     if reference == "mean":
         return geometric_mean(norms)
@@ -193,19 +178,16 @@ def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:
 
 
 def tick(clocks: Tensor, reaching: Tensor, touched: Tensor) -> Tensor:
-    """Advance Adam's clocks by one step.
+    """Advance Adam's clocks by one step, [P, 1 + I]: the parameter's clock, then each term's.
 
     A parameter's clock counts the steps in which any term's graph reached it, as Adam's does. A term's own clock
     corrects the bias of its second moment: it runs from the first step at which the term's gradient is not zero. The
     terms that are there first share the parameter's clock; a term that comes later starts at one.
 
     Args:
-        clocks: [P, 1 + I]: the parameter's clock, then each term's.
+        clocks: before the step.
         reaching: [P, I] bool: whether the term's gradient is not zero in this step.
         touched: [P, 1] bool: whether the parameter got a gradient at all in this step.
-
-    Returns:
-        [P, 1 + I].
     """
     shared, own = clocks[:, :1] + 1, clocks[:, 1:]
     running = own > 0
@@ -220,17 +202,11 @@ def bias_correction(clocks: Tensor, log_beta: Tensor) -> Tensor:
 
 
 def record_scales(averages: Tensor, counts: Tensor, scales: Tensor, finite: Tensor | None) -> None:
-    """Average the logarithm of the scales, in place, over the steps in which they are above zero.
+    """Average the logarithm of the scales, in place, over the steps in which they are above zero. All are [P, I].
 
-    The average is geometric, as scales are ratios: a factor on a loss then divides it exactly. It is a running mean,
-    since a sum in fp32 would lose the digits of what is added to it in a long run; and a mean of equal numbers stays
-    that number to the last digit.
-
-    Args:
-        averages: [P, I], the mean logarithm so far.
-        counts: [P, I], over how many steps it is taken.
-        scales: [P, I] or broadcastable, of this step, >= 0.
-        finite: a boolean scalar; where it is false nothing may change. ``None``: it is known to be true.
+    The average is geometric, as scales are ratios: a factor on a loss then divides it exactly. It is a running mean: a
+    sum in fp32 would lose the digits of what is added to it in a long run, and a mean of equal numbers stays exact.
+    ``counts``: over how many steps it is taken; ``finite``: a boolean scalar, or ``None`` if nothing forbids a change.
 
     Example:
         >>> averages, counts = torch.zeros(1, 2), torch.zeros(1, 2)
@@ -247,7 +223,7 @@ def record_scales(averages: Tensor, counts: Tensor, scales: Tensor, finite: Tens
 
 
 def average_scales(averages: Tensor, counts: Tensor, layer_of: Tensor, layers: int) -> Tensor:
-    """The geometric mean of each layer's scales, [L, I]; nan where none was above zero.
+    """The geometric mean of each layer's recorded scales, [L, I]; nan where none was above zero.
 
     All parameters of a layer have the same entries, but for those that were trained from a later step on.
     """

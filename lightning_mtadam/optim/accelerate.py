@@ -46,7 +46,7 @@ def faster(chunk: Chunk, numbers: Numbers, options: Options) -> Update | None:
         RuntimeError: torch.compile does not work here.
     """
     if options.compile and chunk.size > 1:  # a kernel whose size is free takes two and more
-        return partial(_run, _kernel(Case.of(chunk, numbers)))
+        return partial(_run, _kernel(_case_of(chunk, numbers)))
     return fused_update if fused_applies(chunk, numbers) else None
 
 
@@ -136,34 +136,27 @@ def _balanced(
 
 
 class Case(NamedTuple):
-    """What tells one compiled kernel from another. All other numbers are free."""
+    """What tells one compiled kernel from another; all other numbers are free."""
 
     terms: int
     moments: tuple[int, ...]  # how many of each
     dtype: torch.dtype
     device: torch.device
-    numbers: Numbers  # with ones in place of what is free
+    numbers: Numbers  # with ones in place of what is free, and whether it is known to be finite
     packed: bool
     threads: int
     shared: bool  # whether threads share a chunk
 
-    @classmethod
-    def of(cls, chunk: Chunk, numbers: Numbers) -> Case:
-        """The case of a chunk; those that come later must lie in the same memory."""
-        assert chunk.gradients is not None
-        threads, device = torch.get_num_threads(), chunk.gradients.device
-        return cls(
-            terms=len(chunk.gradients),
-            moments=tuple(map(len, chunk.moment_rows)),
-            dtype=chunk.gradients.dtype,
-            device=device,
-            numbers=Numbers(
-                *[None if one is None else 1.0 for one in numbers[:5]], *numbers[5:7], numbers.finite is None
-            ),
-            packed=chunk.packed,
-            threads=threads,
-            shared=not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED,
-        )
+
+def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
+    """The case of a chunk; those that come later must lie in the same memory."""
+    assert chunk.gradients is not None
+    threads, device = torch.get_num_threads(), chunk.gradients.device
+    free = [None if one is None else 1.0 for one in numbers[:5]]
+    kind = Numbers(*free, *numbers[5:7], numbers.finite is None)  # type: ignore[arg-type]
+    shared = not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED
+    terms, moments = len(chunk.gradients), tuple(map(len, chunk.moment_rows))
+    return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, threads, shared)
 
 
 @cache
@@ -173,7 +166,7 @@ def _kernel(case: Case) -> Update:
     Raises:
         RuntimeError: torch.compile does not work here.
     """
-    function = with_own_code(algorithm.update, f"update_{case.terms}_terms")
+    function = _with_own_code(algorithm.update, f"update_{case.terms}_terms")
     kernel: Update = torch.compile(function, fullgraph=True, dynamic=False, options=_options(case.shared))
     wide = torch.promote_types(case.dtype, torch.float32)
 
@@ -189,15 +182,15 @@ def _kernel(case: Case) -> Update:
             torch._dynamo.maybe_mark_dynamic(made, 1)
         return made if rows else None
 
-    first, second, largest = case.moments
-    own, mean = case.numbers.denominator == "own", case.numbers.denominator == "mean"
-    local = Coefficients(*map(ones, (case.terms, second, case.terms if own else 1, int(mean), largest)))
+    (first, second, largest), denominator = case.moments, case.numbers.denominator
+    rows = (case.terms, second, case.terms if denominator == "own" else 1, int(denominator == "mean"), largest)
+    local = Coefficients(*map(ones, rows))  # type: ignore[arg-type]
     flag = None if case.numbers.finite else torch.ones((), dtype=torch.bool, device=case.device)
     numbers = _as_tensors(case.numbers._replace(finite=flag), wide)
     try:
         kernel(zeros(1)[0], zeros(case.terms), Moments(*map(zeros, (first, second, largest))), local, numbers, None)
     except Exception as error:
-        raise refusal(case.device, error) from error
+        raise _refusal(case.device, error) from error
     return kernel
 
 
@@ -247,35 +240,31 @@ class CompiledTables:
 
 
 def _compiled(tables: Tables, method: Callable[..., _T]) -> Callable[..., _T]:
-    """The method as a program of its own for each number of threads.
-
-    The tables of another optimizer are then no reason to compile it anew; and torch, which does so for other numbers of
-    threads, refuses more than a few programs of the same code.
-    """
+    """The method as a program of its own for each number of threads: torch refuses more than a few of the same code."""
     programs: dict[int, Callable[..., _T]] = {}
 
     def call(observed: Tensor, *arguments: Tensor | None) -> _T:
         threads = torch.get_num_threads()
         if threads in programs:
             return programs[threads](tables, observed, *arguments)
-        program = torch.compile(with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
+        program = torch.compile(_with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
         try:
             result = program(tables, observed, *arguments)
         except Exception as error:
-            raise refusal(observed.device, error) from error
+            raise _refusal(observed.device, error) from error
         programs[threads] = program
         return result
 
     return call
 
 
-def with_own_code(function: Callable[..., _T], name: str) -> Callable[..., _T]:
+def _with_own_code(function: Callable[..., _T], name: str) -> Callable[..., _T]:
     """The same function with code of its own, by which torch keeps, and counts, what was compiled."""
     assert isinstance(function, FunctionType)
     return FunctionType(function.__code__.replace(co_name=name), function.__globals__)
 
 
-def refusal(device: torch.device, error: Exception) -> RuntimeError:
+def _refusal(device: torch.device, error: Exception) -> RuntimeError:
     """What to raise where nothing can be compiled."""
     return RuntimeError(
         f"torch.compile cannot compile the update for {device}: {error}. Nothing was changed. On a CPU it needs a"

@@ -95,9 +95,7 @@ def move(
     if numbers.decay is not None:  # decoupled, as in AdamW
         moved.mul_(_unless_skipped(numbers.decay, 1.0, total, numbers))
     # theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)   (lines 11 and 14; the factor is M's bias correction)
-    squares = (
-        second if numbers.denominator == "own" else [_joined(second, local.reaching, scratch)]
-    )
+    squares = second if numbers.denominator == "own" else [_joined(second, local.reaching, scratch)]
     for moment, square, factor in zip(first, squares, local.factor, strict=True):
         _subtract_quotient(moved, moment, torch.sqrt(square, out=scratch).add_(numbers.eps).mul_(factor), numbers)
     if moved is not parameter:

@@ -126,12 +126,17 @@ class MTAdam(TermOptimizer):
         low_memory: bool = False,
     ) -> None:
         lightly = balance_every != 1
+        layers, denominator = (
+            layers or ("global" if lightly else "parameter"),
+            denominator or ("sum" if lightly else "max"),
+        )
+        norm_init, given = norm_init or ("unbiased" if lightly else "first"), dict(importance or {})
         options = Options(
             anchor,
-            dict(importance or {}),
-            layers or ("global" if lightly else "parameter"),
-            norm_init or ("unbiased" if lightly else "first"),
-            denominator or ("sum" if lightly else "max"),
+            given,
+            layers,
+            norm_init,
+            denominator,
             update,
             max_scale,
             on_nonfinite,
@@ -139,11 +144,8 @@ class MTAdam(TermOptimizer):
             balance_every,
             low_memory,
         )
-        given = () if terms is None else check_terms(terms)
-        if given:
-            options.check_terms(given)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, given)
+        super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -211,8 +213,7 @@ class MTAdam(TermOptimizer):
         """The scales' geometric mean over all steps so far, clipping left out, by term: tensors [L], one per layer.
 
         They are float64, on the host, in the order of :meth:`layer_sizes`; nan where the term never reached the layer.
-        Of a term that came late only the steps since then are averaged. Empty before the first step.
-        :func:`lightning_mtadam.export_weights` makes one constant weight per term of them.
+        Of a term that came late only the steps since then count. :func:`lightning_mtadam.export_weights` reads them.
         """
         if not any(self.state.values()):
             return {}
@@ -245,10 +246,8 @@ class MTAdam(TermOptimizer):
         """As of every torch optimizer. The moments of small parameters, which share memory, are copied."""
         found = super().state_dict()
         states = found["state"].items()
-        return {
-            **found,
-            "state": {index: {key: one.contiguous() for key, one in state.items()} for index, state in states},
-        }
+        kept = {index: {key: one.contiguous() for key, one in state.items()} for index, state in states}
+        return {**found, "state": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; training then continues bit for bit.
@@ -264,11 +263,15 @@ class MTAdam(TermOptimizer):
     def __repr__(self) -> str:
         """The options and the groups' hyper-parameters, without what is only counted."""
         options = {"terms": self.terms, **vars(self._options)}
-        lines = [f"{type(self).__name__} (", *[f"    {name}: {value!r}" for name, value in options.items()]]
-        hidden = {"params", "param_names", "steps", "measured", *options}
-        for index, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {index} ({len(group['params'])} parameters)")
-            lines += [f"    {key}: {value!r}" for key, value in group.items() if key not in hidden]
+        hidden, lines = {"params", "param_names", "steps", "measured", *options}, [f"{type(self).__name__} ("]
+        for title, values in [
+            ("Options", options),
+            *[(f"Group {at}", one) for at, one in enumerate(self.param_groups)],
+        ]:
+            lines += [
+                title,
+                *[f"    {key}: {one!r}" for key, one in values.items() if "params" not in values or key not in hidden],
+            ]
         return "\n".join([*lines, ")"])
 
     def _recall(self) -> None:

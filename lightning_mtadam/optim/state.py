@@ -36,44 +36,31 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
     """
     shape = tuple(parameter.shape)
     first, second = options.moments(terms)
-    shapes: dict[str, tuple[int, ...]] = {
+    return {
         "step": (1 + terms,),
         "exp_avg": (first, *shape) if options.denominator == "own" else shape,
         "exp_avg_sq": (second, *shape),
-        "gradient_norm": (terms,),
-        "gradient_norm_count": (terms,),
-        **dict.fromkeys(AVERAGE_KEYS, (terms,)),
-    }
-    if amsgrad:
-        shapes["max_exp_avg_sq"] = (second, *shape)
-    return shapes
-
-
-def new_state(parameter: Tensor, options: Options, terms: int, *, amsgrad: bool) -> State:
-    """The state before the first step: all zero, on the parameter's device, the moments sharded as the parameter is."""
-    wide = wide_dtype([parameter])
-    return {
-        key: torch.zeros(shape, dtype=wide, device=parameter.device)
-        if key in BALANCE_KEYS
-        else sharding.zeros(shape, parameter.dtype, parameter)
-        for key, shape in expected_shapes(parameter, options, terms, amsgrad=amsgrad).items()
+        **dict.fromkeys(BALANCE_KEYS[1:], (terms,)),
+        **({"max_exp_avg_sq": (second, *shape)} if amsgrad else {}),
     }
 
 
 def allocate(state: dict[Tensor, State], groups: Groups, needed: Sequence[bool], options: Options, terms: int) -> None:
     """Make the state of those parameters that need one and have none.
 
-    Args:
-        state: the optimizer's state, by parameter.
-        groups: its parameter groups.
-        needed: per parameter.
-        options: the optimizer's options.
-        terms: their number.
+    All is zero, on the parameter's device, the moments sharded as the parameter is.
     """
     owners = [(parameter, group) for group in groups for parameter in group["params"]]
     for (parameter, group), wanted in zip(owners, needed, strict=True):
         if wanted and not state.get(parameter):
-            state[parameter] = new_state(parameter, options, terms, amsgrad=group["amsgrad"])
+            wide, device = wide_dtype([parameter]), parameter.device
+            shapes = expected_shapes(parameter, options, terms, amsgrad=group["amsgrad"])
+            state[parameter] = {
+                key: torch.zeros(shape, dtype=wide, device=device)
+                if key in BALANCE_KEYS
+                else sharding.zeros(shape, parameter.dtype, parameter)
+                for key, shape in shapes.items()
+            }
 
 
 def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str, Any]) -> None:
@@ -91,52 +78,45 @@ def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str,
             else:
                 placed = sharding.place(saved.to(parameter.device), parameter)
                 state[parameter][key] = placed.to(parameter.dtype, copy=True)
-        if loaded:
-            for key in AVERAGE_KEYS:
-                state[parameter].setdefault(key, torch.zeros_like(state[parameter]["gradient_norm"]))
+        for key in AVERAGE_KEYS if loaded else ():
+            state[parameter].setdefault(key, torch.zeros_like(state[parameter]["gradient_norm"]))
 
 
 def join_moments(states: Sequence[State], key: str, leading: int, sizes: Sequence[int]) -> Tensor:
-    """One flat tensor of the moments of all these states, which become views into it: [R, elements].
+    """One flat tensor of the moments of parameters that lie side by side; their states get views into it.
 
     Args:
-        states: of parameters that lie side by side.
+        states: of the parameters.
         key: the moment's.
         leading: R, the moments there are of each element.
         sizes: the parameters' numbers of elements.
+
+    Returns:
+        [R, elements].
     """
     if len(states) == 1:
         states[0][key] = states[0][key].contiguous()
         return sharding.local(states[0][key]).view(leading, sizes[0])
-    rows = [state[key].reshape(leading, size) for state, size in zip(states, sizes, strict=True)]
-    if _lie_side_by_side(rows, sum(sizes)):
-        return rows[0].as_strided((leading, sum(sizes)), (sum(sizes), 1))
+    rows, width = [state[key].reshape(leading, size) for state, size in zip(states, sizes, strict=True)], sum(sizes)
+    memory, place = rows[0].untyped_storage().data_ptr(), rows[0].storage_offset()
+    for row in rows:
+        if (row.untyped_storage().data_ptr(), row.storage_offset()) != (memory, place) or (
+            leading > 1 and row.stride(0) != width
+        ):
+            break
+        place += row.shape[1]
+    else:  # they are joined already
+        return rows[0].as_strided((leading, width), (width, 1))
     joined = torch.cat(rows, 1)
     for state, piece in zip(states, torch.split(joined, list(sizes), 1), strict=True):
         state[key] = piece.view(state[key].shape)
     return joined
 
 
-def _lie_side_by_side(rows: Sequence[Tensor], width: int) -> bool:
-    """Whether these are the columns of one tensor, one after the other, as after an earlier call."""
-    memory, place = rows[0].untyped_storage().data_ptr(), rows[0].storage_offset()
-    for row in rows:
-        if (row.untyped_storage().data_ptr(), row.storage_offset()) != (memory, place):
-            return False
-        if len(row) > 1 and row.stride(0) != width:
-            return False
-        place += row.shape[1]
-    return True
-
-
 def check_checkpoint(
-    state_dict: Mapping[str, Any],
-    groups: Groups,
-    names: Sequence[str],
-    options: Options,
-    terms: tuple[str, ...],
+    state_dict: Mapping[str, Any], groups: Groups, names: Sequence[str], options: Options, terms: tuple[str, ...]
 ) -> None:
-    """Raise unless ``state_dict`` fits the optimizer, naming what differs.
+    """Raise ``ValueError`` unless ``state_dict`` fits the optimizer, naming what differs.
 
     Args:
         state_dict: what ``MTAdam.state_dict`` gave.
@@ -144,9 +124,6 @@ def check_checkpoint(
         names: the parameters' names, in order.
         options: the optimizer's options.
         terms: the optimizer's terms; empty if they are not known yet.
-
-    Raises:
-        ValueError: other groups, parameters, terms, shapes or options, or no checkpoint of MTAdam.
     """
     saved_groups = state_dict["param_groups"]
     if any("terms" not in group for group in saved_groups):
@@ -157,9 +134,12 @@ def check_checkpoint(
             f"The checkpoint has parameter groups of {saved_sizes} parameters, the optimizer of {sizes}."
             " Give the optimizer the parameters that it had when the checkpoint was written."
         )
-    _check_names(groups, saved_groups)
+    for group, saved in zip(groups, saved_groups, strict=True):
+        if "param_names" in group and "param_names" in saved:
+            _check_names(clean_names(group["param_names"]), clean_names(saved["param_names"]))
     saved_terms = tuple(saved_groups[0]["terms"])
-    _check_terms(saved_terms, terms)
+    if saved_terms and terms and saved_terms != terms:
+        _refuse_terms(saved_terms, terms)
     for option, value in options.state_meaning.items():
         saved = saved_groups[0][option]
         if saved != value:
@@ -167,24 +147,25 @@ def check_checkpoint(
                 f"The checkpoint was written with {option}={saved!r}, the optimizer has {option}={value!r}."
                 f" Its numbers mean something else. Use MTAdam(..., {option}={saved!r}), or start anew."
             )
-    _check_shapes(state_dict, groups, names, options, saved_terms)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    owners = [(state_dict["state"].get(index), group) for group in saved_groups for index in group["params"]]
+    for (state, group), name, parameter in zip(owners, names, parameters, strict=True):
+        shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=group["amsgrad"])
+        for key, shape in () if state is None else shapes.items():
+            if key in state or key not in AVERAGE_KEYS:
+                _check_entry(state.get(key), key, shape, name)
 
 
-def _check_names(groups: Groups, saved_groups: Groups) -> None:
-    for group, saved in zip(groups, saved_groups, strict=True):
-        if "param_names" in group and "param_names" in saved:
-            ours, theirs = clean_names(group["param_names"]), clean_names(saved["param_names"])
-            for name, saved_name in zip(ours, theirs, strict=True):
-                if name != saved_name:
-                    raise ValueError(
-                        f"The checkpoint has the parameter {saved_name!r} where the optimizer has {name!r}. Give the"
-                        " optimizer its parameters in the order they had when the checkpoint was written."
-                    )
+def _check_names(names: Sequence[str], saved_names: Sequence[str]) -> None:
+    for name, saved in zip(names, saved_names, strict=True):
+        if name != saved:
+            raise ValueError(
+                f"The checkpoint has the parameter {saved!r} where the optimizer has {name!r}. Give the optimizer its"
+                " parameters in the order they had when the checkpoint was written."
+            )
 
 
-def _check_terms(saved: tuple[str, ...], terms: tuple[str, ...]) -> None:
-    if not saved or not terms or saved == terms:
-        return
+def _refuse_terms(saved: tuple[str, ...], terms: tuple[str, ...]) -> None:
     missing = [name for name in terms if name not in saved]
     unknown = [name for name in saved if name not in terms]
     difference = [
@@ -195,24 +176,6 @@ def _check_terms(saved: tuple[str, ...], terms: tuple[str, ...]) -> None:
         f"The checkpoint has the terms {saved}, the optimizer {terms}: {' and '.join(difference)}."
         f" Train with the checkpoint's terms, MTAdam(..., terms={saved}), or start anew."
     )
-
-
-def _check_shapes(
-    state_dict: Mapping[str, Any],
-    groups: Groups,
-    names: Sequence[str],
-    options: Options,
-    terms: tuple[str, ...],
-) -> None:
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    owners = [(index, group) for group in state_dict["param_groups"] for index in group["params"]]
-    for (index, group), name, parameter in zip(owners, names, parameters, strict=True):
-        state = state_dict["state"].get(index)
-        if state is None:
-            continue
-        for key, shape in expected_shapes(parameter, options, len(terms), amsgrad=group["amsgrad"]).items():
-            if key in state or key not in AVERAGE_KEYS:
-                _check_entry(state.get(key), key, shape, name)
 
 
 def _check_entry(value: object, key: str, shape: tuple[int, ...], name: str) -> None:

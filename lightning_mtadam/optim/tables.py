@@ -204,7 +204,10 @@ class Tables:
     def _coefficients(self, scales: Tensor, recorded: Tensor, finite: Tensor | None) -> Coefficients:
         """The coefficients of all parameters, from the scales [L, I] or [L, 1] and the clocks (Alg. 1, lines 11, 12)."""
         balancing.record_scales(
-            self.log_scales, self.log_scale_counts, recorded if len(recorded) == 1 else self.by_parameter(recorded), finite
+            self.log_scales,
+            self.log_scale_counts,
+            recorded if len(recorded) == 1 else self.by_parameter(recorded),
+            finite,
         )
         shared, own, denominator = self.clocks[:, :1], self.clocks[:, 1:], self.options.denominator
         squares = shared if denominator == "sum" else own

@@ -21,24 +21,24 @@ from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.terms import Losses, check_losses
+from lightning_mtadam.terms import Losses, check_losses, check_terms
 
 
 class TermOptimizer(Optimizer):
     """Collects the gradients of named losses; a subclass consumes them in its ``step``.
 
-    Args:
-        params: as for every torch optimizer.
-        defaults: of the parameter groups.
-        options: what holds for the whole optimizer.
-        terms: the names of the losses that are known ahead; empty if they are taken from the first losses.
+    ``terms`` are the names of the losses that are known ahead; ``None`` takes them from the first losses.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options, terms: tuple[str, ...]) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], options: Options, terms: Iterable[str] | None
+    ) -> None:
         # Lightning wraps optimizers in an object that has this class but not these attributes: methods may change
         # what they hold, but never assign them anew.
         self._options = options
-        self._given_terms = terms
+        self._given_terms = terms = () if terms is None else check_terms(terms)
+        if terms:
+            options.check_terms(terms)
         self._layer_names = LayerNames(options.layers)
         self._reset_transient()
         super().__init__(params, {**defaults, "terms": terms, **options.state_meaning})
@@ -108,17 +108,15 @@ class TermOptimizer(Optimizer):
     def skip_step(self) -> None:
         """Forget the collected gradients, and let the next :meth:`step` do nothing.
 
-        For loops that call ``step`` though there was no backward pass, as in the last epoch of Lightning's stochastic
-        weight averaging.
+        For loops that step without a backward pass, as the last epoch of Lightning's stochastic weight averaging does.
         """
         self._pending.clear()
         self._pending.skip = True
 
     def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
-        """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`.
+        """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`; clipping ``p.grad`` does nothing.
 
-        All terms take the same factor, so that clipping does not disturb the balance. Clipping ``p.grad`` has no
-        effect here.
+        All terms take the same factor, so that clipping does not disturb the balance.
 
         Args:
             limit: the largest L2 norm over all parameters ("norm"), or the largest magnitude of an entry ("value").
