@@ -20,6 +20,11 @@ Batch = Sequence[Tensor]
 BATCH_SIZE = 4
 LR = 1e-2
 
+QUIET = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*log_every_n_steps"
+)
+"""Without Lightning's remarks on small runs."""
+
 needs_exact_resume = pytest.mark.skipif(
     not RequirementCache("lightning>=2.5"),
     reason="Lightning before 2.5 trains a batch twice when it resumes within an epoch, with any optimizer",
@@ -59,6 +64,10 @@ def make_mtadam(network: nn.Module, **options: Any) -> MTAdam:
 
 def adam(network: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(network.parameters(), lr=LR)
+
+
+def sgd(network: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
 
 class Regression(MultiTermLightningModule):

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 
 from lightning_mtadam import lightning_internals
 from tests.lightning_models import (
+    QUIET,
     Regression,
     SumRegression,
     assert_same,
@@ -29,11 +30,7 @@ from tests.lightning_models import (
     make_trainer,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
-]
+pytestmark = QUIET
 
 
 def require(owner, path):

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_mtadam.callbacks import BalanceWeightMonitor
 from tests.lightning_models import (
     GAN,
+    QUIET,
     Regression,
     StepwiseRegression,
     assert_same,
@@ -28,11 +29,7 @@ from tests.lightning_models import (
 from tests.oracles.naive_balance_every import measured_steps
 from tests.trainer_matrix.rows_precision import scaled_by_hand, single_precision
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
-]
+pytestmark = QUIET
 
 BATCHES = 12
 """In two epochs, 24 steps, of which 11 are measured."""
