@@ -1,7 +1,6 @@
-"""The PINN project: its equation, its runs that resume exactly, the command, and the figure of quality against time."""
+"""The PINN project: its equation, its runs that resume exactly, and the command."""
 
 import json
-import math
 import signal
 from functools import partial
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from example_projects.common import report, runs
+from example_projects.common import runs
 from example_projects.pinn import __main__ as command
 from example_projects.pinn import module as pinn_module
 from example_projects.pinn.data import TRAINING_POINTS, Points
@@ -273,14 +272,3 @@ def test_a_run_with_other_steps_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"steps was 2 and is 3\. Give the options it was made with"):
         call(*arguments, "--steps", 3, "--resume")
     assert json.loads((tmp_path / "options.json").read_text())["steps"] == 2
-
-
-# Reports
-
-
-def test_a_summary_of_medians_has_the_smallest_and_the_largest():
-    results = [{"method": "a", "error": value} for value in (0.004, 0.1, 0.0012)]
-    assert report.summarise(results, "method", ["error"], report.median_and_range) == [
-        {"method": "a", "runs": "3", "error": "0.004 (0.0012 to 0.1)"}
-    ]
-    assert math.isclose(float(report.median_and_range([0.5])), 0.5)
