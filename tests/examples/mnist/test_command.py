@@ -12,7 +12,7 @@ from example_projects.mnist.methods import METHODS
 from example_projects.mnist.module import ClassTerms
 from tests.distributed.ranks import results, run_ranks
 from tests.examples.mnist.tiny import BATCH, Small, call
-from tests.examples.running import QUIET, digest, load_checkpoint, read_results
+from tests.examples.running import QUIET, assert_row_of_each, digest, load_checkpoint, read_results
 
 pytestmark = QUIET
 
@@ -42,14 +42,7 @@ def all_methods(tiny, tmp_path_factory):
 
 def test_every_method_runs_and_has_a_row(all_methods):
     output, printed, _, _ = all_methods
-    table = (output / "table.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["method", "runs", *command.COLUMNS]
-    assert [row[:2] for row in rows[2:]] == [[method, "1"] for method in METHODS]
-    assert table in printed
-    results = read_results(output)
-    assert [row["method"] for row in results] == list(METHODS)
-    for row, shown in zip(results, rows[2:], strict=True):
+    for row, shown in assert_row_of_each(METHODS, command.COLUMNS, output, printed):
         assert row["seed"] == "0"
         assert row["steps"] == "2"
         assert 0 <= float(row["worst_class"]) <= float(row["test_accuracy"]) <= 100

@@ -1,7 +1,6 @@
 """A run that was interrupted anywhere goes on as if it had not been."""
 
 import contextlib
-import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -13,32 +12,39 @@ from example_projects.mnist.data import MNISTData
 from example_projects.mnist.methods import METHODS
 from example_projects.mnist.module import ClassTerms
 from tests.examples.mnist.tiny import BATCH, EPOCH, Small, call
-from tests.examples.running import QUIET, CtrlCAt, EndedError, InterruptAt, assert_same_weights, read_results, untimed
+from tests.examples.running import (
+    QUIET,
+    CtrlCAt,
+    EndedError,
+    InterruptAt,
+    assert_same_weights,
+    read_results,
+    run_quietly,
+    stopped_by_ctrl_c,
+    untimed,
+)
 from tests.lightning_models import needs_exact_resume
 
 pytestmark = QUIET
 
 
-def train(folder, data, *, resume=False, interrupt_at=None, seed=0, method="mtadam", every=3, epochs=2):
+def run_classes(folder, data, *, resume=False, interrupt_at=None, seed=0, method="mtadam", every=3, epochs=2):
     """A run of 8 steps in 2 epochs. Returns its module, its result and what it was trained on."""
     pl.seed_everything(seed, verbose=False)
     module = ClassTerms(METHODS[method], command.class_weights("code", 0), 1e-2)
     watch = InterruptAt(interrupt_at)
     result = None
     with contextlib.suppress(EndedError):
-        result = runs.run(
+        result = run_quietly(
             folder,
             module,
             MNISTData(data, BATCH, 0),
-            lambda trainer: {"test_accuracy": float(trainer.callback_metrics["test/accuracy"])},
+            "accuracy",
             settings={},
             resume=resume,
             checkpoint_every=every,
             callbacks=[watch],
             max_epochs=epochs,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            log_every_n_steps=1,
         )
     assert (result is None) == (interrupt_at is not None)
     return module, result, watch.seen
@@ -48,7 +54,10 @@ def train(folder, data, *, resume=False, interrupt_at=None, seed=0, method="mtad
 def uninterrupted(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mnist_module, "Net", Small)
-        return {method: train(tmp_path_factory.mktemp(method), tiny, method=method) for method in ("mtadam", "rmsprop")}
+        return {
+            method: run_classes(tmp_path_factory.mktemp(method), tiny, method=method)
+            for method in ("mtadam", "rmsprop")
+        }
 
 
 @needs_exact_resume
@@ -70,11 +79,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tiny, tmp_path, uninterrupted, every, interrupt_at, method
 ):
     expected, expected_result, expected_batches = uninterrupted[method]
-    _, _, before = train(tmp_path, tiny, every=every, interrupt_at=interrupt_at, method=method)
+    _, _, before = run_classes(tmp_path, tiny, every=every, interrupt_at=interrupt_at, method=method)
     assert before == expected_batches[:interrupt_at]
     resumed_from = max([runs._step_of(last) for last in tmp_path.rglob("last.ckpt")], default=0)
     assert interrupt_at // every * every <= resumed_from <= interrupt_at  # Lightning 2.5 saves as an epoch ends, too
-    module, result, after = train(tmp_path, tiny, every=every, resume=True, seed=123, method=method)
+    module, result, after = run_classes(tmp_path, tiny, every=every, resume=True, seed=123, method=method)
     if resumed_from:  # else it starts over, and from another seed
         assert after == expected_batches[resumed_from:]
         assert_same_weights(module.state_dict(), expected.state_dict())
@@ -87,10 +96,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 @pytest.mark.usefixtures("small")
 def test_a_run_may_be_interrupted_twice(tiny, tmp_path, uninterrupted):
     expected, _, expected_batches = uninterrupted["mtadam"]
-    train(tmp_path, tiny, every=2, interrupt_at=3)
-    _, _, middle = train(tmp_path, tiny, every=2, interrupt_at=3, resume=True, seed=7)
+    run_classes(tmp_path, tiny, every=2, interrupt_at=3)
+    _, _, middle = run_classes(tmp_path, tiny, every=2, interrupt_at=3, resume=True, seed=7)
     assert middle == expected_batches[2:5]
-    module, _, last = train(tmp_path, tiny, every=2, resume=True, seed=8)
+    module, _, last = run_classes(tmp_path, tiny, every=2, resume=True, seed=8)
     assert last == expected_batches[4:]
     assert_same_weights(module.state_dict(), expected.state_dict())
 
@@ -105,20 +114,20 @@ def test_a_run_interrupted_in_testing_is_not_trained_again(tiny, tmp_path, unint
 
     with monkeypatch.context() as patch:
         patch.setattr(ClassTerms, "test_step", interrupted)
-        with pytest.raises(AssertionError):  # of train: there is no result
-            train(tmp_path, tiny, every=4)
-    module, result, seen = train(tmp_path, tiny, every=4, resume=True, seed=123)
+        with pytest.raises(AssertionError):  # of run_classes: there is no result
+            run_classes(tmp_path, tiny, every=4)
+    module, result, seen = run_classes(tmp_path, tiny, every=4, resume=True, seed=123)
     assert seen == []
-    assert result["test_accuracy"] == expected_result["test_accuracy"]
+    assert result["accuracy"] == expected_result["accuracy"]
     assert_same_weights(module.state_dict(), expected.state_dict())
 
 
 @pytest.mark.usefixtures("small")
 def test_a_run_that_has_ended_is_read_and_not_repeated(tiny, tmp_path):
-    _, result, _ = train(tmp_path, tiny, epochs=1)
+    _, result, _ = run_classes(tmp_path, tiny, epochs=1)
     file = tmp_path / "result.json"
     before = file.read_bytes(), file.stat().st_mtime_ns
-    _, again, seen = train(tmp_path, tiny, epochs=1, resume=True)
+    _, again, seen = run_classes(tmp_path, tiny, epochs=1, resume=True)
     assert again == result
     assert seen == []
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
@@ -126,9 +135,9 @@ def test_a_run_that_has_ended_is_read_and_not_repeated(tiny, tmp_path):
 
 @needs_exact_resume
 def test_the_real_network_resumes_in_the_middle_of_an_epoch_bit_for_bit(tiny, tmp_path):
-    expected, _, _ = train(tmp_path / "whole", tiny, epochs=1)
-    train(tmp_path / "parts", tiny, epochs=1, every=2, interrupt_at=3)
-    module, _, seen = train(tmp_path / "parts", tiny, epochs=1, every=2, resume=True, seed=123)
+    expected, _, _ = run_classes(tmp_path / "whole", tiny, epochs=1)
+    run_classes(tmp_path / "parts", tiny, epochs=1, every=2, interrupt_at=3)
+    module, _, seen = run_classes(tmp_path / "parts", tiny, epochs=1, every=2, resume=True, seed=123)
     assert [step for step, _ in seen] == [2, 3]
     assert_same_weights(module.state_dict(), expected.state_dict())
 
@@ -137,14 +146,10 @@ def test_the_real_network_resumes_in_the_middle_of_an_epoch_bit_for_bit(tiny, tm
 @pytest.mark.usefixtures("small")
 def test_ctrl_c_loses_nothing(tiny, tmp_path, uninterrupted, monkeypatch, capsys):
     expected, _, expected_batches = uninterrupted["mtadam"]
-    before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, stopped_by_ctrl_c(capsys, step=6):
         patch.setattr(runs, "TrainingClock", lambda: CtrlCAt(5))
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train(tmp_path, tiny, every=100, interrupt_at=100)
-    signal.signal(signal.SIGINT, before)
-    assert "Stopped after step 6. The same command with --resume" in capsys.readouterr().out
-    module, result, after = train(tmp_path, tiny, every=100, resume=True, seed=7)
+        run_classes(tmp_path, tiny, every=100, interrupt_at=100)
+    module, result, after = run_classes(tmp_path, tiny, every=100, resume=True, seed=7)
     assert after == expected_batches[6:]
     assert result["steps"] == 8
     assert_same_weights(module.state_dict(), expected.state_dict())
