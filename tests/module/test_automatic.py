@@ -11,9 +11,7 @@ from tests.lightning_models import (
     Regression,
     assert_same,
     assert_same_state,
-    by_hand,
     fit,
-    hand_loop,
     largest_difference,
     make_loader,
     make_mtadam,
@@ -22,6 +20,7 @@ from tests.lightning_models import (
     three_losses,
     total,
 )
+from tests.loops import by_hand, hand_loop
 from tests.module.recorder import Recorder
 
 pytestmark = QUIET

@@ -9,6 +9,7 @@ from tests.lightning_models import (
     Regression,
     StepwiseRegression,
     assert_same,
+    assert_same_balance_weights,
     assert_same_state,
     fit,
     make_loader,
@@ -49,10 +50,7 @@ def test_resume_continues_bitwise(tmp_path, steps, scheduled, dtype):
     whole, first, resumed, second = resume(tmp_path, steps, make_schedule=schedule if scheduled else None, dtype=dtype)
     assert_same(whole.network, resumed.network)
     assert_same_state(first, second)
-    weights, others = first.balance_weights(), second.balance_weights()
-    assert weights.keys() == others.keys()
-    for layer, values in weights.items():
-        torch.testing.assert_close(values, others[layer], rtol=0, atol=0, equal_nan=True)
+    assert_same_balance_weights(first, second)
 
 
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")

@@ -7,15 +7,14 @@ from tests.lightning_models import (
     Regression,
     adam,
     assert_same,
-    by_hand,
     fit,
-    hand_loop,
     make_loader,
     make_mtadam,
     make_network,
     three_losses,
     total,
 )
+from tests.loops import by_hand, hand_loop
 
 pytestmark = QUIET
 

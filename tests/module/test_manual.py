@@ -8,9 +8,7 @@ from tests.lightning_models import (
     Regression,
     adam,
     assert_same,
-    by_hand,
     fit,
-    gan_by_hand,
     generator_losses,
     largest_difference,
     make_gan_parts,
@@ -21,6 +19,7 @@ from tests.lightning_models import (
     three_losses,
     total,
 )
+from tests.loops import by_hand, gan_by_hand
 
 pytestmark = QUIET
 

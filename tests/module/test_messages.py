@@ -5,17 +5,8 @@ import math
 import pytest
 
 from lightning_mtadam import NonFiniteError
-from tests.lightning_models import (
-    QUIET,
-    Regression,
-    adam,
-    assert_same,
-    by_hand,
-    fit,
-    make_loader,
-    make_mtadam,
-    make_network,
-)
+from tests.lightning_models import QUIET, Regression, adam, assert_same, fit, make_loader, make_mtadam, make_network
+from tests.loops import by_hand
 
 pytestmark = QUIET
 

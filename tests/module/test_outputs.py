@@ -8,7 +8,6 @@ from tests.lightning_models import (
     SumRegression,
     adam,
     assert_same,
-    by_hand,
     fit,
     largest_difference,
     make_loader,
@@ -18,6 +17,7 @@ from tests.lightning_models import (
     three_losses,
     total,
 )
+from tests.loops import by_hand, take_step
 from tests.module.recorder import Recorder
 
 pytestmark = QUIET
@@ -118,7 +118,5 @@ def test_a_skipped_batch_drops_out_of_its_accumulated_group():
     network = make_network()
     optimizer = make_mtadam(network)
     for batch in [*list(make_loader())[::2]] * 2:
-        optimizer.zero_grad()
-        optimizer.backward({name: loss / 2 for name, loss in three_losses(network, batch).items()})
-        optimizer.step()
+        take_step(optimizer, {name: loss / 2 for name, loss in three_losses(network, batch).items()})
     assert_same(module.network, network)
