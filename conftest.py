@@ -15,6 +15,16 @@ def random_inception(tmp_path_factory):
     path.unlink()  # 96 MB
 
 
+@pytest.fixture(scope="session")
+def random_vgg16(tmp_path_factory):
+    """The same for torchvision's VGG16."""
+    from tests.metrics.random_weights import write_vgg16
+
+    path = write_vgg16(tmp_path_factory.mktemp("weights") / "vgg16.pth")
+    yield path
+    path.unlink()  # 29 MB
+
+
 @pytest.fixture(autouse=True)
 def _weights_for_examples(request, monkeypatch):
     if request.node.name in EXAMPLES:

@@ -1,14 +1,15 @@
-"""Toy modules, their data, a quiet trainer, and the plain PyTorch loop that the trainer is held to."""
+"""Toy modules, their data, a quiet trainer, and what they are compared by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ from lightning_mtadam import MTAdam, MultiTermLightningModule
 Batch = Sequence[Tensor]
 BATCH_SIZE = 4
 LR = 1e-2
+
+QUIET = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*log_every_n_steps"
+)
+"""Without Lightning's remarks on small runs."""
 
 needs_exact_resume = pytest.mark.skipif(
     not RequirementCache("lightning>=2.5"),
@@ -59,6 +65,10 @@ def make_mtadam(network: nn.Module, **options: Any) -> MTAdam:
 
 def adam(network: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(network.parameters(), lr=LR)
+
+
+def sgd(network: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
 
 class Regression(MultiTermLightningModule):
@@ -140,31 +150,6 @@ def discriminator_losses(generator: nn.Module, discriminator: nn.Module, batch: 
     }
 
 
-def gan_by_hand(
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_mtadam,
-    clip: tuple[float, str] | None = None,
-    batches: Iterable[Batch] | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[nn.Module, nn.Module]:
-    """The loop that ``GAN`` is held to; two epochs of ``make_loader`` if no batches are given."""
-    networks = make_gan_parts(dtype)
-    optimizers = [make_optimizer(network) for network in networks]
-    for batch in list(make_loader()) * 2 if batches is None else batches:
-        for network, optimizer, losses in zip(
-            networks, optimizers, (generator_losses, discriminator_losses), strict=True
-        ):
-            optimizer.zero_grad()
-            found = losses(*networks, batch)
-            if isinstance(optimizer, MTAdam):
-                optimizer.backward(found)
-            else:
-                total(found).backward(inputs=list(network.parameters()))
-            if clip is not None:
-                clip_by_hand(optimizer, *clip)
-            optimizer.step()
-    return networks
-
-
 class GAN(MultiTermLightningModule):
     """Manual optimization with one optimizer for each network.
 
@@ -222,75 +207,24 @@ def half_precision(init_scale: float, **options: Any) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale, **options))
 
 
+class MemoryLogger(Logger):
+    """Keeps what is logged, by step. It knows nothing of TensorBoard."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """They do not matter here."""
+
+
 def total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
-
-
-def hand_loop(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
-    *,
-    epochs: int = 2,
-    accumulate: int = 1,
-    clip: tuple[float, str] | None = None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    interval: str = "step",
-    losses: Callable[[nn.Module, Batch], dict[str, Tensor]] = three_losses,
-) -> list[dict[str, float]]:
-    """The loop that the trainer is held to: no Lightning; MTAdam by its terms, others by the plain sum.
-
-    A last incomplete group of accumulated batches is divided by ``accumulate`` too, and stepped on.
-
-    Returns:
-        The values of the losses at every batch.
-    """
-    batches, seen = list(batches), []
-    for _ in range(epochs):
-        for index, batch in enumerate(batches):
-            found = losses(network, batch)
-            seen.append({name: loss.item() for name, loss in found.items()})
-            if index % accumulate == 0:
-                optimizer.zero_grad()
-            if isinstance(optimizer, MTAdam):
-                optimizer.backward({name: loss / accumulate for name, loss in found.items()})
-            else:
-                (total(found) / accumulate).backward()
-            if (index + 1) % accumulate and index + 1 < len(batches):
-                continue
-            if clip is not None:
-                clip_by_hand(optimizer, *clip)
-            optimizer.step()
-            if scheduler is not None and interval == "step":
-                scheduler.step()
-        if scheduler is not None and interval == "epoch":
-            scheduler.step()
-    return seen
-
-
-def by_hand(
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = make_mtadam,
-    make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
-    batches: Iterable[Batch] | None = None,
-    dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> tuple[nn.Sequential, torch.optim.Optimizer]:
-    """The network and optimizer that the hand-written loop arrives at; options are those of ``hand_loop``."""
-    network = make_network(dtype)
-    optimizer = make_optimizer(network)
-    scheduler = make_scheduler(optimizer) if make_scheduler else None
-    hand_loop(network, optimizer, make_loader() if batches is None else batches, scheduler=scheduler, **options)
-    return network, optimizer
-
-
-def clip_by_hand(optimizer: torch.optim.Optimizer, limit: float, algorithm: str) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if isinstance(optimizer, MTAdam):
-        optimizer.clip_gradients(limit, algorithm)
-    elif algorithm == "norm":
-        torch.nn.utils.clip_grad_norm_(parameters, limit)
-    else:
-        torch.nn.utils.clip_grad_value_(parameters, limit)
 
 
 def largest_difference(first: nn.Module, second: nn.Module) -> float:
@@ -316,3 +250,11 @@ def assert_same_state(first: torch.optim.Optimizer, second: torch.optim.Optimize
         assert state.keys() == two["state"][index].keys()
         for key, value in state.items():
             assert torch.equal(value, two["state"][index][key]), f"{key} of parameter {index} differs"
+
+
+def assert_same_balance_weights(first: MTAdam, second: MTAdam) -> None:
+    """Fail unless the balance weights of all layers are equal bit for bit, or both nan."""
+    weights, others = first.balance_weights(), second.balance_weights()
+    assert weights.keys() == others.keys()
+    for layer, values in weights.items():
+        torch.testing.assert_close(values, others[layer], rtol=0, atol=0, equal_nan=True)

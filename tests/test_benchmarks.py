@@ -14,13 +14,11 @@ from tests.benchmarks.measuring import Piece, interleave, ratio
 from tests.benchmarks.methods import GradNorm, Method, weight_gradients
 from tests.benchmarks.networks import Task, UNet, mlp_task, size_of
 from tests.benchmarks.peak import peak_of
+from tests.lightning_models import QUIET
 
 QUICK = ("--quick", "--threads", "1")
 RATIO = r"(\d+\.\d\d) \(\d+\.\d\d to \d+\.\d\d\)"
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-quiet_lightning = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps"
-)
 
 
 def small_task(terms=2):
@@ -154,7 +152,7 @@ def test_the_command_for_rivals_names_what_it_leaves_out(known_peaks, monkeypatc
     assert re.search(rf"\| MTAdam +\| {RATIO}", printed)
 
 
-@quiet_lightning
+@QUIET
 def test_the_command_for_the_whole_step_prints_its_three_ratios(monkeypatch, capsys):
     monkeypatch.setattr(step_cost, "CASES", {"small": small_task})
     step_cost.main([*QUICK, "--cases", "small"])

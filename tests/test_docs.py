@@ -15,6 +15,7 @@ from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
 from example_projects.sensitivity import __main__ as sensitivity
 from example_projects.toy import __main__ as toy
+from tests.lightning_models import QUIET
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -35,7 +36,7 @@ def commands(module):
     return [shlex.split(call.partition(" && ")[0], comments=True) for call in calls]
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
+@QUIET
 @pytest.mark.filterwarnings("ignore:.*litlogger", "ignore:.*GPU available")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
@@ -94,7 +95,7 @@ def cli_commands():
     return [line.partition("python train.py ")[2] for line in lines]
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
+@QUIET
 @pytest.mark.filterwarnings("ignore:.*litlogger", "ignore:.*GPU available", "ignore:No seed found")
 @pytest.mark.filterwarnings("ignore:(?s).*(JSONARGPARSE_DEPRECATION_WARNINGS|deprecated in v4)")
 @pytest.mark.parametrize("arguments", cli_commands())

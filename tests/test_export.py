@@ -17,6 +17,7 @@ from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.optim.state import AVERAGE_KEYS
 from tests.lightning_models import (
     GAN,
+    QUIET,
     Regression,
     adam,
     fit,
@@ -24,19 +25,12 @@ from tests.lightning_models import (
     make_mtadam,
     make_network,
     three_losses,
-    total,
 )
+from tests.loops import take_step, train
 from tests.optim.streams import SHAPES, feed, layer_names, make, start, stream
 
-lightning_warnings = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
 BATCHES = list(make_loader(20))
 SLOPES = {"fit": 1.0, "size": 30.0, "sharper": 1e-3}
-
-
-def step(optimizer, losses):
-    optimizer.zero_grad()
-    optimizer.backward(losses)
-    optimizer.step()
 
 
 def slopes(network):
@@ -46,11 +40,10 @@ def slopes(network):
     return {name: slope * torch.cos(index + len(name)) @ flat for name, slope in SLOPES.items()}
 
 
-def train(losses=three_losses, steps=20, **options):
+def trained(losses=three_losses, steps=20, **options):
     network = make_network()
     optimizer = make_mtadam(network, **options)
-    for batch in BATCHES[:steps]:
-        step(optimizer, losses(network, batch))
+    train(optimizer, (losses(network, batch) for batch in BATCHES[:steps]))
     return optimizer
 
 
@@ -68,7 +61,7 @@ def scaled(**factors):
 
 
 def test_one_term_has_the_weight_one():
-    weights = export_weights(train(lambda network, batch: {"fit": three_losses(network, batch)["fit"]}))
+    weights = export_weights(trained(lambda network, batch: {"fit": three_losses(network, batch)["fit"]}))
     assert (weights, weights.spread) == ({"fit": 1.0}, {"fit": 1.0})
 
 
@@ -76,8 +69,7 @@ def test_one_term_has_the_weight_one():
 def test_constant_scales_of_the_whole_network_are_exported_as_they_are(options):
     network = make_network()
     optimizer = make_mtadam(network, **options)
-    for _ in range(30):
-        step(optimizer, slopes(network))
+    train(optimizer, (slopes(network) for _ in range(30)))
     weights = export_weights(optimizer)
     assert list(weights.values()) == pytest.approx(optimizer.scales()["global"].tolist(), rel=1e-14, abs=0)
     assert set(weights.spread.values()) == {1.0}
@@ -87,15 +79,10 @@ def test_constant_scales_of_the_whole_network_are_exported_as_they_are(options):
 def test_adam_on_the_weighted_sum_repeats_the_run_whose_scales_were_constant():
     balanced = make_network()
     optimizer = make_mtadam(balanced, layers="global", denominator="sum")
-    for _ in range(30):
-        step(optimizer, slopes(balanced))
+    train(optimizer, (slopes(balanced) for _ in range(30)))
     weights = export_weights(optimizer)
     plain = make_network()
-    repeated = adam(plain)
-    for _ in range(30):
-        repeated.zero_grad()
-        total({name: weights[name] * loss for name, loss in slopes(plain).items()}).backward()
-        repeated.step()
+    train(adam(plain), ({name: weights[name] * loss for name, loss in slopes(plain).items()} for _ in range(30)))
     for ours, theirs in zip(plain.parameters(), balanced.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
@@ -104,8 +91,8 @@ def test_adam_on_the_weighted_sum_repeats_the_run_whose_scales_were_constant():
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 @pytest.mark.parametrize("term", ["size", "sharp"])
 def test_a_factor_on_a_loss_other_than_the_anchor_divides_its_weight(term, factor, options):
-    expected = export_weights(train(scaled(), **options))
-    found = export_weights(train(scaled(**{term: factor}), **options))
+    expected = export_weights(trained(scaled(), **options))
+    found = export_weights(trained(scaled(**{term: factor}), **options))
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert found[name] * (factor if name == term else 1) == pytest.approx(weight, rel=1e-9, abs=0)
@@ -202,7 +189,7 @@ def test_a_layer_that_is_trained_in_part_at_first_has_the_average_of_all_steps()
         if index == 7:
             network[0].weight.requires_grad_(True)
         losses = three_losses(network, (x, y))
-        step(optimizer, {name: losses[name] for name in optimizer.terms})
+        take_step(optimizer, {name: losses[name] for name in optimizer.terms})
         seen.append(optimizer.scales()["0"][1].log())
     late = torch.stack(seen[7:])
     expected = (torch.stack(seen).sum() + late.sum()) / (len(seen) + len(late))  # of two parameters
@@ -210,11 +197,11 @@ def test_a_layer_that_is_trained_in_part_at_first_has_the_average_of_all_steps()
 
 
 def test_a_step_that_is_not_finite_is_not_counted():
-    optimizer = train(on_nonfinite="skip", steps=5)
+    optimizer = trained(on_nonfinite="skip", steps=5)
     before = optimizer.average_weights()
     network = [p for group in optimizer.param_groups for p in group["params"]]
     with pytest.warns(UserWarning, match="A step was skipped"):
-        step(optimizer, {"fit": math.inf * network[0].sum(), "size": network[0].sum(), "decay": network[0].sum()})
+        take_step(optimizer, {"fit": math.inf * network[0].sum(), "size": network[0].sum(), "decay": network[0].sum()})
     for term, weights in optimizer.average_weights().items():
         assert torch.equal(weights.nan_to_num(), before[term].nan_to_num())
 
@@ -228,15 +215,15 @@ def test_resume_in_the_middle_exports_the_same_to_the_bit(options):
         if index == 8:
             resumed.load_state_dict(network.state_dict())
             other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        step(optimizer, three_losses(network, batch))
+        take_step(optimizer, three_losses(network, batch))
         if index >= 8:
-            step(other, three_losses(resumed, batch))
+            take_step(other, three_losses(resumed, batch))
     ours, theirs = export_weights(optimizer), export_weights(other)
     assert (ours, ours.spread) == (theirs, theirs.spread)
 
 
 def test_a_checkpoint_from_before_the_average_was_kept_begins_it():
-    saved = copy.deepcopy(train(steps=5).state_dict())
+    saved = copy.deepcopy(trained(steps=5).state_dict())
     for state in saved["state"].values():
         for key in AVERAGE_KEYS:
             del state[key]
@@ -245,7 +232,7 @@ def test_a_checkpoint_from_before_the_average_was_kept_begins_it():
     optimizer.load_state_dict(saved)
     with pytest.raises(ValueError, match="none since a checkpoint was loaded that holds no average"):
         export_weights(optimizer)
-    step(optimizer, three_losses(network, BATCHES[5]))
+    take_step(optimizer, three_losses(network, BATCHES[5]))
     scales = torch.stack(list(optimizer.scales().values()), 1)
     for weights, expected in zip(optimizer.average_weights().values(), scales, strict=True):
         torch.testing.assert_close(weights, torch.where(expected > 0, expected, math.nan), equal_nan=True)
@@ -255,10 +242,10 @@ def test_a_mean_in_fp32_keeps_its_digits_over_a_long_run():
     """A sum of the logarithms would be off by some per cent."""
     parameter = torch.zeros(1, requires_grad=True)
     optimizer = MTAdam([parameter], terms=("a", "b"))
-    step(optimizer, {"a": parameter.sum(), "b": 1e3 * parameter.sum()})
+    take_step(optimizer, {"a": parameter.sum(), "b": 1e3 * parameter.sum()})
     optimizer.state[parameter]["log_scale_count"].fill_(1e6)
     for _ in range(100):
-        step(optimizer, {"a": parameter.sum(), "b": 1e3 * parameter.sum()})
+        take_step(optimizer, {"a": parameter.sum(), "b": 1e3 * parameter.sum()})
     assert export_weights(optimizer)["b"] == pytest.approx(1e-3, rel=1e-6)
 
 
@@ -279,7 +266,7 @@ def final_fit(network):
         return float((network(x) - y).square().mean())
 
 
-@lightning_warnings
+@QUIET
 def test_adam_trains_on_what_a_trainer_exports():
     """The term that drowns in the sum is fitted, nearly as well as by MTAdam."""
     loader = make_loader(20)
@@ -294,7 +281,7 @@ def test_adam_trains_on_what_a_trainer_exports():
     assert final_fit(exported.network) < 1.1 * final_fit(balanced.network)
 
 
-@lightning_warnings
+@QUIET
 def test_a_trainer_stands_for_its_optimizer():
     trainer = fit(Regression(), make_loader())
     found, expected = export_weights(trainer), export_weights(trainer.optimizers[0])
@@ -314,7 +301,7 @@ class Recorder(pl.Callback):
         self.seen.append([float(weights.get(term, 1.0)) for term in ("fit", "size", "decay")])
 
 
-@lightning_warnings
+@QUIET
 def test_the_weights_of_gradnorm_are_their_geometric_mean_over_the_steps():
     module, recorder = Regression(adam), Recorder()
     module.balancer = GradNorm("network.0")
@@ -324,13 +311,13 @@ def test_the_weights_of_gradnorm_are_their_geometric_mean_over_the_steps():
     assert weights.spread == {"fit": 1.0, "size": 1.0, "decay": 1.0}
 
 
-@lightning_warnings
+@QUIET
 def test_a_trainer_in_which_nothing_balances_is_refused():
     with pytest.raises(ValueError, match=r"its optimizers are \['Adam'\], and its module has no balancer"):
         export_weights(fit(Regression(adam), make_loader()))
 
 
-@lightning_warnings
+@QUIET
 def test_a_trainer_with_two_mtadams_is_refused():
     trainer = fit(GAN(), make_loader())
     with pytest.raises(ValueError, match=r"2 MTAdam optimizers.*export_weights\(trainer.optimizers\[0\]\)"):
@@ -352,7 +339,7 @@ def test_a_run_without_a_step_is_refused(terms):
 
 def test_a_term_that_never_came_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'gan' has no weight to export.*leave it out of terms"):
-        export_weights(train(terms=("fit", "size", "decay", "gan")))
+        export_weights(trained(terms=("fit", "size", "decay", "gan")))
 
 
 def test_weights_are_a_dict_that_shows_its_spread():

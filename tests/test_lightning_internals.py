@@ -10,16 +10,16 @@ from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.fabric import wrappers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_mtadam import lightning_internals
 from tests.lightning_models import (
+    QUIET,
+    MemoryLogger,
     Regression,
     SumRegression,
     assert_same,
@@ -27,13 +27,10 @@ from tests.lightning_models import (
     make_loader,
     make_network,
     make_trainer,
+    sgd,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
-]
+pytestmark = QUIET
 
 
 def require(owner, path):
@@ -43,26 +40,6 @@ def require(owner, path):
         assert hasattr(owner, part), f"Lightning has moved {name}.{part}: adapt lightning_mtadam/lightning_internals.py"
         owner, name = getattr(owner, part), f"{name}.{part}"
     return owner
-
-
-def sgd(network):
-    return torch.optim.SGD(network.parameters(), lr=1e-2)
-
-
-class MemoryLogger(Logger):
-    """Keeps what is logged, by step."""
-
-    name, version = "memory", "0"
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def log_metrics(self, metrics, step=None):
-        self.steps.append(step)
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 def test_set_result_reader_makes_the_result_of_every_automatic_training_step():
@@ -188,7 +165,7 @@ def test_should_log_and_logging_step_follow_lightnings_own_logging(accumulate, e
     options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": every}
     fit(Regression(), make_loader(5), logger=logger, callbacks=[times], **options)
     assert times.batches == batches
-    assert times.steps == logger.steps
+    assert times.steps == [step for step, _ in logger.rows]
     steps = -(-5 // accumulate)
     assert times.steps_at_epoch_ends == [steps, 2 * steps]  # one more than the last batch's
 
@@ -199,7 +176,7 @@ def test_logging_step_goes_on_after_a_resume(tmp_path):
     trainer = make_trainer(max_epochs=4, callbacks=[second], logger=logger, log_every_n_steps=1)
     trainer.fit(Regression(), make_loader(5), ckpt_path=tmp_path / "last.ckpt")
     assert first.steps == list(range(10))
-    assert second.steps == list(range(10, 20)) == logger.steps
+    assert second.steps == list(range(10, 20)) == [step for step, _ in logger.rows]
 
 
 def test_should_log_is_false_where_logging_is_off():

@@ -19,7 +19,16 @@ from example_projects.mnist.network import Net
 from lightning_mtadam import MTAdam, MultiTermLightningModule, partitioned_losses
 from lightning_mtadam.gradients import term_gradients
 from tests.benchmarks import partition as benchmark
-from tests.lightning_models import assert_same, assert_same_state, fit, largest_difference, make_mtadam, make_network
+from tests.lightning_models import (
+    QUIET,
+    assert_same,
+    assert_same_state,
+    fit,
+    largest_difference,
+    make_mtadam,
+    make_network,
+)
+from tests.loops import train
 
 TERMS = ("a", "b", "c")
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -247,11 +256,10 @@ def loader(members):
     return DataLoader(TensorDataset(x, y, torch.tensor(members)), batch_size=4)
 
 
-quiet = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
 MISSING_SOMETIMES = [*(0, 1, 0, 1), *(2, 2, 1, 0), *(1, 1, 1, 1), *(0, 2, 0, 2)] * 5  # in batches of four
 
 
-@quiet
+@QUIET
 def test_training_equals_full_backward_passes_also_where_terms_are_missing():
     ours, plain = Partitioned(), Masked()
     first, second = (fit(module, loader(MISSING_SOMETIMES)).optimizers[0] for module in (ours, plain))
@@ -261,7 +269,7 @@ def test_training_equals_full_backward_passes_also_where_terms_are_missing():
         torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
 
 
-@quiet
+@QUIET
 def test_a_term_without_rows_counts_as_absent():
     one, other = Partitioned(), Masked()
     members = [0, 1, 0, 1] * 4
@@ -271,13 +279,13 @@ def test_a_term_without_rows_counts_as_absent():
     assert first.terms == second.terms == TERMS
 
 
-@quiet
+@QUIET
 def test_a_term_missing_in_the_first_batch_must_be_named_ahead():
     with pytest.raises(ValueError, match=r"names the term 'c'.*must be named ahead: MTAdam\(\.\.\., terms="):
         fit(Partitioned(terms=None), loader([0, 1, 0, 1, 0, 1, 2, 2]))
 
 
-@quiet
+@QUIET
 def test_another_optimizer_trains_on_the_mean_over_the_batch():
     class WithAdam(Partitioned):
         def configure_optimizers(self):
@@ -294,19 +302,14 @@ def test_another_optimizer_trains_on_the_mean_over_the_batch():
 
 
 def test_the_same_step_twice_is_the_same_to_the_bit():
-    def train():
+    def trained():
         network = make_network()
         optimizer = MTAdam(network.named_parameters(), terms=TERMS)
-        for _ in range(3):
-            optimizer.zero_grad()
-            x, y = batch_of(12)
-            optimizer.backward(
-                partitioned_losses(partial(squared_errors, network), (x, y), torch.arange(12) % 3, TERMS)
-            )
-            optimizer.step()
+        errors, terms = partial(squared_errors, network), torch.arange(12) % 3
+        train(optimizer, (partitioned_losses(errors, batch_of(12), terms, TERMS) for _ in range(3)))
         return network, optimizer
 
-    (one, first), (other, second) = train(), train()
+    (one, first), (other, second) = trained(), trained()
     assert_same(one, other)
     assert_same_state(first, second)
 

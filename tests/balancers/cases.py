@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from lightning_mtadam.balancers import (
     TorchJDBalancer,
     UncertaintyWeighting,
 )
-from tests.lightning_models import LR, Batch, clip_by_hand, make_network, three_losses
+from tests.lightning_models import LR, Batch, make_loader, make_network, make_trainer, three_losses
+from tests.loops import clip_by_hand
 
 Losses = dict[str, Tensor]
 
@@ -90,6 +93,11 @@ class Balanced(MultiTermLightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=LR)
+
+
+def fit_from(module: MultiTermLightningModule, checkpoint: Path, **options: Any) -> None:
+    """Go on from a checkpoint."""
+    make_trainer(**options).fit(module, make_loader(), ckpt_path=checkpoint)
 
 
 def balanced_by_hand(

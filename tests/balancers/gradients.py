@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mtadam.balancers import Balancer
-from tests.lightning_models import make_network
+from tests.lightning_models import Batch, make_network, sgd, three_losses
 
 TERMS = ("fit", "size", "decay")
 
@@ -35,16 +35,23 @@ def gradients_of(losses: Mapping[str, Tensor], model: nn.Module) -> dict[str, li
     }
 
 
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=1e-3)
-
-
 def shown(balancer: Balancer, losses: Mapping[str, Tensor], model: nn.Module, **options: Tensor) -> list[Tensor | None]:
     """What a balancer leaves in ``p.grad``; the step is not taken."""
     optimizer = sgd(model)
     optimizer.zero_grad()
     balancer.backward(losses, optimizer, model=model, **options)
     return [parameter.grad for parameter in model.parameters()]
+
+
+def last_gradients(balancer: Balancer, batches: Iterable[Batch], **factors: float) -> list[Tensor | None]:
+    """What a balancer leaves at the last of some steps on ``three_losses``, some of them multiplied."""
+    network = make_network()
+    optimizer = sgd(network)
+    for batch in batches:
+        losses = {name: factors.get(name, 1) * loss for name, loss in three_losses(network, batch).items()}
+        found = shown(balancer, losses, network)
+        optimizer.step()
+    return found
 
 
 def assert_close(found: list[Tensor | None], expected: list[Tensor | None], tolerance: float = 1e-10) -> None:

@@ -8,14 +8,15 @@ from torchjd.aggregation import UPGrad
 from lightning_mtadam import MultiTermLightningModule, balancers
 from lightning_mtadam.balancers import Balancer
 from tests.balancers.cases import Case, balanced_by_hand, output_losses
-from tests.lightning_models import LR, assert_same, make_loader, make_network
+from tests.lightning_models import LR, QUIET, assert_same, make_loader, make_network
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec",
-    "ignore:.*does not have many workers",
-    "ignore:LightningCLI's args parameter is intended",
-    "ignore:(?s).*(JSONARGPARSE_DEPRECATION_WARNINGS|deprecated in v4)",
-)
+pytestmark = [
+    QUIET,
+    pytest.mark.filterwarnings(
+        "ignore:LightningCLI's args parameter is intended",
+        "ignore:(?s).*(JSONARGPARSE_DEPRECATION_WARNINGS|deprecated in v4)",
+    ),
+]
 GIVEN = {
     "FixedWeights": {"weights": {"fit": 1.0, "size": 0.01, "bend": 3.0}},
     "GradNorm": {"shared": "network.0", "alpha": 0.5, "initial_losses": {"fit": 1.0, "size": 80.0, "bend": 1e-3}},

@@ -9,6 +9,7 @@ from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds
 from tests.lightning_models import (
     GAN,
+    QUIET,
     adam,
     assert_same,
     discriminator_losses,
@@ -16,10 +17,10 @@ from tests.lightning_models import (
     generator_losses,
     make_gan_parts,
     make_loader,
-    total,
 )
+from tests.loops import take_step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 WEIGHTS = {"l1": 3.0, "gan": 0.1}
 BALANCERS = {"fixed": lambda: FixedWeights(WEIGHTS), "gradnorm": lambda: GradNorm(shared="generator.0")}
 
@@ -49,9 +50,7 @@ def test_the_generator_is_balanced_and_the_discriminator_is_not():
             found = losses(generator, discriminator, batch)
             if losses is generator_losses:
                 found = {name: WEIGHTS[name] * loss for name, loss in found.items()}
-            optimizer.zero_grad()
-            total(found).backward(inputs=optimizer.param_groups[0]["params"])
-            optimizer.step()
+            take_step(optimizer, found)
     assert_same(module.generator, generator)
     assert_same(module.discriminator, discriminator)
 

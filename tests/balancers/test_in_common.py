@@ -9,22 +9,20 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_mtadam import MTAdam, NonFiniteError
 from lightning_mtadam.callbacks import BalanceWeightMonitor
-from tests.balancers.cases import CASES, Balanced, balanced_by_hand
+from tests.balancers.cases import CASES, Balanced, balanced_by_hand, fit_from
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds
 from tests.lightning_models import (
+    QUIET,
     StepwiseRegression,
     assert_same,
     fit,
     largest_difference,
     make_loader,
-    make_trainer,
     needs_exact_resume,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*log_every_n_steps", "ignore:.*tensorboardX"
-)
+pytestmark = [QUIET, pytest.mark.filterwarnings("ignore:.*tensorboardX")]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -83,10 +81,6 @@ class Stepwise(Balanced):
 
     def training_step(self, batch, batch_idx):
         return super().training_step(StepwiseRegression.batches[self.trainer.global_step % 7], batch_idx)
-
-
-def fit_from(module, path, **options):
-    make_trainer(**options).fit(module, make_loader(), ckpt_path=path)
 
 
 @needs_exact_resume

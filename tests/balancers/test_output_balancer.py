@@ -16,6 +16,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import fit_rank, rounds
 from tests.lightning_models import (
     GAN,
+    QUIET,
     fit,
     generator_losses,
     half_precision,
@@ -26,7 +27,7 @@ from tests.lightning_models import (
 )
 from tests.oracles.naive_output_balancer import NaiveOutputBalancer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 WEIGHTS = {"fit": 5.0, "size": 1.0, "bend": 2.0}
 
 

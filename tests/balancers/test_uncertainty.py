@@ -8,9 +8,9 @@ from lightning_mtadam.balancers import UncertaintyWeighting
 from tests.balancers.cases import CASES, Balanced, Case, balanced_by_hand
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds
-from tests.lightning_models import LR, fit, half_precision, make_loader, make_network, three_losses
+from tests.lightning_models import LR, QUIET, fit, half_precision, make_loader, make_network, three_losses
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 TERMS = ("fit", "size", "decay")
 
 

@@ -12,11 +12,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_mtadam import NonFiniteError
 from lightning_mtadam.balancers import UncertaintyWeighting
-from tests.balancers.cases import CASES, Balanced, Case, balanced_by_hand
+from tests.balancers.cases import CASES, Balanced, Case, balanced_by_hand, fit_from
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds
 from tests.lightning_models import (
     LR,
+    QUIET,
     assert_same,
     assert_same_state,
     fit,
@@ -26,7 +27,7 @@ from tests.lightning_models import (
     three_losses,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 UNNAMED, NAMED = CASES["uncertainty"], CASES["uncertainty, terms given"]
 TERMS = ("fit", "size", "decay")
 OPTIMIZERS = {
@@ -148,10 +149,6 @@ def test_a_checkpoint_from_before_the_first_losses_begins_at_zero_again(case, ba
     module.load_state_dict(begun)
     step(module, module.configure_optimizers(), first_losses(module))
     assert_same(module, balanced_by_hand(UNNAMED, list(make_loader())[:1]))
-
-
-def fit_from(module, path):
-    make_trainer().fit(module, make_loader(), ckpt_path=path)
 
 
 def test_a_checkpoint_of_other_terms_is_refused(tmp_path):

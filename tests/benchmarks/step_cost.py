@@ -98,7 +98,9 @@ def one_sum(task: Task) -> None:
     torch.autograd.grad(torch.stack(list(task.losses().values())).sum(), task.parameters)
 
 
-def train(bare: Callable[[Task], None], make_optimizer: Callable[..., Optimizer], case: str, repeats: int) -> Ratio:
+def step_ratio(
+    bare: Callable[[Task], None], make_optimizer: Callable[..., Optimizer], case: str, repeats: int
+) -> Ratio:
     """A step through Lightning over a bare one, in this process or in the ranks that it belongs to."""
     timing = Interleave(partial(bare, CASES[case]()))
     task = CASES[case]()
@@ -151,7 +153,7 @@ def train_rank(rank: int, make_optimizer: Callable[..., Optimizer], case: str, r
     with ExitStack() as stack:
         stack.enter_context(mock.patch("torch.distributed.all_reduce", reduced_at_once))
         stack.enter_context(mock.patch("torch.distributed.all_gather", gathered_at_once))
-        return train(per_term, make_optimizer, case, repeats)
+        return step_ratio(per_term, make_optimizer, case, repeats)
 
 
 def in_ranks(make_optimizer: Callable[..., Optimizer], case: str, repeats: int) -> Ratio:
@@ -180,8 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [
             {
                 "case": case,
-                "1. step through Lightning / bare": train(per_term, make_optimizer, case, chosen.repeats),
-                "2. Adam through Lightning / bare": train(one_sum, Adam, case, chosen.repeats),
+                "1. step through Lightning / bare": step_ratio(per_term, make_optimizer, case, chosen.repeats),
+                "2. Adam through Lightning / bare": step_ratio(one_sum, Adam, case, chosen.repeats),
             }
             for case in chosen.cases
         ]

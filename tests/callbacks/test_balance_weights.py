@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -24,11 +24,10 @@ from lightning_mtadam import MTAdam, MultiTermLightningModule
 from lightning_mtadam.balancers import FixedWeights
 from lightning_mtadam.callbacks import BalanceWeightMonitor, tensorboard
 from lightning_mtadam.callbacks.balance_weights import named_optimizers, summaries
-from tests.lightning_models import needs_exact_resume
+from tests.lightning_models import QUIET, MemoryLogger, needs_exact_resume
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    QUIET,
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
@@ -91,28 +90,6 @@ class Record(pl.Callback):
         if trainer.global_step:
             read = trainer.optimizers[0].balance_weights()
             self.weights[trainer.global_step - 1] = {layer: row.clone() for layer, row in read.items()}
-
-
-class Memory(Logger):
-    """A logger that knows nothing of TensorBoard."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    @property
-    def name(self):
-        return "memory"
-
-    @property
-    def version(self):
-        return 0
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 def loader(batches):
@@ -599,7 +576,7 @@ def test_any_logger_gets_the_scalars_and_nothing_is_drawn_for_it(tmp_path, monke
         raise AssertionError("a heatmap that nobody sees")
 
     monkeypatch.setattr(tensorboard, "draw_heatmap", draw)
-    memory, record = Memory(), Record()
+    memory, record = MemoryLogger(), Record()
     fit(tmp_path, BalanceWeightMonitor(), record, logger=memory, log_every_n_steps=2)
     rows = {step: metrics for step, metrics in memory.rows if "balance_weight/fit.median" in metrics}
     assert sorted(rows) == [1, 3, 5]

@@ -59,7 +59,7 @@ class Started(pl.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(folder: Path) -> None:
+def run_rank(folder: Path) -> None:
     """What each rank runs."""
     torch.set_num_threads(1)
     trainer = pl.Trainer(
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train is not None:
-        return train(options.train)
+        return run_rank(options.train)
     draw = random.Random(options.seed)
     failed = 0
     with tempfile.TemporaryDirectory() as root:

@@ -65,7 +65,7 @@ def batches(
         yield mine[:, :5], mine[:, 5:]
 
 
-def train(
+def train_rows(
     network: nn.Module,
     optimizer: MTAdam,
     rank: int | None,

@@ -14,8 +14,9 @@ from lightning_mtadam.distributed import agreement
 from tests.distributed.cases import Case, make_synced, plain
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import Trained, fit_rank, rounds
+from tests.lightning_models import QUIET
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 
 SECONDS = 10
 BATCHES = 6

@@ -1,26 +1,17 @@
 """Light steps of MTAdam(balance_every=k) over several processes; that they equal one process is in ``cases.py``."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mtadam import NonFiniteError
 from lightning_mtadam.distributed import averaging
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.training import all_equal, joined_rounds, largest, rounds
-from tests.lightning_models import hand_loop, make_mtadam, make_network, three_losses
+from tests.distributed.training import Wrapped, all_equal, ddp_loop, joined_rounds, largest, rounds
+from tests.lightning_models import make_mtadam, make_network, three_losses
+from tests.loops import hand_loop
 from tests.oracles.naive_balance_every import measured_steps
 
 EVERY, STEPS, TERMS = 5, 20, 3
-
-
-class Wrapped(DistributedDataParallel):
-    """Lets the losses look at a layer."""
-
-    def __getitem__(self, index):
-        return self.module[index]
 
 
 class CountingGroup:
@@ -37,27 +28,22 @@ class CountingGroup:
         return dist.get_world_size(group)
 
 
-def train(rank, accumulate):
+def count_sent(rank, accumulate):
     """Train, and count what is sent in every step."""
     averaging.dist = counting = CountingGroup()
     network = make_network()
     model, optimizer = Wrapped(network), make_mtadam(network, balance_every=EVERY)
-    sent = [[] for _ in range(STEPS)]
-    for index, parts in enumerate(rounds(2, STEPS * accumulate, torch.float64)):
-        last = (index + 1) % accumulate == 0
-        with nullcontext() if last else model.no_sync():
-            losses = three_losses(model, parts[rank])
-            optimizer.backward({name: loss / accumulate for name, loss in losses.items()}, model=model)
-        sent[index // accumulate] += counting.sizes
-        counting.sizes.clear()
-        if last:
-            optimizer.step()
-            optimizer.zero_grad()
+    mine = [parts[rank] for parts in rounds(2, STEPS * accumulate, torch.float64)]
+    sent = []
+    for start in range(0, len(mine), accumulate):
+        counting.sizes = []
+        ddp_loop(model, optimizer, mine[start : start + accumulate], accumulate)
+        sent.append(counting.sizes)
     return [parameter.detach() for parameter in network.parameters()], sent
 
 
 def check(accumulate, folder):
-    (first, sent), (second, _) = results(run_ranks(train, folder, accumulate))
+    (first, sent), (second, _) = results(run_ranks(count_sent, folder, accumulate))
     assert all_equal(first, second)
     network = make_network()
     optimizer = make_mtadam(network, balance_every=EVERY)

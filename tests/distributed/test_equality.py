@@ -10,48 +10,28 @@ from lightning_mtadam.distributed import averaging
 from tests.distributed.cases import CASES
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import (
+    ROUNDING,
     STEPS,
     all_equal,
+    assert_ranks_equal_one_process,
     fit_rank,
     join,
     joined_rounds,
     largest,
     rounds,
-    same_summary,
     train_alone,
     train_together,
 )
-from tests.lightning_models import (
-    GAN,
-    adam,
-    discriminator_losses,
-    gan_by_hand,
-    generator_losses,
-    make_gan_parts,
-    make_mtadam,
-)
+from tests.lightning_models import GAN, QUIET, adam, discriminator_losses, generator_losses, make_gan_parts, make_mtadam
+from tests.loops import gan_by_hand
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
-
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-def in_both_precisions(rank, case, ranks):
-    return [train_together(rank, case, ranks, dtype) for dtype in ROUNDING]
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_equal_one_process_on_the_joined_batch(name, ranks, tmp_path):
-    case = CASES[name]
-    together = results(run_ranks(in_both_precisions, tmp_path, case, ranks, ranks=ranks))
-    for dtype, (first, *others) in zip(ROUNDING, zip(*together, strict=True), strict=True):
-        assert first["steps"] == STEPS
-        assert all(same_summary(first, other) for other in others)
-        alone = train_alone(case, ranks, dtype)
-        assert largest(first["parameters"], alone["parameters"]) < ROUNDING[dtype]
-        assert largest(first["norms"], alone["norms"], relative=True) < ROUNDING[dtype]
-        assert largest(first["averages"], alone["averages"], relative=True) < ROUNDING[dtype]
+    assert_ranks_equal_one_process(CASES[name], ranks, tmp_path)
 
 
 def without_averaging(rank, case):

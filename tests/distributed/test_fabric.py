@@ -21,7 +21,7 @@ from tests.distributed.sharded import (
     losses_of,
     needs_fsdp2,
     shard,
-    train,
+    train_rows,
     wholes,
 )
 from tests.lightning_models import assert_same, assert_same_state, make_mtadam
@@ -58,7 +58,7 @@ def use_everything(optimizer, network, model):
         optimizer.clip_gradients(0.1)
         optimizer.step()
     saved = optimizer.state_dict()
-    train(network, optimizer, None, steps=1)
+    train_rows(network, optimizer, None, steps=1)
     optimizer.load_state_dict(saved)
     names = ("average_weights", "balance_weights", "gradient_norms", "layer_sizes", "scales")
     read = {name: getattr(optimizer, name)() for name in names}
@@ -95,7 +95,7 @@ def test_mixed_precision_is_close_to_float32(precision):
         optimizer.clip_gradients(0.1)
         optimizer.step()
         optimizer.zero_grad()
-    train(exact, make_mtadam(exact), None, clip=(0.1, "norm"))
+    train_rows(exact, make_mtadam(exact), None, clip=(0.1, "norm"))
     assert 0 < difference(wholes(network), wholes(exact)) < 3e-3
 
 
@@ -146,7 +146,7 @@ def test_sharded_by_fabric_equals_one_process(tmp_path):
     network = Network()
     optimizer = make_mtadam(network)
     for _ in range(2):
-        train(network, optimizer, None, accumulate=3, clip=(0.05, "norm"))
+        train_rows(network, optimizer, None, accumulate=3, clip=(0.05, "norm"))
     for straight, resumed in results(run_ranks(sharded, tmp_path, str(tmp_path / "checkpoint"))):
         assert difference(straight, wholes(network)) < 1e-12
         assert difference(resumed, straight) == 0

@@ -20,7 +20,7 @@ from tests.distributed.sharded import (
     losses_of,
     needs_fsdp2,
     shard,
-    train,
+    train_rows,
     whole,
     whole_state,
     wholes,
@@ -105,7 +105,7 @@ def trained(rank, case):
         mesh = case["mesh"] and init_device_mesh("cpu", case["mesh"], mesh_dim_names=("replicate", "shard"))
         shard(network, mesh, **case["sharding"])
     optimizer = case["optimizer"](network)
-    train(network, optimizer, rank, **case["loop"])
+    train_rows(network, optimizer, rank, **case["loop"])
     return wholes(network), whole_state(optimizer) if case["optimizer"] is not frozen else []
 
 
@@ -127,7 +127,7 @@ def test_sharded_ranks_equal_one_process(name, tmp_path):
 def sizes_of_state(rank):
     network = shard(Network())
     optimizer = make_mtadam(network, terms=TERMS)
-    train(network, optimizer, rank, steps=1)
+    train_rows(network, optimizer, rank, steps=1)
     for parameter in network.parameters():
         part, state = parameter.to_local(), optimizer.state[parameter]
         for key, shape in {"exp_avg": part.shape, "exp_avg_sq": (len(TERMS), *part.shape)}.items():
@@ -149,7 +149,7 @@ def test_the_state_is_sharded_as_the_parameters_are(tmp_path):
 def balance(rank):
     network = Network() if rank is None else shard(Network())
     optimizer = make_mtadam(network)
-    train(network, optimizer, rank, steps=3)
+    train_rows(network, optimizer, rank, steps=3)
     return optimizer.gradient_norms(), optimizer.scales()
 
 
@@ -164,7 +164,7 @@ def test_norms_are_of_whole_gradients(tmp_path):
 
 def mixed(rank, policy):
     network = shard(Network(dtype=torch.float32), mp_policy=policy)
-    train(network, make_mtadam(network), rank)
+    train_rows(network, make_mtadam(network), rank)
     return wholes(network)
 
 
@@ -181,7 +181,7 @@ def hit_by_nan(rank, on_nonfinite):
     """The second process has a finite loss whose gradient is nan: a root of zero."""
     network = shard(Network())
     optimizer = make_mtadam(network, on_nonfinite=on_nonfinite)
-    train(network, optimizer, rank, steps=3)
+    train_rows(network, optimizer, rank, steps=3)
     before = {**wholes(network), **dict(enumerate(whole_state(optimizer)))}
     losses = losses_of(network, next(batches(rank)))
     if rank == 1:

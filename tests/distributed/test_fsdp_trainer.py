@@ -28,13 +28,13 @@ from tests.distributed.sharded import (
     losses_of,
     needs_fsdp2,
     shard,
-    train,
+    train_rows,
     whole_state,
     wholes,
 )
-from tests.lightning_models import make_mtadam, make_trainer
+from tests.lightning_models import QUIET, make_mtadam, make_trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 BATCHES = 6
 
 
@@ -168,9 +168,9 @@ def by_hand(rank, path, options):
     """Save, go on; load into new ones, go on."""
     network = shard(Network())
     optimizer = make_mtadam(network, terms=TERMS, **options)
-    train(network, optimizer, rank, steps=4)
+    train_rows(network, optimizer, rank, steps=4)
     dcp.save(states(network, optimizer), checkpoint_id=path)
-    train(network, optimizer, rank, skip=4)
+    train_rows(network, optimizer, rank, skip=4)
 
     resumed = shard(Network())
     other = make_mtadam(resumed, terms=TERMS, lr=1.0, **options)
@@ -178,7 +178,7 @@ def by_hand(rank, path, options):
     dcp.load(saved, checkpoint_id=path)
     set_model_state_dict(resumed, saved["network"])
     set_optimizer_state_dict(resumed, other, saved["optimizer"])
-    train(resumed, other, rank, skip=4)
+    train_rows(resumed, other, rank, skip=4)
     return [{**wholes(n), **dict(enumerate(whole_state(o)))} for n, o in ((network, optimizer), (resumed, other))]
 
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_without_known_terms_is_refused_and_nothing_changes(schedul
     assert optimizer.param_groups == groups
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not optimizer.state
-    train(network, optimizer, None, steps=2)
+    train_rows(network, optimizer, None, steps=2)
     assert get_optimizer_state_dict(network, optimizer)["state"], "known now"
 
 

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from tests.distributed.launched import DATA, RANKS
 from tests.distributed.training import all_equal, largest
-from tests.lightning_models import BATCH_SIZE, hand_loop, make_mtadam, make_network
+from tests.lightning_models import BATCH_SIZE, make_mtadam, make_network
+from tests.loops import hand_loop
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ import torch
 from tests.distributed.cases import Case, make_normed
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import Trained, fit_rank, rounds
-from tests.lightning_models import SumRegression
+from tests.lightning_models import QUIET, SumRegression
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 
 
 def fit_with_hook(rank):

@@ -1,7 +1,5 @@
 """Loops written by hand around DistributedDataParallel, without Lightning."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,29 +7,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.training import STEPS, all_equal, joined_rounds, largest, rounds
-from tests.lightning_models import hand_loop, make_mtadam, make_network, three_losses
-
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-class Wrapped(DistributedDataParallel):
-    """Lets the losses look at a layer."""
-
-    def __getitem__(self, index):
-        return self.module[index]
-
-
-def train(model, optimizer, batches, accumulate=1):
-    """What a user writes."""
-    for index, batch in enumerate(batches):
-        last = (index + 1) % accumulate == 0
-        with nullcontext() if last else model.no_sync():
-            losses = three_losses(model, batch)
-            optimizer.backward({name: loss / accumulate for name, loss in losses.items()}, model=model)
-        if last:
-            optimizer.step()
-            optimizer.zero_grad()
+from tests.distributed.training import ROUNDING, STEPS, Wrapped, all_equal, ddp_loop, joined_rounds, largest, rounds
+from tests.lightning_models import make_mtadam, make_network, three_losses
+from tests.loops import hand_loop
 
 
 def parameters_of(network):
@@ -49,7 +27,7 @@ def train_wrapped(rank, ranks, accumulate):
     for dtype in ROUNDING:
         network = make_network(dtype)
         batches = [parts[rank] for parts in rounds(ranks, STEPS * accumulate, dtype)]
-        train(Wrapped(network), make_mtadam(network), batches, accumulate)
+        ddp_loop(Wrapped(network), make_mtadam(network), batches, accumulate)
         found.append(parameters_of(network))
     return found
 
@@ -88,7 +66,7 @@ def train_in_groups(rank):
     network = make_network()
     group = dist.new_group([0, 2], backend="gloo")
     batches = [parts[rank] for parts in rounds(3, STEPS, torch.float64)]
-    train(network if rank == 1 else Wrapped(network, process_group=group), make_mtadam(network), batches)
+    ddp_loop(network if rank == 1 else Wrapped(network, process_group=group), make_mtadam(network), batches)
     return parameters_of(network)
 
 
@@ -123,7 +101,7 @@ def with_one_process_in_the_group(rank):
     groups = [dist.new_group([member], backend="gloo") for member in range(2)]
     network = make_network()
     batches = [parts[rank] for parts in rounds(2, STEPS, torch.float64)]
-    train(Wrapped(network, process_group=groups[rank]), make_mtadam(network), batches)
+    ddp_loop(Wrapped(network, process_group=groups[rank]), make_mtadam(network), batches)
     return parameters_of(network)
 
 
@@ -183,7 +161,7 @@ def test_what_would_be_wrong_is_refused_on_every_rank(name, tmp_path):
 
 def train_with_other_accumulation(rank):
     network = make_network()
-    train(Wrapped(network), make_mtadam(network), [parts[rank] for parts in rounds(2, 4, torch.float64)], rank + 1)
+    ddp_loop(Wrapped(network), make_mtadam(network), [parts[rank] for parts in rounds(2, 4, torch.float64)], rank + 1)
 
 
 def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path):
@@ -230,7 +208,7 @@ def test_the_average_of_large_half_precision_numbers_does_not_overflow(tmp_path)
 def save_wrapped(rank, file):
     model = Wrapped(make_network())
     optimizer = make_mtadam(model)
-    train(model, optimizer, [parts[rank] for parts in rounds(2, 2, torch.float64)])
+    ddp_loop(model, optimizer, [parts[rank] for parts in rounds(2, 2, torch.float64)])
     if rank == 0:
         torch.save(optimizer.state_dict(), file)
     return list(optimizer.balance_weights())

@@ -11,9 +11,10 @@ import torch
 from tests.distributed.cases import Case
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import Trained, fit_rank, rounds, same_summary, summary
-from tests.lightning_models import half_precision
+from tests.lightning_models import QUIET, half_precision
+from tests.spoiling import in_gradient
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 
 BATCHES = 6
 SPOILT = 2
@@ -29,15 +30,8 @@ class Spoilt(Trained):
     def training_step(self, batch, batch_idx):
         losses = super().training_step(batch, batch_idx)
         if self.rank == self.bad and batch_idx in (SPOILT, SPOILT + 3):
-            losses[self.term] = spoil(losses[self.term].float(), self.factor)
+            losses[self.term] = in_gradient(losses[self.term].float(), self.factor)
         return losses
-
-
-def spoil(loss, factor):
-    """Spoil the gradient, not the loss."""
-    loss = loss.clone()
-    loss.register_hook(lambda gradient: gradient * factor)
-    return loss
 
 
 class Snapshots(pl.Callback):

@@ -8,11 +8,11 @@ from lightning_mtadam import partitioned_losses
 from tests.distributed.cases import Case
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.sharded import Network, needs_fsdp2, shard
-from tests.distributed.training import STEPS, largest, rounds, same_summary, train_alone, train_together
+from tests.distributed.training import STEPS, assert_ranks_equal_one_process, rounds
+from tests.lightning_models import QUIET
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
 TERMS = ("low", "middle", "high")
 
 
@@ -36,20 +36,10 @@ CASES = {
 }
 
 
-def in_both_precisions(rank, case, ranks):
-    return [train_together(rank, case, ranks, dtype) for dtype in ROUNDING]
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_equal_one_process_on_the_joined_batch(name, ranks, tmp_path):
-    together = results(run_ranks(in_both_precisions, tmp_path, CASES[name], ranks, ranks=ranks))
-    for dtype, (first, *others) in zip(ROUNDING, zip(*together, strict=True), strict=True):
-        assert first["steps"] == STEPS
-        assert all(same_summary(first, other) for other in others)
-        alone = train_alone(CASES[name], ranks, dtype)
-        assert largest(first["parameters"], alone["parameters"]) < ROUNDING[dtype]
-        assert largest(first["norms"], alone["norms"], relative=True) < ROUNDING[dtype]
+    assert_ranks_equal_one_process(CASES[name], ranks, tmp_path)
 
 
 def test_terms_are_missing_on_one_rank_and_on_all():

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.sharded import difference, train, wholes
+from tests.distributed.sharded import difference, train_rows, wholes
 from tests.lightning_models import make_mtadam
 
 PLAN = {"norm": SequenceParallel(), "first": ColwiseParallel(input_layouts=Shard(1)), "last": RowwiseParallel()}
@@ -44,7 +44,7 @@ def trained(rank):
     network = Sequences(rank)
     if rank is not None:
         parallelize_module(network, init_device_mesh("cpu", (2,)), PLAN)
-    train(network, make_mtadam(network), None, losses=losses_of, clip=(0.5, "norm"))
+    train_rows(network, make_mtadam(network), None, losses=losses_of, clip=(0.5, "norm"))
     return wholes(network)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_mtadam import MTAdam, MultiTermLightningModule
 from tests.distributed.cases import Case, Losses
-from tests.lightning_models import Batch, fit, hand_loop, make_loader, make_mtadam
+from tests.distributed.ranks import results, run_ranks
+from tests.lightning_models import Batch, fit, make_loader, make_mtadam, three_losses
+from tests.loops import hand_loop
 
 STEPS = 20
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 class Trained(MultiTermLightningModule):
@@ -66,6 +72,22 @@ def train_together(rank: int, case: Case, ranks: int, dtype: torch.dtype) -> dic
     return {**summary(module.network, trainer.optimizers[0]), "steps": trainer.global_step}
 
 
+def in_both_precisions(rank: int, case: Case, ranks: int) -> list[dict[str, Any]]:
+    return [train_together(rank, case, ranks, dtype) for dtype in ROUNDING]
+
+
+def assert_ranks_equal_one_process(case: Case, ranks: int, folder: Path) -> None:
+    """The ranks are alike bit for bit, and equal the one process but for rounding; in both precisions."""
+    together = results(run_ranks(in_both_precisions, folder, case, ranks, ranks=ranks))
+    for dtype, (first, *others) in zip(ROUNDING, zip(*together, strict=True), strict=True):
+        assert first["steps"] == STEPS
+        assert all(same_summary(first, other) for other in others)
+        alone = train_alone(case, ranks, dtype)
+        assert largest(first["parameters"], alone["parameters"]) < ROUNDING[dtype]
+        assert largest(first["norms"], alone["norms"], relative=True) < ROUNDING[dtype]
+        assert largest(first["averages"], alone["averages"], relative=True) < ROUNDING[dtype]
+
+
 def train_alone(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
     """One process without Lightning, on what all ranks see."""
 
@@ -81,6 +103,25 @@ def train_alone(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
     batches = list(enumerate(rounds(ranks, batch_count(case), dtype)))
     hand_loop(network, optimizer, batches, epochs=1, accumulate=case.accumulate, clip=case.clip, losses=losses)
     return summary(network, optimizer)
+
+
+class Wrapped(DistributedDataParallel):
+    """Lets the losses look at a layer."""
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.module[index]
+
+
+def ddp_loop(model: nn.Module, optimizer: MTAdam, batches: Iterable[Batch], accumulate: int = 1) -> None:
+    """What a user writes around DistributedDataParallel, without Lightning."""
+    for index, batch in enumerate(batches):
+        last = (index + 1) % accumulate == 0
+        with nullcontext() if last else model.no_sync():
+            losses = three_losses(model, batch)
+            optimizer.backward({name: loss / accumulate for name, loss in losses.items()}, model=model)
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def joined_rounds(ranks: int, count: int, dtype: torch.dtype) -> list[list[Tensor]]:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from example_projects.common import runs
 from example_projects.common.command import UNREMARKABLE
 
 # For runs without the command, which silences the same.
@@ -37,6 +38,36 @@ def read_results(folder):
 def untimed(rows):
     """The rows but for what differs from one call to the next."""
     return [{**row, "seconds_per_step": ""} for row in rows]
+
+
+def assert_row_of_each(methods, columns, output, printed):
+    """Fail unless a command has printed and kept a table with a row for each method.
+
+    Returns:
+        For each method its result, and the cells of its row.
+    """
+    table = (output / "table.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["method", "runs", *columns]
+    assert [row[:2] for row in rows[2:]] == [[method, "1"] for method in methods]
+    assert table in printed
+    results = read_results(output)
+    assert [row["method"] for row in results] == list(methods)
+    return list(zip(results, rows[2:], strict=True))
+
+
+def run_quietly(folder, module, data, metric, **options):
+    """A run without a command, on the CPU, whose result is a metric of the test."""
+    return runs.run(
+        folder,
+        module,
+        data,
+        lambda trainer: {metric: float(trainer.callback_metrics[f"test/{metric}"])},
+        accelerator="cpu",
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+        **options,
+    )
 
 
 def load_checkpoint(run):
@@ -86,3 +117,13 @@ class CtrlCAt(pl.Callback):
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
             self.batch = None
             signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c(capsys, step):
+    """What is done within ends by Ctrl-C after that step, and says how to go on."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        yield
+    signal.signal(signal.SIGINT, before)
+    assert f"Stopped after step {step}. The same command with --resume" in capsys.readouterr().out

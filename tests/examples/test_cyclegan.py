@@ -617,10 +617,10 @@ def test_two_ranks_end_as_one_process_with_the_doubled_batch(tmp_path, method):
     ddp = [*arguments, "--batch-size", 1, "--strategy", "ddp_find_unused_parameters_true", "--devices", 2]
     (tmp_path / "processes").mkdir()
 
-    def train(rank):
+    def call_on(rank):
         call(*ddp, "--output-dir", tmp_path / "two")
 
-    results(run_ranks(train, tmp_path / "processes"))
+    results(run_ranks(call_on, tmp_path / "processes"))
     one, two = (state_of(tmp_path / kind, method)["state_dict"] for kind in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")

@@ -48,7 +48,7 @@ def trained(monkeypatch):
     """The jobs that were trained, by a fake training that reports after every of its epochs, and their epochs."""
     seen = []
 
-    def train(project, options, job, *, folder, callbacks):
+    def pretend(project, options, job, *, folder, callbacks):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         seen.append([job, folder, 0])
         for epoch in range(options.max_epochs):
@@ -60,7 +60,7 @@ def trained(monkeypatch):
                 callback.on_validation_end(FakeTrainer(metrics, epoch), None)
         return {name: float(one) for name, one in found.items()}
 
-    monkeypatch.setattr(hyperband, "train", train)
+    monkeypatch.setattr(hyperband, "train", pretend)
     return seen
 
 

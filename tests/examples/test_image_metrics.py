@@ -10,7 +10,6 @@ from torch import nn
 from example_projects.common.image_metrics import ImageMetrics, make_distance, y_channel_metrics
 from lightning_mtadam.metrics import FrechetInceptionDistance, FrechetVGG16Distance
 from tests.distributed.ranks import results, run_ranks
-from tests.metrics.random_weights import write_vgg16
 
 NAMES = ["L1", "L2", "NMSE", "PSNR", "SSIM"]
 
@@ -162,13 +161,6 @@ def test_an_image_that_is_all_border_raises():
 
 
 # The Frechet distance
-
-
-@pytest.fixture(scope="module")
-def random_vgg16(tmp_path_factory):
-    path = write_vgg16(tmp_path_factory.mktemp("weights") / "vgg16.pth")
-    yield path
-    path.unlink()  # 29 MB
 
 
 def test_the_distance_is_reported_by_its_label_with_the_number_of_images(random_vgg16):

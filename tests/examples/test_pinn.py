@@ -1,8 +1,6 @@
-"""The PINN project: its equation, its runs that resume exactly, the command, and the figure of quality against time."""
+"""The PINN project: its equation, its runs that resume exactly, and the command."""
 
 import json
-import math
-import signal
 from functools import partial
 
 import lightning.pytorch as pl
@@ -10,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from example_projects.common import report, runs
+from example_projects.common import runs
 from example_projects.pinn import __main__ as command
 from example_projects.pinn import module as pinn_module
 from example_projects.pinn.data import TRAINING_POINTS, Points
@@ -23,9 +21,12 @@ from tests.examples.running import (
     CtrlCAt,
     EndedError,
     InterruptAt,
+    assert_row_of_each,
     assert_same_weights,
     output_of,
     read_results,
+    run_quietly,
+    stopped_by_ctrl_c,
     untimed,
 )
 from tests.lightning_models import needs_exact_resume
@@ -146,14 +147,7 @@ def all_methods(tmp_path_factory):
 
 def test_every_method_runs_and_has_a_row(all_methods):
     output, printed = all_methods
-    table = (output / "table.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["method", "runs", *command.COLUMNS]
-    assert [row[:2] for row in rows[2:]] == [[method, "1"] for method in METHODS]
-    assert table in printed
-    results = read_results(output)
-    assert [row["method"] for row in results] == list(METHODS)
-    for row, shown in zip(results, rows[2:], strict=True):
+    for row, shown in assert_row_of_each(METHODS, command.COLUMNS, output, printed):
         assert row["seed"] == "0"
         assert row["steps"] == "6"
         assert 0 < float(row["relative_error"]) < 100
@@ -181,7 +175,7 @@ def test_every_step_sees_the_whole_grid(tmp_path):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             seen.append(batch)
 
-    train(tmp_path, callbacks=[Watch()])
+    run_equation(tmp_path, callbacks=[Watch()])
     assert len(seen) == STEPS
     assert all(torch.equal(batch, torch.linspace(0, 1, TRAINING_POINTS)[:, None]) for batch in seen)
 
@@ -189,22 +183,20 @@ def test_every_step_sees_the_whole_grid(tmp_path):
 # Resume
 
 
-def train(folder, *, resume=False, callbacks=(), seed=0, every=3, steps=STEPS):
+def run_equation(folder, *, resume=False, callbacks=(), seed=0, every=3, steps=STEPS):
+    """A run of one epoch. Returns its module and its result."""
     pl.seed_everything(seed, verbose=False)
     module = Equation(METHODS["mtadam"], 1.0, 1e-2)
-    result = runs.run(
+    result = run_quietly(
         folder,
         module,
         Points(steps),
-        lambda trainer: {"relative_error": float(trainer.callback_metrics["test/relative_error"])},
+        "relative_error",
         settings={"steps": steps},
         resume=resume,
         checkpoint_every=every,
         callbacks=callbacks,
         max_epochs=1,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        log_every_n_steps=1,
     )
     return module, result
 
@@ -212,11 +204,11 @@ def train(folder, *, resume=False, callbacks=(), seed=0, every=3, steps=STEPS):
 @needs_exact_resume
 @pytest.mark.parametrize("interrupt_at", [4, 7])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, interrupt_at):
-    expected, expected_result = train(tmp_path / "whole")
+    expected, expected_result = run_equation(tmp_path / "whole")
     with pytest.raises(EndedError):
-        train(tmp_path / "parts", callbacks=[InterruptAt(interrupt_at)])
+        run_equation(tmp_path / "parts", callbacks=[InterruptAt(interrupt_at)])
     count = InterruptAt()
-    module, result = train(tmp_path / "parts", resume=True, callbacks=[count], seed=123)
+    module, result = run_equation(tmp_path / "parts", resume=True, callbacks=[count], seed=123)
     assert len(count.seen) == STEPS - interrupt_at // 3 * 3
     assert_same_weights(module.state_dict(), expected.state_dict())
     assert {**result, "seconds_per_step": 0} == {**expected_result, "seconds_per_step": 0}
@@ -224,14 +216,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, i
 
 @needs_exact_resume
 def test_ctrl_c_loses_nothing(tmp_path, capsys):
-    expected, _ = train(tmp_path / "whole")
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train(tmp_path / "parts", callbacks=[CtrlCAt(5)], every=100)
-    signal.signal(signal.SIGINT, before)
-    assert "Stopped after step 6. The same command with --resume" in capsys.readouterr().out
+    expected, _ = run_equation(tmp_path / "whole")
+    with stopped_by_ctrl_c(capsys, step=6):
+        run_equation(tmp_path / "parts", callbacks=[CtrlCAt(5)], every=100)
     count = InterruptAt()
-    module, _ = train(tmp_path / "parts", resume=True, callbacks=[count], every=100, seed=7)
+    module, _ = run_equation(tmp_path / "parts", resume=True, callbacks=[count], every=100, seed=7)
     assert len(count.seen) == STEPS - 6
     assert_same_weights(module.state_dict(), expected.state_dict())
 
@@ -273,14 +262,3 @@ def test_a_run_with_other_steps_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"steps was 2 and is 3\. Give the options it was made with"):
         call(*arguments, "--steps", 3, "--resume")
     assert json.loads((tmp_path / "options.json").read_text())["steps"] == 2
-
-
-# Reports
-
-
-def test_a_summary_of_medians_has_the_smallest_and_the_largest():
-    results = [{"method": "a", "error": value} for value in (0.004, 0.1, 0.0012)]
-    assert report.summarise(results, "method", ["error"], report.median_and_range) == [
-        {"method": "a", "runs": "3", "error": "0.004 (0.0012 to 0.1)"}
-    ]
-    assert math.isclose(float(report.median_and_range([0.5])), 0.5)

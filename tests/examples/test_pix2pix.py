@@ -4,7 +4,6 @@ import json
 import math
 import pickle
 import resource
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -42,6 +41,7 @@ from tests.examples.running import (
     load_checkpoint,
     output_of,
     read_results,
+    stopped_by_ctrl_c,
 )
 from tests.lightning_models import needs_exact_resume
 
@@ -442,7 +442,7 @@ def test_hyperband_searches_and_trains_with_what_it_found(folder, tmp_path, monk
 EPOCHS, BATCHES = 2, 3
 
 
-def train(output, folder, watch, *, every=100, resume=False):
+def run_facades(output, folder, watch, *, every=100, resume=False):
     """A run of 6 batches in 2 epochs. Returns the final weights, the result and the curve."""
     given = arguments(output, "--data-dir", folder, "--max-epochs", EPOCHS, "--limit-train-batches", BATCHES,
                       "--checkpoint-every", every, "--method", "mtadam")  # fmt: skip
@@ -457,7 +457,7 @@ def train(output, folder, watch, *, every=100, resume=False):
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("whole"), folder, InterruptAt())
+    return run_facades(tmp_path_factory.mktemp("whole"), folder, InterruptAt())
 
 
 def assert_same(found, expected):
@@ -476,22 +476,19 @@ def assert_same(found, expected):
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, folder, uninterrupted, every, at):
     with pytest.raises(EndedError):
-        train(tmp_path, folder, InterruptAt(at), every=every)
+        run_facades(tmp_path, folder, InterruptAt(at), every=every)
     count = InterruptAt()
-    assert_same(train(tmp_path, folder, count, resume=True, every=100), uninterrupted)
+    assert_same(run_facades(tmp_path, folder, count, resume=True, every=100), uninterrupted)
     assert len(count.seen) == EPOCHS * BATCHES - at // every * every
 
 
 @needs_exact_resume
 @pytest.mark.parametrize("at", [1, 2], ids=["within an epoch", "in the last batch of an epoch"])
 def test_ctrl_c_loses_nothing(tmp_path, folder, uninterrupted, at, capsys):
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train(tmp_path, folder, CtrlCAt(at))
-    signal.signal(signal.SIGINT, before)
-    assert f"Stopped after step {at + 1}. The same command with --resume" in capsys.readouterr().out
+    with stopped_by_ctrl_c(capsys, step=at + 1):
+        run_facades(tmp_path, folder, CtrlCAt(at))
     count = InterruptAt()
-    assert_same(train(tmp_path, folder, count, resume=True), uninterrupted)
+    assert_same(run_facades(tmp_path, folder, count, resume=True), uninterrupted)
     assert len(count.seen) == EPOCHS * BATCHES - at - 1
 
 

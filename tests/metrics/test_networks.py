@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lightning_mtadam.metrics import FrechetInceptionDistance, FrechetVGG16Distance
 from lightning_mtadam.metrics.features import InceptionFeatures, VGG16Features
 from lightning_mtadam.metrics.weights import INCEPTION_VARIABLE, inception_file, read_weights
-from tests.metrics.random_weights import CONVOLUTIONS, write_vgg16
+from tests.metrics.random_weights import CONVOLUTIONS
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -108,13 +108,6 @@ def test_inception_features_are_of_resized_images_and_in_double_precision(random
 
 
 # FD-VGG16
-
-
-@pytest.fixture(scope="module")
-def random_vgg16(tmp_path_factory):
-    path = write_vgg16(tmp_path_factory.mktemp("weights") / "vgg16.pth")
-    yield path
-    path.unlink()  # 29 MB
 
 
 def vgg16_by_hand(images, weights):

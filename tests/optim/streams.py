@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from lightning_mtadam.optim import MTAdam
+from tests.loops import train
 
 TERMS = ("a", "b", "c")
 NAMES = ("net.weight", "net.bias", "net.scale", "net.empty", "head.weight", "head.bias")
@@ -52,15 +53,24 @@ def start(seed):
     return [np.asarray(generator.normal(size=shape)) for shape in SHAPES]
 
 
-def feed(optimizer, parameters, gradients):
-    """Linear losses have exactly these gradients; a loss hangs only on the parameters that it has a gradient for."""
+def linear_losses(parameters, gradients):
+    """Losses with exactly these gradients; a loss hangs only on the parameters that it has a gradient for."""
     losses = {}
     for term, found in gradients.items():
         reached = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
         flat = torch.cat([p.reshape(-1) for p, _ in reached])
         losses[term] = flat @ torch.as_tensor(np.concatenate([g.ravel() for _, g in reached]), dtype=flat.dtype)
+    return losses
+
+
+def feed(optimizer, parameters, gradients):
     optimizer.zero_grad()
-    optimizer.backward(losses)
+    optimizer.backward(linear_losses(parameters, gradients))
+
+
+def follow(optimizer, parameters, gradients, *, clip=None):
+    """A step on each of the gradients, clipped by a kind and a limit, as the oracles take them."""
+    train(optimizer, (linear_losses(parameters, found) for found in gradients), clip=clip and clip[::-1])
 
 
 def make(values, *, rule="parameter", second_group=None, dtype=torch.float64, **options):

@@ -6,6 +6,7 @@ import torch
 
 from lightning_mtadam import MTAdam
 from tests.lightning_models import make_loader, make_network, three_losses
+from tests.loops import take_step
 from tests.oracles.naive_adatask import NaiveAdaTask
 
 
@@ -28,9 +29,7 @@ def test_without_an_anchor_and_with_own_denominators_it_is_adatask(betas):
     for batch in list(make_loader()) * 10:
         losses, gradients = output_gradients(network, batch)
         oracle.step(gradients)
-        optimizer.zero_grad()
-        optimizer.backward(losses)
-        optimizer.step()
+        take_step(optimizer, losses)
     for ours, theirs in zip(network.parameters(), oracle.parameters, strict=True):
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=1e-12)
 
@@ -43,6 +42,5 @@ def test_the_denominator_of_all_terms_is_not_adatask():
     for batch in make_loader():
         losses, gradients = output_gradients(network, batch)
         oracle.step(gradients)
-        optimizer.backward(losses)
-        optimizer.step()
+        take_step(optimizer, losses)
     assert np.abs(network[0].weight.detach().numpy() - oracle.parameters[0]).max() > 1e-3

@@ -9,19 +9,12 @@ from torch import nn
 
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.optim.state import BALANCE_KEYS
-from tests.optim.streams import NAMES, TERMS, feed, make, start, stream
+from tests.loops import train
+from tests.optim.streams import NAMES, TERMS, follow, make, start, stream
 from tests.oracles.naive_balance_every import NaiveBalanceEvery
 
 STEPS = 120
 TOLERANCE = 1e-10
-
-
-def train(optimizer, parameters, gradients, clip=None):
-    for found in gradients:
-        feed(optimizer, parameters, found)
-        if clip is not None:
-            optimizer.clip_gradients(clip[1], clip[0])
-        optimizer.step()
 
 
 def compare(every, *, clip=None, seed=0, **options):
@@ -30,7 +23,7 @@ def compare(every, *, clip=None, seed=0, **options):
     kinds = [oracle.step(found, clip) for found in stream(STEPS, seed)]
     assert any(kinds)
     assert not all(kinds)
-    train(optimizer, parameters, stream(STEPS, seed), clip)
+    follow(optimizer, parameters, stream(STEPS, seed), clip=clip)
     for ours, theirs, name in zip(parameters, oracle.parameters, NAMES, strict=True):
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE, err_msg=name)
     weights = [oracle.balance_weight(term) for term in TERMS]
@@ -73,8 +66,8 @@ def test_every_other_option_equals_the_oracle(options, anchor):
 def test_with_one_nothing_is_changed():
     """Every step is the paper's, with a second moment for each term and norms that start from the first."""
     (parameters, optimizer), (expected, default) = make(start(0), balance_every=1), make(start(0))
-    train(optimizer, parameters, stream(STEPS, 0))
-    train(default, expected, stream(STEPS, 0))
+    follow(optimizer, parameters, stream(STEPS, 0))
+    follow(default, expected, stream(STEPS, 0))
     assert all(torch.equal(p, q) for p, q in zip(parameters, expected, strict=True))
     for parameter, state in optimizer.state.items():
         assert set(state) == {"exp_avg", "exp_avg_sq", *BALANCE_KEYS}
@@ -86,7 +79,7 @@ def test_with_one_nothing_is_changed():
 def test_the_state_is_adams():
     """Two moments of each element, whatever the number of terms."""
     parameters, optimizer = make(start(0), rule=None, balance_every=5)
-    train(optimizer, parameters, stream(3, 0))
+    follow(optimizer, parameters, stream(3, 0))
     for parameter, state in optimizer.state.items():
         assert (state["exp_avg"].shape, state["exp_avg_sq"].shape) == (parameter.shape, (1, *parameter.shape))
 
@@ -98,7 +91,7 @@ def test_a_factor_on_a_loss_other_than_the_anchor_changes_nothing(anchor, scaled
     results = []
     for factors in ((1.0, 1.0, 1.0), tuple(factor if term == scaled else 1.0 for term in TERMS)):
         parameters, optimizer = make(start(0), rule=None, balance_every=20, anchor=anchor)
-        train(optimizer, parameters, stream(STEPS, 0, scale=factors))
+        follow(optimizer, parameters, stream(STEPS, 0, scale=factors))
         results.append(parameters)
     assert_close(*results, 1e-9)
 
@@ -108,7 +101,7 @@ def test_a_factor_on_any_loss_changes_nothing_with_eps_zero(factor):
     results = []
     for scale in ((1.0, 1.0, 1.0), (factor, 1.0, 1.0)):
         parameters, optimizer = make(start(0), rule=None, balance_every=20, eps=0.0)
-        train(optimizer, parameters, stream(STEPS, 0, scale=scale))
+        follow(optimizer, parameters, stream(STEPS, 0, scale=scale))
         results.append(parameters)
     assert_close(*results, 1e-9)
 
@@ -122,10 +115,10 @@ def assert_close(first, second, tolerance):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_one_term_equals_adam(anchor, decay, amsgrad):
-    def losses():
+    def losses(model):
         generator = torch.Generator().manual_seed(0)
         for _ in range(STEPS):
-            yield torch.randn(8, 3, generator=generator, dtype=torch.float64)
+            yield {"fit": model(torch.randn(8, 3, generator=generator, dtype=torch.float64)).square().mean()}
 
     def network():
         torch.manual_seed(0)
@@ -134,13 +127,8 @@ def test_one_term_equals_adam(anchor, decay, amsgrad):
     ours, theirs = network(), network()
     optimizer = MTAdam(ours.named_parameters(), balance_every=20, anchor=anchor, weight_decay=decay, amsgrad=amsgrad)
     adam = torch.optim.AdamW(theirs.parameters(), weight_decay=decay, amsgrad=amsgrad)
-    for x in losses():
-        optimizer.backward({"fit": ours(x).square().mean()})
-        optimizer.step()
-        optimizer.zero_grad()
-        theirs(x).square().mean().backward()
-        adam.step()
-        adam.zero_grad()
+    train(optimizer, losses(ours))
+    train(adam, losses(theirs))
     assert_close(ours.parameters(), theirs.parameters(), 1e-12)
 
 
@@ -150,9 +138,7 @@ def test_identical_terms_equal_adam():
     def run(names):
         parameters = [torch.tensor(value, requires_grad=True) for value in start(0)]
         optimizer = MTAdam(parameters, balance_every=20, eps=0)
-        for found in stream(STEPS, 0):
-            feed(optimizer, parameters, dict.fromkeys(names, found["a"]))
-            optimizer.step()
+        follow(optimizer, parameters, (dict.fromkeys(names, found["a"]) for found in stream(STEPS, 0)))
         return parameters
 
     assert_close(run(("a", "b", "c")), run(("a",)), 1e-12)

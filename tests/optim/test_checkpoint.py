@@ -1,7 +1,6 @@
 """Saving and resuming continue bit for bit; other checkpoints are refused by name."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,7 +8,9 @@ import torch
 from torch import nn
 
 from lightning_mtadam.optim import MTAdam
-from tests.optim.streams import TERMS, feed, make, start, stream
+from tests.lightning_models import assert_same_balance_weights, assert_same_state
+from tests.loops import parameters_in, take_step
+from tests.optim.streams import TERMS, follow, make, start, stream
 
 OPTIONS = [
     {},
@@ -21,59 +22,37 @@ OPTIONS = [
 ]
 
 
-def run(optimizer, parameters, gradients):
-    for found in gradients:
-        feed(optimizer, parameters, found)
-        optimizer.step()
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def assert_same(ours, theirs):
-    for key, value in ours.state_dict()["state"].items():
-        for name, tensor in value.items():
-            other = theirs.state_dict()["state"][key][name]
-            assert tensor.dtype == other.dtype, name
-            assert torch.equal(tensor, other), name
-    for name, weights in ours.balance_weights().items():
-        torch.testing.assert_close(weights, theirs.balance_weights()[name], rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("at", [0, 1, 5, 22, 63])
-def test_resume_continues_bitwise(at, options):
+def test_resume_continues_bitwise(tmp_path, at, options):
     """Before the first step, in the middle of a term's absence, and after late starts."""
     gradients = list(stream(100, 0))
     parameters, optimizer = make(start(0), **options)
-    run(optimizer, parameters, gradients[:at])
-    saved = through_a_file(optimizer.state_dict())
+    follow(optimizer, parameters, gradients[:at])
+    torch.save(optimizer.state_dict(), tmp_path / "saved")
     values = [p.detach().clone() for p in parameters]
-    run(optimizer, parameters, gradients[at:])
+    follow(optimizer, parameters, gradients[at:])
 
     resumed_parameters, resumed = make(start(0), **options)
     with torch.no_grad():
         for parameter, value in zip(resumed_parameters, values, strict=True):
             parameter.copy_(value)
-    resumed.load_state_dict(saved)
+    resumed.load_state_dict(torch.load(tmp_path / "saved", weights_only=True))
     assert resumed.terms == TERMS
-    run(resumed, resumed_parameters, gradients[at:])
+    follow(resumed, resumed_parameters, gradients[at:])
     assert all(torch.equal(p, q) for p, q in zip(parameters, resumed_parameters, strict=True))
-    assert_same(optimizer, resumed)
+    assert_same_state(optimizer, resumed)
+    assert_same_balance_weights(optimizer, resumed)
 
 
 def test_loading_shares_no_memory_with_the_checkpoint():
     parameters, optimizer = make(start(0))
-    run(optimizer, parameters, stream(10, 0))
+    follow(optimizer, parameters, stream(10, 0))
     saved = optimizer.state_dict()
     kept = copy.deepcopy(saved["state"])
     other_parameters, other = make(start(0))
     other.load_state_dict(saved)
-    run(other, other_parameters, stream(10, 1))
+    follow(other, other_parameters, stream(10, 1))
     for key, entry in kept.items():
         assert all(torch.equal(value, saved["state"][key][name]) for name, value in entry.items())
 
@@ -82,32 +61,30 @@ def test_loading_the_state_before_any_step_starts_anew():
     model = nn.Linear(2, 1)
     optimizer = MTAdam(model.named_parameters())
     fresh = copy.deepcopy(optimizer.state_dict())
-    optimizer.backward({"fit": model(torch.ones(1, 2)).mean()})
-    optimizer.step()
+    take_step(optimizer, {"fit": model(torch.ones(1, 2)).mean()})
     optimizer.load_state_dict(fresh)
     assert optimizer.terms == ()
     assert optimizer.balance_weights() == {}
-    optimizer.zero_grad()
-    optimizer.backward({"other": model(torch.ones(1, 2)).mean()})
-    optimizer.step()
+    take_step(optimizer, {"other": model(torch.ones(1, 2)).mean()})
     assert optimizer.terms == ("other",)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_a_copy_continues_bitwise(clone):
     parameters, optimizer = make(start(0), rule="module", anchor="b", importance={"c": 2.0})
-    run(optimizer, parameters, stream(10, 0))
+    follow(optimizer, parameters, stream(10, 0))
     copied = clone(optimizer)
-    copied_parameters = [p for group in copied.param_groups for p in group["params"]]
-    run(optimizer, parameters, stream(10, 1))
-    run(copied, copied_parameters, stream(10, 1))
+    copied_parameters = parameters_in(copied)
+    follow(optimizer, parameters, stream(10, 1))
+    follow(copied, copied_parameters, stream(10, 1))
     assert all(torch.equal(p, q) for p, q in zip(parameters, copied_parameters, strict=True))
-    assert_same(optimizer, copied)
+    assert_same_state(optimizer, copied)
+    assert_same_balance_weights(optimizer, copied)
 
 
 def test_state_is_terms_plus_one_times_the_parameters():
     parameters, optimizer = make(start(0))
-    run(optimizer, parameters, stream(1, 0))
+    follow(optimizer, parameters, stream(1, 0))
     size = sum(p.numel() for p in parameters)
     state = optimizer.state_dict()["state"].values()
     large = sum(entry[key].numel() for entry in state for key in ("exp_avg", "exp_avg_sq"))
@@ -132,10 +109,8 @@ def test_frozen_parameters_have_no_state_until_they_are_trained():
     for step in range(4):
         if step == 2:
             model[0].requires_grad_(True)
-        optimizer.zero_grad()
         output = model(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
-        optimizer.backward({"fit": output.mean(), "size": output[0].square().sum()})
-        optimizer.step()
+        take_step(optimizer, {"fit": output.mean(), "size": output[0].square().sum()})
         assert torch.equal(before, model[0].weight) == (step < 2)
         assert len(optimizer.state_dict()["state"]) == (2 if step < 2 else 4)
         assert optimizer.balance_weights()["0"].isnan().all() == (step < 2)
@@ -149,15 +124,13 @@ def test_a_parameter_frozen_later_stays_where_it_is():
         if step == 1:
             model[0].requires_grad_(False)
             kept = [p.clone() for p in model[0].parameters()]
-        optimizer.zero_grad()
-        optimizer.backward({"fit": model(torch.ones(1, 2)).mean()})
-        optimizer.step()
+        take_step(optimizer, {"fit": model(torch.ones(1, 2)).mean()})
     assert all(torch.equal(p, q) for p, q in zip(kept, model[0].parameters(), strict=True))
 
 
 def altered(change):
     parameters, optimizer = make(start(0))
-    run(optimizer, parameters, stream(3, 0))
+    follow(optimizer, parameters, stream(3, 0))
     saved = copy.deepcopy(optimizer.state_dict())
     change(saved)
     return saved
@@ -194,7 +167,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(case):
     change, message = REFUSED[case]
     saved = altered(change)
     parameters, optimizer = make(start(0))
-    run(optimizer, parameters, stream(5, 1))
+    follow(optimizer, parameters, stream(5, 1))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
@@ -212,7 +185,7 @@ def test_a_checkpoint_of_adam_is_refused():
 
 def test_losses_with_other_terms_than_the_checkpoints_are_refused():
     parameters, optimizer = make(start(0))
-    run(optimizer, parameters, stream(3, 0))
+    follow(optimizer, parameters, stream(3, 0))
     model = [torch.tensor(v, requires_grad=True) for v in start(0)]
     resumed = MTAdam([{"params": model[:4]}, {"params": model[4:]}])
     resumed.load_state_dict(optimizer.state_dict())

@@ -8,6 +8,8 @@ from torch import nn
 
 from lightning_mtadam import NonFiniteError
 from lightning_mtadam.optim import MTAdam
+from tests.loops import take_step
+from tests.spoiling import spoilt
 
 X = torch.arange(12.0).reshape(4, 3)
 
@@ -16,19 +18,13 @@ def trained(**options):
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = MTAdam(model.named_parameters(), **options)
-    step(model, optimizer)
+    take_step(optimizer, losses(model))
     return model, optimizer
 
 
 def losses(model):
     output = model(X)
     return {"fit": (output - 1).square().mean(), "size": output.abs().mean()}
-
-
-def step(model, optimizer):
-    optimizer.zero_grad()
-    optimizer.backward(losses(model))
-    optimizer.step()
 
 
 def snapshot(model, optimizer):
@@ -78,7 +74,7 @@ def test_bad_losses_are_refused_and_change_nothing(case, options):
         optimizer.backward(make(model))
     assert_unchanged(model, optimizer, before)
     assert all(p.grad is None for p in model.parameters())
-    step(model, optimizer)
+    take_step(optimizer, losses(model))
 
 
 def test_terms_stay_unknown_after_bad_first_losses():
@@ -90,24 +86,20 @@ def test_terms_stay_unknown_after_bad_first_losses():
         optimizer.backward({"fit": model(X).mean(), "other": nn.Linear(3, 1)(X).mean()})
     assert optimizer.terms == ()
     assert all(p.grad is None for p in model.parameters())
-    step(model, optimizer)
+    take_step(optimizer, losses(model))
     assert optimizer.terms == ("fit", "size")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_refused_naming_term_and_layer(bad):
     model, optimizer = trained()
-    output = model(X)
-    spoiled = output.abs().mean()
-    spoiled_once = torch.where(torch.tensor(True), spoiled, spoiled)
-    spoiled_once.register_hook(lambda gradient: gradient * bad)
     optimizer.zero_grad()
     before = snapshot(model, optimizer)
-    optimizer.backward({"fit": (output - 1).square().mean(), "size": spoiled_once})
+    optimizer.backward(spoilt(losses(model), "size", bad))
     with pytest.raises(FloatingPointError, match="'size' at the layer 'weight' is not finite"):
         optimizer.step()
     assert_unchanged(model, optimizer, before)
-    step(model, optimizer)
+    take_step(optimizer, losses(model))
 
 
 def test_a_term_that_fails_while_batches_accumulate_drops_what_was_pending():
@@ -120,7 +112,7 @@ def test_a_term_that_fails_while_batches_accumulate_drops_what_was_pending():
     with pytest.raises(RuntimeError, match="nothing to consume"):
         optimizer.step()
     assert_unchanged(model, optimizer, before)
-    step(model, optimizer)
+    take_step(optimizer, losses(model))
 
 
 def test_step_without_backward_is_refused():
@@ -230,7 +222,7 @@ def test_layers_that_need_names_say_so():
     with pytest.raises(ValueError, match="named_parameters"):
         optimizer.backward(losses(model))
     optimizer.name_parameters(model.named_parameters())
-    step(model, optimizer)
+    take_step(optimizer, losses(model))
     assert list(optimizer.balance_weights()) == ["root"]
 
 
@@ -266,7 +258,7 @@ def test_terms_of_a_group_are_refused():
 def test_an_empty_group_is_no_obstacle():
     model = nn.Linear(3, 2)
     before = model.weight.clone()
-    step(model, MTAdam([{"params": []}, {"params": model.parameters()}]))
+    take_step(MTAdam([{"params": []}, {"params": model.parameters()}]), losses(model))
     assert not torch.equal(before, model.weight)
 
 
@@ -278,10 +270,8 @@ def test_a_group_may_be_added_with_or_without_names_between_backward_and_step(fi
     optimizer.add_param_group({"params": list(head.parameters()), "lr": 0.1})
     optimizer.step()
     before = head.weight.clone()
-    optimizer.zero_grad()
     optimizer.name_parameters(nn.ModuleDict({"model": model, "head": head}).named_parameters())
-    optimizer.backward({"fit": head(model(X)).square().mean(), "size": model(X).abs().mean()})
-    optimizer.step()
+    take_step(optimizer, {"fit": head(model(X)).square().mean(), "size": model(X).abs().mean()})
     assert not torch.equal(before, head.weight)
     assert "head.weight" in optimizer.balance_weights()
 
@@ -289,7 +279,6 @@ def test_a_group_may_be_added_with_or_without_names_between_backward_and_step(fi
 def test_scales_stay_finite_where_ratio_times_importance_does_not():
     w = torch.ones(2, requires_grad=True)
     optimizer = MTAdam([w], importance={"b": 4.0})
-    optimizer.backward({"a": 1e19 * w.sum(), "b": 1e-20 * w.sum()})
-    optimizer.step()
+    take_step(optimizer, {"a": 1e19 * w.sum(), "b": 1e-20 * w.sum()})
     assert optimizer.scales()["parameter_0"].isfinite().all()
     assert w.isfinite().all()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mtadam.optim import MTAdam
+from tests.loops import take_step, train
 
 STEPS = 200
 BETAS = (0.9, 0.999, 0.9)
@@ -42,19 +43,13 @@ def three_terms(output, target):
     }
 
 
-def train(losses, *, steps=STEPS, optimizer=None, **options):
-    """Train the network on ``losses(output, target, step)``; return its weights after each step."""
+def path_of(losses, *, steps=STEPS, optimizer=None, **options):
+    """The network's weights after each step on ``losses(output, target, step)``, [steps, N]."""
     model = network()
     optimizer = MTAdam(model.named_parameters(), **options) if optimizer is None else optimizer(model)
     path = []
     for step, (x, y) in enumerate(batches(steps)):
-        found = losses(model(x), y, step)
-        optimizer.zero_grad()
-        if isinstance(optimizer, MTAdam):
-            optimizer.backward(found)
-        else:
-            sum(found.values()).backward()
-        optimizer.step()
+        take_step(optimizer, losses(model(x), y, step))
         path.append(flat(model))
     return torch.stack(path)
 
@@ -70,8 +65,8 @@ def test_one_term_equals_adam(norm_init, denominator, anchor):
     def one(output, target, _):
         return {"fit": (output - target).square().mean()}
 
-    ours = train(one, lr=1e-2, norm_init=norm_init, denominator=denominator, anchor=anchor, update="mean")
-    adam = train(one, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-2))
+    ours = path_of(one, lr=1e-2, norm_init=norm_init, denominator=denominator, anchor=anchor, update="mean")
+    adam = path_of(one, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-2))
     assert difference(ours, adam) < 1e-12
 
 
@@ -84,8 +79,8 @@ def test_one_term_equals_adamw_with_its_options(layers, options):
         return {"fit": (output - target).tanh().square().mean()}
 
     options = {"weight_decay": 0.0, **options}
-    ours = train(one, lr=1e-2, layers=layers, **options)
-    adam = train(one, optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, **options))
+    ours = path_of(one, lr=1e-2, layers=layers, **options)
+    adam = path_of(one, optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, **options))
     assert difference(ours, adam) < 1e-12
 
 
@@ -100,11 +95,7 @@ def test_one_term_equals_adam_where_gradients_start_at_zero_or_are_missing():
         w = torch.full((4,), 2.0, dtype=torch.float64, requires_grad=True)
         b = torch.full((2,), 3.0, dtype=torch.float64, requires_grad=True)
         optimizer = make([w, b])
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            found = losses(w, b, step)
-            optimizer.backward(found) if isinstance(optimizer, MTAdam) else found["fit"].backward()
-            optimizer.step()
+        train(optimizer, (losses(w, b, step) for step in range(STEPS)))
         return torch.cat([w, b]).detach()
 
     assert difference(run(lambda p: MTAdam(p, lr=1e-2)), run(lambda p: torch.optim.Adam(p, lr=1e-2))) < 1e-12
@@ -119,10 +110,10 @@ def test_k_identical_terms_equal_adam_at_k_times_the_rate(k, norm_init):
     def one(output, target, _):
         return {"fit": (output - target).square().mean()}
 
-    adam = train(one, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=k * 1e-3))
-    assert difference(train(copies, lr=1e-3, norm_init=norm_init), adam) < 1e-10
-    adam = train(one, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-3))
-    assert difference(train(copies, lr=1e-3, norm_init=norm_init, update="mean"), adam) < 1e-10
+    adam = path_of(one, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=k * 1e-3))
+    assert difference(path_of(copies, lr=1e-3, norm_init=norm_init), adam) < 1e-10
+    adam = path_of(one, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-3))
+    assert difference(path_of(copies, lr=1e-3, norm_init=norm_init, update="mean"), adam) < 1e-10
 
 
 @pytest.mark.parametrize("denominator", ["max", "mean", "own"])
@@ -131,8 +122,8 @@ def test_terms_other_than_the_anchor_may_be_permuted(denominator):
         found = three_terms(output, target)
         return {name: found[name] for name in ("fit", "sharp", "size")}
 
-    ours = train(lambda o, t, _: three_terms(o, t), denominator=denominator)
-    assert difference(ours, train(permuted, denominator=denominator)) < 1e-12
+    ours = path_of(lambda o, t, _: three_terms(o, t), denominator=denominator)
+    assert difference(ours, path_of(permuted, denominator=denominator)) < 1e-12
 
 
 @few
@@ -148,8 +139,8 @@ def test_a_constant_factor_on_a_term_other_than_the_anchor_changes_nothing(expon
         return {**found, "size": 10 ** exponents[0] * found["size"], "sharp": 10 ** exponents[1] * found["sharp"]}
 
     options = {"norm_init": norm_init, "denominator": denominator, "layers": layers}
-    plain = train(lambda o, t, _: three_terms(o, t), **options)
-    assert difference(plain, train(scaled, **options)) < 1e-9
+    plain = path_of(lambda o, t, _: three_terms(o, t), **options)
+    assert difference(plain, path_of(scaled, **options)) < 1e-9
 
 
 def test_the_papers_norm_init_is_not_invariant():
@@ -159,8 +150,8 @@ def test_the_papers_norm_init_is_not_invariant():
         found = three_terms(output, target)
         return {**found, "size": 1e-6 * found["size"]}
 
-    plain = train(lambda o, t, _: three_terms(o, t), norm_init="one")
-    assert difference(plain, train(scaled, norm_init="one")) > 1e-4
+    plain = path_of(lambda o, t, _: three_terms(o, t), norm_init="one")
+    assert difference(plain, path_of(scaled, norm_init="one")) > 1e-4
 
 
 @few
@@ -169,8 +160,8 @@ def test_with_eps_zero_a_factor_on_every_term_changes_nothing(exponent, anchor):
     def scaled(output, target, _):
         return {name: 10**exponent * loss for name, loss in three_terms(output, target).items()}
 
-    plain = train(lambda o, t, _: three_terms(o, t), eps=0.0, anchor=anchor)
-    assert difference(plain, train(scaled, eps=0.0, anchor=anchor)) < 1e-9
+    plain = path_of(lambda o, t, _: three_terms(o, t), eps=0.0, anchor=anchor)
+    assert difference(plain, path_of(scaled, eps=0.0, anchor=anchor)) < 1e-9
 
 
 def test_with_eps_zero_a_factor_on_the_anchor_changes_nothing():
@@ -178,8 +169,8 @@ def test_with_eps_zero_a_factor_on_the_anchor_changes_nothing():
         found = three_terms(output, target)
         return {**found, "fit": 1e4 * found["fit"]}
 
-    plain = train(lambda o, t, _: three_terms(o, t), eps=0.0)
-    assert difference(plain, train(scaled, eps=0.0)) < 1e-9
+    plain = path_of(lambda o, t, _: three_terms(o, t), eps=0.0)
+    assert difference(plain, path_of(scaled, eps=0.0)) < 1e-9
 
 
 @pytest.mark.parametrize("anchor", ["first", "mean", "max", "unit", None])
@@ -193,9 +184,9 @@ def test_a_zero_or_absent_term_is_inert(anchor, denominator, update):
         return {**three_terms(output, target), "sharp": 0.0 * output.sum()}
 
     options = {"anchor": anchor, "denominator": denominator, "update": update}
-    plain = train(without, **options)
-    assert difference(plain, train(zero, **options)) < 1e-12
-    assert difference(plain, train(without, terms=("fit", "size", "sharp"), **options)) < 1e-12
+    plain = path_of(without, **options)
+    assert difference(plain, path_of(zero, **options)) < 1e-12
+    assert difference(plain, path_of(without, terms=("fit", "size", "sharp"), **options)) < 1e-12
 
 
 def test_a_term_that_is_zero_at_first_equals_one_that_is_absent_at_first():
@@ -207,7 +198,7 @@ def test_a_term_that_is_zero_at_first_equals_one_that_is_absent_at_first():
         return {name: loss for name, loss in three_terms(output, target).items() if name != "sharp" or step >= 40}
 
     terms = ("fit", "size", "sharp")
-    assert difference(train(zero, terms=terms), train(absent, terms=terms)) < 1e-12
+    assert difference(path_of(zero, terms=terms), path_of(absent, terms=terms)) < 1e-12
 
 
 @pytest.mark.parametrize("anchor", ["first", "second", "mean", "max"])
@@ -223,12 +214,7 @@ def test_a_head_private_to_one_term_equals_adam_on_that_term(anchor, late):
             x = x[:, :4]
             losses = {"first": one(trunk(x)).square().mean()}
             losses["second"] = 50 * two(x).pow(2).mean() if step >= late else 0.0 * one(x).sum()
-            optimizer.zero_grad()
-            if isinstance(optimizer, MTAdam):
-                optimizer.backward(losses)
-            else:
-                sum(losses.values()).backward()
-            optimizer.step()
+            take_step(optimizer, losses)
         return flat(two)
 
     def mtadam(one, two):
@@ -259,9 +245,7 @@ def test_the_step_is_bounded(seed, terms, betas, spread):
             str(i): torch.as_tensor(generator.normal(size=6) * 10 ** generator.uniform(-spread, spread))
             for i in range(terms)
         }
-        optimizer.zero_grad()
-        optimizer.backward({name: (g * w).sum() for name, g in gradients.items()})
-        optimizer.step()
+        take_step(optimizer, {name: (g * w).sum() for name, g in gradients.items()})
         # M^ / sqrt(v^) is M / sqrt(v) times this, which tends to one.
         fading = (1 - beta2 ** (step + 1)) ** 0.5 / (1 - beta1 ** (step + 1))
         assert difference(w.detach(), before) <= bound * fading * (1 + 1e-9)
@@ -273,8 +257,7 @@ def test_importance_sets_the_ratio_of_the_balanced_gradients():
     x, y = next(batches(1))
     losses = three_terms(model(x), y)
     gradients = {n: torch.autograd.grad(v, list(model.parameters()), retain_graph=True) for n, v in losses.items()}
-    optimizer.backward(losses)
-    optimizer.step()
+    take_step(optimizer, losses)
     for index, (_, scales) in enumerate(optimizer.scales().items()):
         balanced = [s * gradients[name][index].norm() for s, name in zip(scales, losses, strict=True)]
         assert balanced[1] / balanced[0] == pytest.approx(0.25)
@@ -286,8 +269,7 @@ def test_max_scale_caps_the_ratio():
     optimizer = MTAdam(model.named_parameters(), max_scale=3.0)
     x, y = next(batches(1))
     losses = three_terms(model(x), y)
-    optimizer.backward({**losses, "size": 1e-9 * losses["size"]})
-    optimizer.step()
+    take_step(optimizer, {**losses, "size": 1e-9 * losses["size"]})
     assert all(scales[1].item() == 3.0 for scales in optimizer.scales().values())
 
 
@@ -295,9 +277,7 @@ def test_a_closure_is_called_first_and_its_loss_returned():
     plain, closed = network(), network()
     optimizers = [MTAdam(m.named_parameters()) for m in (plain, closed)]
     for x, y in batches(5):
-        optimizers[0].zero_grad()
-        optimizers[0].backward(three_terms(plain(x), y))
-        optimizers[0].step()
+        take_step(optimizers[0], three_terms(plain(x), y))
 
         def closure(x=x, y=y):
             optimizers[1].zero_grad()

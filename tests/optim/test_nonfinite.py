@@ -9,6 +9,7 @@ from torch import nn
 from lightning_mtadam import NonFiniteError
 from lightning_mtadam.optim import MTAdam
 from tests.lightning_models import (
+    QUIET,
     Regression,
     assert_same,
     assert_same_state,
@@ -18,21 +19,13 @@ from tests.lightning_models import (
     make_network,
     three_losses,
 )
+from tests.loops import take_step
+from tests.spoiling import in_gradient, in_loss
 
 BAD = [torch.inf, -torch.inf, torch.nan]
 
 
-def in_loss(loss, factor):
-    return loss * factor
-
-
-def in_gradient(loss, factor):
-    loss = loss.clone()
-    loss.register_hook(lambda gradient: gradient * factor)
-    return loss
-
-
-def train(spoil=None, term="size", factor=torch.nan, at=(2, 4), accumulate=1, clip=None, leave_out=False):
+def skipping_run(spoil=None, term="size", factor=torch.nan, at=(2, 4), accumulate=1, clip=None, leave_out=False):
     """Six steps; those in ``at`` are spoilt in their first batch, or left out."""
     network = make_network()
     optimizer = make_mtadam(network, on_nonfinite="skip")
@@ -58,10 +51,10 @@ def train(spoil=None, term="size", factor=torch.nan, at=(2, 4), accumulate=1, cl
 @pytest.mark.parametrize("spoil", [in_loss, in_gradient])
 def test_skipped_steps_are_as_if_they_had_not_been(spoil, factor, term, accumulate, clip):
     with pytest.warns(UserWarning, match="A step was skipped") as caught:
-        network, optimizer = train(spoil, term, factor, accumulate=accumulate, clip=clip)
+        network, optimizer = skipping_run(spoil, term, factor, accumulate=accumulate, clip=clip)
     assert len(caught) == 1
     assert f"The gradient of the term {term!r} at the layer '0." in str(caught[0].message)
-    expected, expected_optimizer = train(accumulate=accumulate, clip=clip, leave_out=True)
+    expected, expected_optimizer = skipping_run(accumulate=accumulate, clip=clip, leave_out=True)
     assert_same(network, expected)
     assert_same_state(optimizer, expected_optimizer)
     for layer, scales in expected_optimizer.scales().items():
@@ -70,7 +63,7 @@ def test_skipped_steps_are_as_if_they_had_not_been(spoil, factor, term, accumula
 
 def test_the_warning_points_to_the_step():
     with pytest.warns(UserWarning, match="A step was skipped") as caught:
-        train(in_loss)
+        skipping_run(in_loss)
     assert caught[0].filename == __file__
 
 
@@ -90,10 +83,8 @@ def test_the_first_steps_may_be_skipped(terms):
     expected = make_network()
     expected_optimizer = make_mtadam(expected)
     for batch in make_loader():
-        for net, opt in ((network, optimizer), (expected, expected_optimizer)):
-            opt.zero_grad()
-            opt.backward(three_losses(net, batch))
-            opt.step()
+        take_step(optimizer, three_losses(network, batch))
+        take_step(expected_optimizer, three_losses(expected, batch))
     assert_same(network, expected)
 
 
@@ -112,7 +103,8 @@ def test_the_default_is_to_raise_and_to_change_nothing(spoil):
     assert torch.equal(network.weight, before)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
+@QUIET
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
 def test_the_trainer_goes_on_after_a_skipped_step():
     class Spoilt(Regression):
         spoilt = True
@@ -128,6 +120,5 @@ def test_the_trainer_goes_on_after_a_skipped_step():
         fit(module, make_loader())
     other = Spoilt()
     other.spoilt = False
-    with pytest.warns(UserWarning, match="returned `None`"):
-        fit(other, make_loader())
+    fit(other, make_loader())
     assert_same(module.network, other.network)

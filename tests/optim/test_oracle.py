@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mtadam.optim import MTAdam
-from tests.optim.streams import NAMES, TERMS, feed, layer_names, make, start, stream
+from tests.optim.streams import NAMES, TERMS, feed, follow, layer_names, make, start, stream
 from tests.oracles.naive_mtadam import NaiveMTAdam
 
 STEPS = 200
@@ -41,11 +41,8 @@ def compare(rule, *, steps=STEPS, seed=0, lr=1e-3, second_group=None, clip=None,
         weight_decay=[decay] * 4 + [second_group.get("weight_decay", decay)] * 2,
         **options,
     )
+    follow(optimizer, parameters, stream(steps, seed), clip=clip)
     for gradients in stream(steps, seed):
-        feed(optimizer, parameters, gradients)
-        if clip is not None:
-            optimizer.clip_gradients(clip[1], clip[0])
-        optimizer.step()
         oracle.step(gradients, clip)
     if clip is None:
         assert_equal(optimizer, parameters, oracle, layers)
@@ -130,9 +127,8 @@ def test_random_shapes_and_random_gaps_equal_the_oracle(
 def test_narrow_dtypes_follow_the_oracle(dtype, tolerance):
     parameters, optimizer = make(start(0), dtype=dtype)
     oracle = NaiveMTAdam([p.detach().double().numpy() for p in parameters], layer_names("parameter"), TERMS)
+    follow(optimizer, parameters, stream(40, 0))
     for gradients in stream(40, 0):
-        feed(optimizer, parameters, gradients)
-        optimizer.step()
         oracle.step(gradients)
     for ours, theirs in zip(parameters, oracle.parameters, strict=True):
         assert ours.dtype == dtype
@@ -144,10 +140,8 @@ def test_layers_of_a_callable_equal_the_rule_it_states():
     by_rule, by_function = (
         make(start(0), rule=rule) for rule in ("module", lambda name: name.rpartition(".")[0].upper())
     )
-    for gradients in stream(40, 0):
-        for parameters, optimizer in (by_rule, by_function):
-            feed(optimizer, parameters, gradients)
-            optimizer.step()
+    for parameters, optimizer in (by_rule, by_function):
+        follow(optimizer, parameters, stream(40, 0))
     for ours, theirs in zip(by_rule[0], by_function[0], strict=True):
         assert ours.detach().equal(theirs.detach())
     assert list(by_function[1].balance_weights()) == ["NET", "HEAD"]
@@ -166,14 +160,14 @@ def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
         strided = torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
         strided.requires_grad_()
         optimizer.add_param_group({"params": [("conv.weight", strided)]})
-        for gradients in stream(30, 0):
-            gradients = {
-                t: [*g, np.sin(np.arange(24.0) * (i + 1)).reshape(2, 3, 2, 2)]
-                for i, (t, g) in enumerate(gradients.items())
+        gradients = (
+            {
+                term: [*found, np.sin(np.arange(24.0) * (index + 1)).reshape(2, 3, 2, 2)]
+                for index, (term, found) in enumerate(terms.items())
             }
-            feed(optimizer, [*parameters, strided], gradients)
-            optimizer.clip_gradients(0.5)
-            optimizer.step()
+            for terms in stream(30, 0)
+        )
+        follow(optimizer, [*parameters, strided], gradients, clip=("norm", 0.5))
         return [p.detach() for p in (*parameters, strided)]
 
     for ours, theirs in zip(run(5), run(10_000), strict=True):

@@ -12,13 +12,13 @@ from tests.lightning_models import (
     Regression,
     assert_same,
     fit,
-    hand_loop,
     largest_difference,
     make_loader,
     make_mtadam,
     make_network,
     make_trainer,
 )
+from tests.loops import hand_loop
 from tests.trainer_matrix.table import HAND_LOOP, row
 
 GROUP = "Learning rate, averages"

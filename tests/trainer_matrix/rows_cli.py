@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from lightning_mtadam import MTAdam, MultiTermLightningModule
 from lightning_mtadam.callbacks import BalanceWeightMonitor
-from tests.lightning_models import assert_same, by_hand, make_loader, make_mtadam, make_network, three_losses
+from tests.lightning_models import assert_same, make_loader, make_mtadam, make_network, three_losses
+from tests.loops import by_hand
 from tests.trainer_matrix.table import HAND_LOOP, row
 
 GROUP = "`LightningCLI`"

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from tests.lightning_models import (
     Regression,
     assert_same,
-    by_hand,
     fit,
     largest_difference,
     make_loader,
@@ -19,6 +18,7 @@ from tests.lightning_models import (
     make_network,
     three_losses,
 )
+from tests.loops import by_hand
 from tests.trainer_matrix.table import HAND_LOOP, REFUSED, row
 
 GROUP = "Graphs"

@@ -13,14 +13,13 @@ from tests.lightning_models import (
     Regression,
     adam,
     assert_same,
-    by_hand,
     fit,
-    hand_loop,
     make_loader,
     make_mtadam,
     make_network,
     three_losses,
 )
+from tests.loops import by_hand, hand_loop
 from tests.trainer_matrix.table import HAND_LOOP, row
 
 GROUP = "Data, evaluation"

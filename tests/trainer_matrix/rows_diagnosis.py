@@ -9,16 +9,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from torch.optim.lr_scheduler import OneCycleLR
 
-from tests.lightning_models import (
-    Regression,
-    adam,
-    assert_same,
-    by_hand,
-    fit,
-    make_loader,
-    make_mtadam,
-    make_network,
-)
+from tests.lightning_models import Regression, adam, assert_same, fit, make_loader, make_mtadam, make_network
+from tests.loops import by_hand
 from tests.trainer_matrix.table import ADAM, row
 
 GROUP = "Diagnosis"

@@ -4,16 +4,8 @@ from pathlib import Path
 
 import torch
 
-from tests.lightning_models import (
-    Regression,
-    adam,
-    assert_same,
-    by_hand,
-    hand_loop,
-    make_loader,
-    make_mtadam,
-    make_trainer,
-)
+from tests.lightning_models import Regression, adam, assert_same, make_loader, make_mtadam, make_trainer
+from tests.loops import by_hand, hand_loop
 from tests.trainer_matrix.table import HAND_LOOP, row
 
 GROUP = "Data, evaluation"

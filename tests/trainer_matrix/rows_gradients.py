@@ -13,13 +13,12 @@ from tests.lightning_models import (
     adam,
     assert_same,
     assert_same_state,
-    by_hand,
     fit,
-    hand_loop,
     largest_difference,
     make_loader,
     make_mtadam,
 )
+from tests.loops import by_hand, hand_loop
 from tests.trainer_matrix.table import HAND_LOOP, REFUSED, row
 
 GROUP = "Gradients"

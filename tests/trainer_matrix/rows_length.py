@@ -10,14 +10,13 @@ from tests.lightning_models import (
     Regression,
     assert_same,
     assert_same_state,
-    by_hand,
     fit,
-    hand_loop,
     make_loader,
     make_mtadam,
     make_network,
     make_trainer,
 )
+from tests.loops import by_hand, hand_loop
 from tests.trainer_matrix.table import HAND_LOOP, row
 
 GROUP = "Length of the run"

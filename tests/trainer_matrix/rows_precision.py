@@ -8,16 +8,15 @@ from tests.lightning_models import (
     Regression,
     assert_same,
     assert_same_state,
-    by_hand,
     fit,
     half_precision,
-    hand_loop,
     largest_difference,
     make_loader,
     make_mtadam,
     make_network,
     three_losses,
 )
+from tests.loops import by_hand, hand_loop
 from tests.trainer_matrix.table import HAND_LOOP, row
 
 GROUP = "Precision"

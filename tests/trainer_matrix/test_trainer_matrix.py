@@ -2,15 +2,14 @@
 
 import pytest
 
+from tests.lightning_models import QUIET
 from tests.support_table import README, support_table, with_table
 from tests.trainer_matrix.table import ROWS, Row
 
-QUIET = [".*does not have many workers", ".*LeafSpec", ".*log_every_n_steps", ".*litlogger"]
-
 
 def parameter(row: Row):
-    marks = [pytest.mark.filterwarnings(f"ignore:{start}") for start in (*QUIET, *row.ignored)]
-    return pytest.param(row, id=row.name, marks=marks)
+    ignored = [f"ignore:{start}" for start in (".*litlogger", *row.ignored)]
+    return pytest.param(row, id=row.name, marks=[QUIET, pytest.mark.filterwarnings(*ignored)])
 
 
 @pytest.mark.parametrize("row", [parameter(row) for row in ROWS])

@@ -5,18 +5,17 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 
 from lightning_mtadam.callbacks import BalanceWeightMonitor
 from tests.lightning_models import (
     GAN,
+    QUIET,
+    MemoryLogger,
     Regression,
     StepwiseRegression,
     assert_same,
     assert_same_state,
-    by_hand,
     fit,
-    gan_by_hand,
     half_precision,
     largest_difference,
     make_loader,
@@ -25,14 +24,11 @@ from tests.lightning_models import (
     make_trainer,
     needs_exact_resume,
 )
+from tests.loops import by_hand, gan_by_hand
 from tests.oracles.naive_balance_every import measured_steps
 from tests.trainer_matrix.rows_precision import scaled_by_hand, single_precision
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
-]
+pytestmark = QUIET
 
 BATCHES = 12
 """In two epochs, 24 steps, of which 11 are measured."""
@@ -111,27 +107,11 @@ def test_resume_continues_bitwise_also_between_two_measurements(at, tmp_path):
     assert trainers[1].optimizers[0].param_groups[0]["steps"] == 24
 
 
-class Kept(Logger):
-    """Keeps the metrics that it is given."""
-
-    name, version = "kept", 0
-
-    def __init__(self):
-        super().__init__()
-        self.metrics = []
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics.append((step, metrics))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-
 def test_the_monitor_logs_the_last_measured_balance_between_measurements():
-    logger = Kept()
+    logger = MemoryLogger()
     module = Regression(seldom)
     fit(module, make_loader(BATCHES), logger=logger, log_every_n_steps=1, callbacks=[BalanceWeightMonitor()])
-    found = [metrics for _, metrics in logger.metrics if "balance_weight.size/global" in metrics]
+    found = [metrics for _, metrics in logger.rows if "balance_weight.size/global" in metrics]
     assert len(found) == 2 * BATCHES
     values = [metrics["balance_weight.size/global"] for metrics in found]
     moved = [step for step in range(2 * BATCHES) if step == 0 or values[step] != values[step - 1]]
