@@ -1,12 +1,14 @@
-"""The place of a balancer in a module."""
+"""What balances the losses of a module: its optimizer, or a balancer, which has its place here."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.optim import MTAdam
 
 
 class BalancerSlot(nn.Module):
@@ -63,3 +65,14 @@ class BalancerSlot(nn.Module):
         """As of every module; with what the balancer learns."""
         _ = self.balancer
         return super().load_state_dict(*args, **kwargs)
+
+
+def balancer_of(module: nn.Module) -> Balancer | None:
+    """The balancer of a module, if it can have one, and has."""
+    balancer = getattr(module, "balancer", None)
+    return balancer if isinstance(balancer, Balancer) else None
+
+
+def mtadam_of(optimizer: Optimizer) -> MTAdam | None:
+    """The optimizer, if it balances the losses by itself."""
+    return optimizer if isinstance(optimizer, MTAdam) else None

@@ -1,8 +1,8 @@
 """Lines 7 and 8 of Algorithm 1, as pure functions of tables: norms, their averages, the anchor, scales, clocks.
 
 Shapes: ``I`` terms, ``L`` layers, ``P`` parameters. Everything is fp32 or better, whatever the parameters' dtype.
-A term has reached a layer when its norm there is above zero; that is the only threshold. ``layer_of``, [P], is the layer
-of each parameter, in 0..layers-1.
+A term has reached a layer when its norm there is above zero; that is the only threshold. ``layer_of``
+[P] is the layer of each parameter.
 """
 
 from __future__ import annotations
@@ -17,18 +17,6 @@ from torch import Tensor
 NormInit: TypeAlias = Literal["first", "unbiased", "one"]
 Reference: TypeAlias = int | Literal["mean", "max"]
 
-ANCHOR_POLICIES = ("first", "mean", "max", "unit")
-
-
-def check_anchor(anchor: str | None, terms: Sequence[str]) -> None:
-    """Raise unless the anchor is a policy, ``None`` or one of the terms."""
-    if anchor in ("mean", "max", "unit") and anchor in terms:
-        raise ValueError(f"anchor={anchor!r} is a policy and a term of that name: call the term something else.")
-    if anchor is not None and anchor not in ANCHOR_POLICIES and anchor not in terms:
-        raise ValueError(
-            f"anchor must be one of {ANCHOR_POLICIES}, None or one of the terms {tuple(terms)}, but got {anchor!r}."
-        )
-
 
 def reference_of(anchor: str | None, terms: Sequence[str]) -> Reference:
     """Relative to what the balance weights are: the anchor; the first term where there is none."""
@@ -41,11 +29,6 @@ def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tenso
     """Join the norms of a layer's parameters: the L2 norm over all its entries. [P, I], >= 0 -> [L, I].
 
     Squares are taken relative to the layer's largest norm, so that none over- or underflows.
-
-    Example:
-        >>> layer_norms(torch.tensor([[3.0], [4.0], [1.0]]), torch.tensor([0, 0, 1]), 2)
-        tensor([[5.],
-                [1.]])
     """
     peak = by_layer(parameter_norms, layer_of, layers)
     divisor = torch.where(peak > 0, peak, 1)
@@ -69,22 +52,12 @@ def update_norms(
     *,
     quadratic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Average the observed norms into the moving average.
+    """Average the observed norms: ``n_i <- beta3 n_i + (1 - beta3) ||g_i||`` (Alg. 1, line 7). All are [L, I].
 
-    ``n_i <- beta3 n_i + (1 - beta3) ||g_i||`` (Alg. 1, line 7), from the first step on at which the term reaches the
-    layer. There it starts at the observed norm itself ("first"), at zero ("unbiased", corrected when it is read) or at
-    one ("one", the paper's).
-
-    Args:
-        norms, counts: [L, I], the moving average so far, and how many norms it averages.
-        observed: [L, I], the norms of this step's gradients.
-        present: [L, I] or broadcastable, bool: whether the term is in this step's losses; elsewhere nothing moves.
-        beta3: [L, 1] or scalar, the decay.
-        norm_init: what the average starts from.
-        quadratic: whether to average the squares, and take the root: a large norm then counts for more.
-
-    Returns:
-        The new norms and counts.
+    The average ``norms`` of ``counts`` norms begins at the first step at which the term reaches the layer: with that
+    norm itself ("first"), at zero ("unbiased", corrected when read) or at one ("one", the paper's). Where the term
+    is not ``present`` nothing moves. With ``quadratic`` squares are averaged: a large norm then counts for more.
+    ``beta3`` is a scalar or [L, 1]. Gives the new norms and counts.
     """
     reached = counts > 0
     moving = present & (reached | (observed > 0))
@@ -113,12 +86,6 @@ def geometric_mean(norms: Tensor) -> Tensor:
     """The geometric mean over the terms that reach the layer; zero where none does. [L, I] -> [L, 1].
 
     Logarithms are relative to the largest: of one term, or of equal ones, the mean is exact.
-
-    Example:
-        >>> norms = torch.tensor([[0.3, 0.0], [2.0, 8.0]])
-        >>> bool(geometric_mean(norms)[0, 0] == norms[0, 0]), geometric_mean(norms)
-        (True, tensor([[0.3000],
-                [4.0000]]))
     """
     reached = norms > 0
     count = reached.sum(1, keepdim=True)
@@ -131,8 +98,8 @@ def geometric_mean(norms: Tensor) -> Tensor:
 def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
     """The magnitude n_anchor that every term is brought to, per layer: [L, I] -> [L, 1].
 
-    A layer that the anchor does not reach takes the geometric mean of the terms that do: symmetric, invariant to the
-    terms' scales, and plain Adam where a layer is private to one term. (The paper's formula would freeze it.)
+    A layer that the anchor does not reach takes the geometric mean of the terms that do: symmetric, invariant to their
+    scales, and plain Adam where a layer is private to one term. (The paper's formula would freeze it.)
     """
     if reference == "mean":
         return geometric_mean(norms)
@@ -150,16 +117,10 @@ def target_norms(norms: Tensor, anchor: str | None, terms: Sequence[str]) -> Ten
 
 
 def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, max_scale: float) -> Tensor:
-    """What multiplies each term's gradient: ``importance_i * n_anchor / n_i`` (Alg. 1, line 8).
+    """What multiplies each term's gradient: ``importance_i n_anchor / n_i`` (Alg. 1, line 8). [L, I] -> [L, I].
 
-    Args:
-        norms: [L, I], >= 0.
-        reference: [L, 1], the magnitude to bring the terms to; ``None`` leaves the terms as they are.
-        importance: [I], the wanted ratios.
-        max_scale: the cap on ``n_anchor / n_i``.
-
-    Returns:
-        [L, I], finite; zero where the term has not reached the layer.
+    ``reference`` [L, 1] is the magnitude to bring the terms to, ``None`` leaves them as they are; ``importance`` [I]
+    are the wanted ratios; ``max_scale`` caps the ratio of norms. Finite; zero where the term has not reached.
 
     Example:
         >>> balance_scales(torch.tensor([[1.0, 4.0, 0.0]]), torch.tensor([[1.0]]), torch.ones(3), math.inf)
@@ -180,14 +141,9 @@ def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:
 def tick(clocks: Tensor, reaching: Tensor, touched: Tensor) -> Tensor:
     """Advance Adam's clocks by one step, [P, 1 + I]: the parameter's clock, then each term's.
 
-    A parameter's clock counts the steps in which any term's graph reached it, as Adam's does. A term's own clock
-    corrects the bias of its second moment: it runs from the first step at which the term's gradient is not zero. The
-    terms that are there first share the parameter's clock; a term that comes later starts at one.
-
-    Args:
-        clocks: before the step.
-        reaching: [P, I] bool: whether the term's gradient is not zero in this step.
-        touched: [P, 1] bool: whether the parameter got a gradient at all in this step.
+    A parameter's clock counts the steps in which any term's graph reached it (``touched``, [P, 1] bool), as Adam's
+    does. A term's own corrects the bias of its second moment: it runs from the first step on at which its gradient is
+    not zero (``reaching``, [P, I] bool). Terms that are there first share the parameter's; a later one starts at one.
     """
     shared, own = clocks[:, :1] + 1, clocks[:, 1:]
     running = own > 0
@@ -202,18 +158,10 @@ def bias_correction(clocks: Tensor, log_beta: Tensor) -> Tensor:
 
 
 def record_scales(averages: Tensor, counts: Tensor, scales: Tensor, finite: Tensor | None) -> None:
-    """Average the logarithm of the scales, in place, over the steps in which they are above zero. All are [P, I].
+    """Average the logarithm of the scales, in place, over the ``counts`` steps in which they are above zero: [P, I].
 
     The average is geometric, as scales are ratios: a factor on a loss then divides it exactly. It is a running mean: a
-    sum in fp32 would lose the digits of what is added to it in a long run, and a mean of equal numbers stays exact.
-    ``counts``: over how many steps it is taken; ``finite``: a boolean scalar, or ``None`` if nothing forbids a change.
-
-    Example:
-        >>> averages, counts = torch.zeros(1, 2), torch.zeros(1, 2)
-        >>> record_scales(averages, counts, torch.tensor([[1.0, 0.0]]), None)
-        >>> record_scales(averages, counts, torch.tensor([[100.0, 3.0]]), None)
-        >>> averages.exp(), counts
-        (tensor([[10.,  3.]]), tensor([[2., 1.]]))
+    sum in fp32 would lose digits, and a mean of equal numbers stays exact. Where ``finite`` is false nothing moves.
     """
     counted = scales > 0
     if finite is not None:

@@ -14,15 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.balancer_slot import balancer_of, mtadam_of
 from lightning_mtadam.balancers.balancer import parameters_in
 from lightning_mtadam.distributed.agreement import host_group, tell
 from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1, processes_of
 from lightning_mtadam.distributed.sharding import mesh_of
-from lightning_mtadam.optim import MTAdam
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,17 +84,6 @@ class Guard(pl.Callback):
             group = _group(trainer)
             if group is not None:
                 tell(exception, group)
-
-
-def balancer_of(module: pl.LightningModule) -> Balancer | None:
-    """The balancer of a module, if it can have one, and has."""
-    balancer = getattr(module, "balancer", None)
-    return balancer if isinstance(balancer, Balancer) else None
-
-
-def mtadam_of(optimizer: Optimizer) -> MTAdam | None:
-    """The optimizer, if it balances the losses by itself."""
-    return optimizer if isinstance(optimizer, MTAdam) else None
 
 
 def _balanced_parameters(trainer: pl.Trainer) -> list[Tensor]:

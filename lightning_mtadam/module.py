@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancer_slot import BalancerSlot
+from lightning_mtadam.balancer_slot import BalancerSlot, mtadam_of
 from lightning_mtadam.balancers import Balancer
-from lightning_mtadam.guard import Guard, mtadam_of
+from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import Losses, check_losses
 
@@ -79,13 +79,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         super().__init__(*args, **kwargs)
         self._logged: set[str] = set()
 
-    @property
-    def trainer(self) -> pl.Trainer:
-        """The trainer that the module is attached to."""
-        return super().trainer
-
-    @trainer.setter
+    @pl.LightningModule.trainer.setter  # type: ignore[attr-defined,untyped-decorator]
     def trainer(self, trainer: pl.Trainer | None) -> None:
+        """The trainer that the module is attached to."""
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             lightning_internals.set_result_reader(trainer, partial(self._read_training_step, trainer))

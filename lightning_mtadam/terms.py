@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 Losses: TypeAlias = Mapping[str, Tensor]
 """One scalar tensor with a graph per term, in the order of the terms."""
@@ -26,6 +29,9 @@ Found: TypeAlias = Generator[tuple[str, list[Tensor | None]], None, None]
 
 PLACEHOLDER = "parameter_"
 """What a parameter without a name is called, before its number."""
+
+
+ANCHOR_POLICIES = ("first", "mean", "max", "unit")
 
 
 class NonFiniteError(FloatingPointError, ValueError):
@@ -55,7 +61,7 @@ class BalancesTerms(Protocol):
     def average_weights(self) -> dict[str, Tensor]:
         """The weights of each term, averaged over the steps, one per layer: [L]; empty where none are kept."""
 
-    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]], /) -> None:
         """Name the parameters as ``model.named_parameters()`` does, for layers and messages."""
 
 
@@ -117,6 +123,16 @@ def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
     return terms
 
 
+def check_anchor(anchor: str | None, terms: Sequence[str]) -> None:
+    """Raise unless the anchor is a policy, ``None`` or one of the terms."""
+    if anchor in ("mean", "max", "unit") and anchor in terms:
+        raise ValueError(f"anchor={anchor!r} is a policy and a term of that name: call the term something else.")
+    if anchor is not None and anchor not in ANCHOR_POLICIES and anchor not in terms:
+        raise ValueError(
+            f"anchor must be one of {ANCHOR_POLICIES}, None or one of the terms {tuple(terms)}, but got {anchor!r}."
+        )
+
+
 def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
     """Say that ``name`` in ``where`` is no known term, which terms there are, and what to do."""
     terms = tuple(terms)
@@ -125,6 +141,48 @@ def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
     return (
         f"{where} names the term {name!r}, but the terms are {terms}.{hint}"
         " Terms that are not in the first losses must be named ahead: MTAdam(..., terms=(...))."
+    )
+
+
+def check_reached(name: str, gradients: Gradients) -> None:
+    """Raise unless there is any gradient."""
+    if all(map(is_, gradients, repeat(None))):
+        raise ValueError(
+            f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
+            " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
+        )
+
+
+def refuse_reentrant_checkpoints(losses: Losses) -> None:
+    """Raise ``ValueError`` if a loss passes through reentrant activation checkpointing.
+
+    Its part of the graph is built during ``backward()`` only: per-term gradients would silently stop there.
+    """
+    seen = set[Node]()
+    for name, loss in losses.items():
+        waiting = [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise ValueError(
+                    f"losses[{name!r}] passes through reentrant activation checkpointing, where the gradients of single"
+                    " terms cannot be taken. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                )
+            waiting += [following for following, _ in node.next_functions]
+
+
+def non_finite(
+    norms: Tensor, layers: Sequence[str], terms: Sequence[str], left: str = "Nothing was changed."
+) -> NonFiniteError:
+    """The error that names the first norm [P, I] that is inf or nan, and says in what state all is left."""
+    row, column = (int(index) for index in (~norms.isfinite()).nonzero()[0])
+    return NonFiniteError(
+        f"The gradient of the term {terms[column]!r} at the layer {layers[row]!r} is not finite: its norm is"
+        f" {float(norms[row, column])} in {norms.dtype}. {left} Look for a division by zero or a root of zero in that"
+        " loss, or lower the learning rate."
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.balancers.batch import Batch
+from lightning_mtadam.collect import collect
 from lightning_mtadam.collect.norms import are_on_host
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.processes import processes_of
@@ -94,11 +95,11 @@ class Balancer(ABC):
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes, begins=begins, run=run)
         pending = () if begins else self.pending_terms()
         check, take = partial(self._check_all, batch, optimizer), self._take
-        self._terms = collect(batch, check, take, known=self._terms, pending=pending).terms
+        self._terms = collect(batch, check, take, self._terms, pending).terms
         self._stepped, self._left = False, _versions(parameters)
         self._watch(optimizer)
 
-    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:  # noqa: B027 - only MTAdam keeps names
         """Names are taken from the network, in every call of :meth:`backward`."""
 
     def gradient_norms(self) -> dict[str, Tensor]:

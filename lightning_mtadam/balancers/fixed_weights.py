@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.balancers.balancer import Balancer
-from lightning_mtadam.collect import Batch
+from lightning_mtadam.balancers.batch import Batch
 
 
 class FixedWeights(Balancer):
@@ -47,4 +47,5 @@ class FixedWeights(Balancer):
         return {name: torch.tensor(weight) for name, weight in self.weights.items()}
 
     def balance(self, batch: Batch) -> None:
+        """As of every balancer."""
         batch.run_weighted([self.weights[name] for name in batch.terms])

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer
-from lightning_mtadam.collect import Batch
-from lightning_mtadam.collect.differentiate import refuse_reentrant_checkpoints
-from lightning_mtadam.collect.norms import is_host, non_finite
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
+from lightning_mtadam.collect.norms import is_host, norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.terms import PLACEHOLDER, clean_names
+from lightning_mtadam.terms import PLACEHOLDER, clean_names, non_finite, refuse_reentrant_checkpoints
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
-from lightning_mtadam.collect import Batch
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 
@@ -114,10 +114,12 @@ class GradNorm(Balancer):
         return {**super().__getstate__(), "_layer": []}
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        """As of every balancer."""
         super().check(batch, optimizer)
         self._layer = parameters_of(batch.network, self.shared)
 
     def balance(self, batch: Batch) -> None:
+        """As of every balancer."""
         if batch.begins:
             self._check_first_steps(batch)
         terms, shared, device = batch.terms, self._layer, batch.factor.device

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam import balancing
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor
 
 
 class MetaBalance(GradientBalancer):
@@ -66,11 +68,11 @@ class MetaBalance(GradientBalancer):
         if anchor in (None, "unit"):
             raise ValueError(f"anchor must be 'first', 'mean', 'max' or a term's name, but got {anchor!r}.")
         if not isinstance(anchor, str):
-            policies = balancing.ANCHOR_POLICIES
+            policies = ANCHOR_POLICIES
             raise TypeError(f"anchor must be one of {policies}, a term's name or None, but got {anchor!r}.")
         self.relax, self.beta, self.anchor = relax, beta, anchor
         if self._terms:
-            balancing.check_anchor(anchor, self._terms)
+            check_anchor(anchor, self._terms)
 
     def balance_weights(self) -> dict[str, Tensor]:
         """The balance weights n_i / n_anchor by layer, tensors [I], nan where a term never reached it."""
@@ -80,10 +82,12 @@ class MetaBalance(GradientBalancer):
         return dict(zip(self.state, balancing.balance_weights(norms, self._reference(norms)).unbind(), strict=True))
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        """As of every balancer."""
         super().check(batch, optimizer)
-        balancing.check_anchor(self.anchor, self._terms or tuple(batch.losses))
+        check_anchor(self.anchor, self._terms or tuple(batch.losses))
 
     def combine(self, step: StepGradients) -> list[Tensor | None]:
+        """As of every balancer."""
         none = torch.zeros_like(step.norms[:1].expand(2, -1))
         before = torch.stack([self.state_before.get(layer, none).to(none) for layer in step.layers])  # [P, 2, I]
         norms, counts = balancing.update_norms(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
 from lightning_mtadam.balancing import corrected_norms, update_norms
-from lightning_mtadam.collect import Batch
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 
@@ -109,6 +109,7 @@ class OutputBalancer(Balancer):
         return {**super().__getstate__(), "_attached": None, "_outputs": []}
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        """As of every balancer."""
         super().check(batch, optimizer)
         self._outputs = find_outputs(batch.losses, self.output, batch.parameters)
         if not self._nesting_checked:
@@ -116,6 +117,7 @@ class OutputBalancer(Balancer):
             self._nesting_checked = True
 
     def balance(self, batch: Batch) -> None:
+        """As of every balancer."""
         terms, outputs, self._outputs = batch.terms, self._outputs, []
         gradients = {name: _gradients_at(outputs, loss, batch) for name, loss in batch.losses.items()}
         share = batch.share.to(_wide(batch.share.dtype))

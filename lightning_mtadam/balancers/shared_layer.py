@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.names import near_matches
-from lightning_mtadam.collect import Batch
 
 
 def parameters_of(model: nn.Module, name: str) -> list[Tensor]:

@@ -83,6 +83,7 @@ class TorchJDBalancer(GradientBalancer):
         return dict(zip(self._terms, self.state["weights"].unbind(), strict=True))
 
     def combine(self, step: StepGradients) -> list[Tensor | None]:
+        """As of every balancer."""
         if not bool(step.finite):  # no aggregator should have to bear it
             self.state = self.state_before
             return step.weighted_sum(torch.ones_like(step.norms))

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer, parameters_in
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.log_variances import LogVariances
-from lightning_mtadam.collect import Batch
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 
@@ -69,6 +69,7 @@ class UncertaintyWeighting(Balancer):
         return 0.5 * torch.exp(-held if len(held) == terms else held.new_zeros(terms))  # [I]
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        """As of every balancer."""
         super().check(batch, optimizer)
         parameter, terms = self.learned.log_variances, self._terms or tuple(batch.losses)
         if not any(held is parameter for held in parameters_in(optimizer)):
@@ -90,6 +91,7 @@ class UncertaintyWeighting(Balancer):
             )
 
     def balance(self, batch: Batch) -> None:
+        """As of every balancer."""
         weights = self._weights(len(batch.terms))
         weighted = batch.run_weighted(weights)
         present = [batch.terms.index(name) for name in batch.losses]

@@ -13,8 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_mtadam import lightning_internals
+from lightning_mtadam.balancer_slot import balancer_of
 from lightning_mtadam.callbacks import tensorboard
-from lightning_mtadam.guard import balancer_of
 from lightning_mtadam.terms import BalancesTerms
 
 NOTHING: tuple[dict[str, tuple[str, ...]], bool] = ({}, False)

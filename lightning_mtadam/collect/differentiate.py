@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from lightning_mtadam.distributed.sharding import local_gradient
 from lightning_mtadam.terms import Found, Losses
@@ -23,24 +22,17 @@ def term_gradients(
     grad_output: Tensor | None = None,
     network: ShardedNetwork | None = None,
 ) -> Found:
-    """Differentiate each loss by itself, in order; the graph is freed with the last one.
-
-    Nothing is written to ``.grad``, so hooks that fire there (a distributed reducer's, for example) stay asleep.
+    """Differentiate each loss by itself, in order; the graph is freed with the last one. ``.grad`` is not touched.
 
     Args:
-        losses: named scalar losses; they may share a graph.
+        losses: named scalar losses; they may share a graph. One without a graph reaches nothing.
         parameters: the tensors to differentiate with respect to; those without ``requires_grad`` get ``None``.
         grad_output: scalar by which every loss is multiplied (accumulation, loss scaling); ``None`` means 1.
-        network: the network whose parameters ``fully_shard`` has cut: gradients are then this process's parts,
-            averaged over the processes.
+        network: around parameters that ``fully_shard`` has cut: gradients are this process's parts, averaged.
 
     Yields:
         The term's name and its gradients, one per parameter, ``None`` where the term does not reach it. The tensors
-        may share memory with each other: do not write to them. A loss without a graph reaches nothing.
-
-    Raises:
-        ValueError: no parameter requires a gradient.
-        TypeError: a gradient is sparse.
+        may share memory with each other: do not write to them.
 
     Example:
         >>> w, b = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
@@ -75,24 +67,3 @@ def term_gradients(
     finally:
         if network is not None:
             network.restore()
-
-
-def refuse_reentrant_checkpoints(losses: Losses) -> None:
-    """Raise ``ValueError`` if a loss passes through reentrant activation checkpointing.
-
-    Its part of the graph is built during ``backward()`` only: per-term gradients would silently stop there.
-    """
-    seen = set[Node]()
-    for name, loss in losses.items():
-        waiting = [loss.grad_fn]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError(
-                    f"losses[{name!r}] passes through reentrant activation checkpointing, where the gradients of single"
-                    " terms cannot be taken. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-                )
-            waiting += [following for following, _ in node.next_functions]

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mtadam.distributed.averaging import Averaging
 from lightning_mtadam.terms import Gradients
 
-PACKED = 2048
-"""Parameters of up to this many elements lie beside others, so that one operation serves many."""
-PACK = 1 << 16
-"""Elements of a pack."""
+PACKED = 2048  # parameters of up to this many elements lie beside others, so that one operation serves many
+PACK = 1 << 16  # elements of a pack
 
 
 def pack_up(parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequence[Hashable | None]) -> list[list[int]]:
     """Which parameters lie side by side: packs of their indices. A large one is a pack of its own.
 
-    Args:
-        parameters: the parameters, or this process's parts of them.
-        trained: per parameter, whether it is in a pack at all.
-        keys: per parameter what it must share with those it is packed with; ``None`` if it is never packed.
+    ``trained``: per parameter, whether it is in a pack at all; ``keys``: what those in a pack share, ``None``: no pack.
 
     Example:
         >>> pack_up([torch.ones(3), torch.ones(50, 50), torch.ones(2)], [True] * 3, ["group"] * 3)
@@ -48,20 +45,9 @@ def pack_up(parameters: Sequence[Tensor], trained: Sequence[bool], keys: Sequenc
 class GradientMemory:
     """Kept from step to step: fresh memory for all terms would cost more in page faults than the copy.
 
-    A row can travel to other processes as it is.
-
-    Args:
-        parameters: the parameters, or this process's parts of them.
-        trained: per parameter, whether it gets memory.
-        keys: as of ``pack_up``.
-        count: R rows: one for each term.
-
-    Attributes:
-        packs: the indices of the parameters that lie side by side.
-        rows: [R, columns] for each device and dtype.
-        views: [R][P], of the parameters' shapes; ``None`` where not trained.
-        trained, shapes: per parameter, whether it has memory, and its shape.
-        active: how many of the rows are in use: R, or one for a sum of the terms.
+    ``rows``, [R, columns] for each device and dtype, hold R gradients of each of ``packs``, and can travel to other
+    processes as they are; ``views`` [R][P] are of the parameters' ``shapes``, ``None`` where not ``trained``. The first
+    ``active`` rows are in use: all, or one for a sum of the terms.
     """
 
     def __init__(
@@ -84,20 +70,19 @@ class GradientMemory:
         self.views = [self.shaped([rows[index] for rows in self.rows]) for index in range(count)]
         self._clean = [[True] * len(parameters) for _ in range(count)]  # whether a gradient's place holds zeros
 
-    @staticmethod
-    def fitting(
-        kept: GradientMemory | None,
-        parameters: Sequence[Tensor],
-        trained: Sequence[bool],
-        keys: Sequence[Hashable | None],
-        count: int,
-    ) -> GradientMemory:
+    @classmethod
+    def fitting(cls, kept: GradientMemory | None, parameters: Sequence[Tensor], *others: Any) -> GradientMemory:
         """The memory that was kept, if it was made for the same; else a new one."""
-        key = [(one.shape, one.dtype, one.device) for one in parameters], trained, keys, count
+        key = [(one.shape, one.dtype, one.device) for one in parameters], *others
         if kept is None or kept.key != key:
-            kept = GradientMemory(parameters, trained, keys, count)
+            kept = cls(parameters, *others)
             kept.key = key
         return kept
+
+    def send(self, row: int, gradients: Gradients, averaging: Averaging) -> None:
+        """Let a row be averaged over the processes: zero where there is no gradient."""
+        self.wrote(row, gradients)
+        averaging.send([rows[row] for rows in self.rows], [gradient is not None for gradient in gradients])
 
     def use(self, count: int) -> GradientMemory:
         """Use the first rows only, e.g. one for a sum of the terms."""

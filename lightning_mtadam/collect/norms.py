@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtadam.terms import Gradients, NonFiniteError
+from lightning_mtadam.terms import Gradients, non_finite
 
 
 def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -30,10 +30,7 @@ def norms_of(gradients: Gradients) -> list[Tensor | None]:
 
 
 def norm_table(norms: Sequence[Gradients], like: Tensor, *, uniform: bool = False) -> Tensor:
-    """The norms of all terms, zero where there is none: I lists of P -> [P, I], in the dtype and device of ``like``.
-
-    ``uniform``: whether all norms are so already.
-    """
+    """The norms of all terms, zero where there is none: I lists of P -> [P, I], of the dtype and device of ``like``."""
     zero = like.new_zeros(())
     every = [zero if norm is None else norm for column in norms for norm in column]
     table = torch.stack(every if uniform else [norm.to(zero) for norm in every])
@@ -53,22 +50,18 @@ def are_on_host(tensors: Sequence[Tensor]) -> bool:
 class FiniteWatch:
     """Looks at the norms of all gradients, once a step.
 
-    On the host a step with an inf or nan raises before it changes anything. An accelerator may be many operations
-    behind the host: there the step runs on, multiplied by a flag so that it changes nothing either, and the next call
-    raises for it, when the flag has long arrived.
+    On the host a step with an inf or nan raises before it changes anything. An accelerator may be far behind the host:
+    there the step runs on, with a flag so that it changes nothing either, and the next call raises for it.
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Tensor, Any, Tensor, Sequence[str], Sequence[str]] | None = None
+        self.sent: tuple[Tensor, Any, Tensor, Sequence[str], Sequence[str]] | None = None
 
     def check(self, norms: Tensor, layers: Sequence[str], terms: Sequence[str]) -> Tensor | None:
-        """Look at the norms [P, I] of a step, of P named layers and I terms.
+        """Look at the norms [P, I] of a step, of P named layers and I terms; ``NonFiniteError`` names term and layer.
 
         Returns:
             ``None`` on the host; else a boolean scalar: whether the step may change anything.
-
-        Raises:
-            NonFiniteError: naming term and layer.
         """
         if is_host(norms.device):
             # Norms are not negative, so their sum is finite only if all are; it may overflow where none is.
@@ -81,27 +74,15 @@ class FiniteWatch:
         event = None if norms.device.type == "cpu" else torch.Event(norms.device)
         if event is not None:
             event.record()
-        self._sent = copy, event, norms, layers, terms
+        self.sent = copy, event, norms, layers, terms
         return finite
 
     def recall(self) -> None:
         """Raise ``NonFiniteError`` if the step before was not finite, and that was not known then."""
-        if self._sent is None:
+        if self.sent is None:
             return
-        (copy, event, norms, layers, terms), self._sent = self._sent, None
+        (copy, event, norms, layers, terms), self.sent = self.sent, None
         if event is not None:
             event.synchronize()
         if not copy.numpy():  # memory of the host
             raise non_finite(norms, layers, terms)
-
-
-def non_finite(
-    norms: Tensor, layers: Sequence[str], terms: Sequence[str], left: str = "Nothing was changed."
-) -> NonFiniteError:
-    """The error that names the first norm [P, I] that is inf or nan, and says in what state all is left."""
-    row, column = (int(index) for index in (~norms.isfinite()).nonzero()[0])
-    return NonFiniteError(
-        f"The gradient of the term {terms[column]!r} at the layer {layers[row]!r} is not finite: its norm is"
-        f" {float(norms[row, column])} in {norms.dtype}. {left} Look for a division by zero or a root of zero in that"
-        " loss, or lower the learning rate."
-    )

@@ -15,41 +15,27 @@ from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.terms import Found, Gradients, TermGradients
+from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 
-CACHED = 1 << 20
-"""Elements that are copied before their norm is taken: they are then still in the cache."""
+CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
 
 
 @dataclass
 class PendingGradients:
-    """What ``backward`` has collected and ``step`` has not yet consumed.
+    """What ``backward`` has collected and ``step`` has not yet consumed."""
 
-    Attributes:
-        gradients: of every term, accumulated; views into the memory.
-        terms: the names of the losses they come from.
-        norms: of the gradients of those terms whose norms are known already, [P] each.
-        memory: what holds the gradients; ``None`` before the first backward pass.
-        light: whether they are of one weighted sum of the losses, as in most steps with ``balance_every``.
-        absorbed: what has consumed the gradients already, with ``low_memory``.
-        clip: how the balanced gradient is to be clipped in the next step.
-        skip: whether the next step is to do nothing.
-        warned: whether it was said that a step was skipped.
-        probed: whether ``torch.distributed.checkpoint`` has called ``step`` before the terms were known.
-    """
-
-    gradients: TermGradients = field(default_factory=dict)
-    terms: tuple[str, ...] = ()
-    norms: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    memory: GradientMemory | None = None
-    light: bool = False
-    absorbed: Any = None
-    clip: tuple[ClipAlgorithm, float] | None = None
-    skip: bool = False
-    warned: bool = False
-    probed: bool = False
+    gradients: TermGradients = field(default_factory=dict)  # of every term, accumulated; views into the memory
+    terms: tuple[str, ...] = ()  # the names of the losses they come from
+    norms: dict[str, list[Tensor | None]] = field(default_factory=dict)  # of the terms whose norms are known, [P] each
+    memory: GradientMemory | None = None  # what holds the gradients; None before the first backward pass
+    light: bool = False  # whether they are of one weighted sum of the losses, as in most steps with balance_every
+    absorbed: Any = None  # what has consumed the gradients already, with low_memory
+    clip: tuple[ClipAlgorithm, float] | None = None  # how the balanced gradient is to be clipped in the next step
+    skip: bool = False  # whether the next step is to do nothing
+    warned: bool = False  # whether it was said that a step was skipped
+    probed: bool = False  # whether torch.distributed.checkpoint has called step before the terms were known
 
     def clear(self) -> None:
         """Forget everything but the memory."""
@@ -78,15 +64,7 @@ class PendingGradients:
         self.memory = memory
 
     def add(self, batch: Batch, rows: Sequence[str]) -> None:
-        """Differentiate and add one more batch. If a term fails, all that is pending is dropped.
-
-        Args:
-            batch: its losses are among the rows.
-            rows: the terms that the memory's rows belong to, in the order in which they are averaged.
-
-        Raises:
-            ValueError: a term reaches no parameter.
-        """
+        """Differentiate and add one more batch; if a term fails, drop all. ``rows``: the terms of the memory's rows."""
         memory, found, averaging = self.memory, batch.gradients(), batch.averaging()
         assert memory is not None
         gradients: TermGradients = {}
@@ -99,9 +77,7 @@ class PendingGradients:
                 else:
                     continue
                 if averaging is not None:
-                    memory.wrote(row, gradients[name])
-                    reached = [gradient is not None for gradient in gradients[name]]
-                    averaging.send([rows_of[row] for rows_of in memory.rows], reached)
+                    memory.send(row, gradients[name], averaging)
             next(found, None)  # lets it clean up behind itself
             if averaging is not None:
                 self.norms.clear()
@@ -144,12 +120,12 @@ class PendingGradients:
             parameter.grad = total if touched else None
 
     def _keep(self, name: str, views: Gradients, found: Found, batch: Batch) -> list[Tensor | None]:
-        """Take a term's next gradients and add them to what is pending, or copy them to the memory.
+        """Take a term's next gradients, and add them to what is pending or copy them to the memory, ``views``.
 
         What was found is let go before this returns: the next term's gradients need its place.
         """
         new, old = next_gradients(found, name, batch), self.gradients.get(name)
-        kept = [None] * len(new) if old is None else old
+        kept: list[Tensor | None] = [None] * len(new) if old is None else old
         norms = self.norms.setdefault(name, [None] * len(new))
         for piece in _pieces(new):
             targets, gradients = list[Tensor](), list[Tensor]()
@@ -184,11 +160,7 @@ def _pieces(gradients: Gradients) -> list[list[tuple[int, Tensor]]]:
 
 
 def next_gradients(found: Found, name: str, batch: Batch) -> list[Tensor | None]:
-    """A term's gradients, without the loss scale.
-
-    Raises:
-        ValueError: the term reaches no parameter; on one of several processes it may.
-    """
+    """A term's gradients, without the loss scale; ``ValueError`` if there are none, unless others may have some."""
     _, gradients = next(found)
     if not batch.replicated:
         check_reached(name, gradients)
@@ -198,12 +170,3 @@ def next_gradients(found: Found, name: str, batch: Batch) -> list[Tensor | None]
     factor = batch.loss_scale.reciprocal()
     divided = iter(torch._foreach_mul(present, factor.to(present[0])) if present else ())
     return [None if gradient is None else next(divided) for gradient in gradients]
-
-
-def check_reached(name: str, gradients: Gradients) -> None:
-    """Raise unless there is any gradient."""
-    if all(map(is_, gradients, repeat(None))):
-        raise ValueError(
-            f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
-            " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
-        )

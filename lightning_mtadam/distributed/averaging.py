@@ -41,7 +41,7 @@ class Averaging:
         self._reached.append(reached)
 
     def receive(self) -> list[list[bool]]:
-        """Wait for what was sent; whether each term, in the order they were sent, reaches the parameters on any rank."""
+        """Wait for what was sent. Whether each term, in the order of sending, reaches each parameter on any rank."""
         reached = reached_anywhere(self._reached, self.group)
         for work in self._work:
             work.wait()

@@ -14,7 +14,6 @@ from lightning_mtadam.terms import Losses
 def agree_on_terms(
     losses: Losses,
     check: Callable[[], Parameters],
-    *,
     pending: Sequence[str],
     known: Sequence[str],
     processes: Processes,

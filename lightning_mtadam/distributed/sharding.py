@@ -39,14 +39,6 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """This process's part of each."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return tensors
-    return [local(tensor) if isinstance(tensor, module.DTensor) else tensor for tensor in tensors]
-
-
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """This process's part of ``parameter.grad``, cut as the parameter is; a collective if it is not yet."""
     gradient: Any = parameter.grad
@@ -174,6 +166,15 @@ def join_norms(norms: Tensor, sharding: Sharding | None) -> Tensor:
     if sharding is None:
         return norms
     return add_up(norms.double().square(), sharding).sqrt().to(norms.dtype)
+
+
+def join_rows(norms: Tensor, shardings: Sequence[Sharding | None]) -> Tensor:
+    """The norms of whole tensors from those of this process's parts, [P, k], of P tensors that are cut so; in place."""
+    for cut in dict.fromkeys(shardings):  # in one order on all processes
+        if cut is not None:
+            rows = torch.tensor([row for row, other in enumerate(shardings) if other == cut], device=norms.device)
+            norms[rows] = join_norms(norms[rows], cut)
+    return norms
 
 
 def _shifted(parameter: Tensor, by: int) -> tuple[DeviceMesh, list[Any]]:

@@ -18,18 +18,13 @@ from lightning_mtadam.optim.options import Denominator, Options
 from lightning_mtadam.optim.tables import Tables
 
 _T = TypeVar("_T")
-Update: TypeAlias = Callable[..., None]
-"""``algorithm.update``, or what does the same; it may leave gradients multiplied by their scales."""
+Rows: TypeAlias = Sequence[Tensor]
+Update: TypeAlias = Callable[..., None]  # as algorithm.update, but gradients may be left times their scales
 
-FUSED_BLOCK = 1 << 18
-"""Elements of a chunk for the fused Adam: calls cost little, and what all terms share stays in the cache."""
-TRIAL = 67
-"""Elements of the chunk on which a kernel is compiled; those of later chunks are free, above one."""
-SHARED = 1 << 15
-"""Elements of a chunk that several threads share. It has a kernel of its own: torch would decide by the trial's."""
-
-_LONG_AGO = torch.tensor(math.inf, device="cpu")
-"""The number of steps so far, as Adam's kernel is told: it finds no bias to correct, which is done already."""
+FUSED_BLOCK = 1 << 18  # elements of a chunk: calls cost little, and what all terms share stays in the cache
+TRIAL = 67  # elements of the chunk on which a kernel is compiled; those of later chunks are free, above one
+SHARED = 1 << 15  # elements of a chunk that threads share, by a kernel of its own: torch would decide by the trial's
+LONG_AGO = torch.tensor(math.inf, device="cpu")  # the number of steps, as Adam is told: it finds no bias to correct
 
 
 def limit_of(rows: Iterable[Tensor], options: Options) -> int | None:
@@ -40,11 +35,7 @@ def limit_of(rows: Iterable[Tensor], options: Options) -> int | None:
 
 
 def faster(chunk: Chunk, numbers: Numbers, options: Options) -> Update | None:
-    """What updates the chunk faster than ``algorithm.update``; ``None`` if there is nothing.
-
-    Raises:
-        RuntimeError: torch.compile does not work here.
-    """
+    """What updates the chunk faster than ``algorithm.update``; ``None`` if nothing does. Raises if it can't compile."""
     if options.compile and chunk.size > 1:  # a kernel whose size is free takes two and more
         return partial(_run, _kernel(_case_of(chunk, numbers)))
     return fused_update if fused_applies(chunk, numbers) else None
@@ -53,7 +44,7 @@ def faster(chunk: Chunk, numbers: Numbers, options: Options) -> Update | None:
 def fused_applies(chunk: Chunk, numbers: Numbers) -> bool:
     """Whether torch's fused Adam can update the chunk: not where coefficients differ from element to element."""
     assert chunk.gradients is not None
-    return (
+    return bool(
         _suits_fused(numbers.denominator, chunk.gradients.device, chunk.gradients.dtype)
         and not chunk.packed
         and not chunk.moment_rows.largest
@@ -64,12 +55,7 @@ def fused_applies(chunk: Chunk, numbers: Numbers) -> bool:
 
 
 def fused_update(
-    parameter: Tensor,
-    gradients: Sequence[Tensor],
-    moments: Moments,
-    local: Coefficients,
-    numbers: Numbers,
-    scratch: Tensor,
+    parameter: Tensor, gradients: Rows, moments: Moments, local: Coefficients, numbers: Numbers, scratch: Tensor
 ) -> None:
     """As ``algorithm.update``, by torch's fused Adam, one call for each term.
 
@@ -93,22 +79,10 @@ def fused_update(
         if to_come == 0:
             lr = numbers.lr / float(local.factor)
             weight_decay = (1 - numbers.decay) / lr if lr and numbers.decay is not None else 0.0
-        torch._fused_adamw_(
-            [parameter],
-            [gradient],
-            [moments.first[0]],
-            [square],
-            largest,
-            [_LONG_AGO],
-            lr=lr,
-            beta1=1 - part / (1 - to_come * part),
-            beta2=1 - weight,
-            weight_decay=weight_decay,
-            eps=numbers.eps,
-            amsgrad=bool(largest),
-            maximize=False,
-            grad_scale=divisor,
-        )
+        betas = {"beta1": 1 - part / (1 - to_come * part), "beta2": 1 - weight}
+        rest = {"weight_decay": weight_decay, "eps": numbers.eps, "amsgrad": bool(largest), "maximize": False}
+        lists = ([parameter], [gradient], [moments.first[0]], [square], largest, [LONG_AGO])
+        torch._fused_adamw_(*lists, lr=lr, grad_scale=divisor, **betas, **rest)  # type: ignore[call-overload]
     if not terms and numbers.decay is not None:
         parameter.mul_(numbers.decay)
 
@@ -118,12 +92,10 @@ def _suits_fused(denominator: Denominator, device: torch.device, dtype: torch.dt
     return denominator in ("max", "sum") and norms.is_host(device) and dtype in (torch.float32, torch.float64)
 
 
-def _balanced(
-    gradients: Sequence[Tensor], scales: Tensor, denominator: Denominator, total: Tensor
-) -> Iterable[tuple[Tensor, Tensor | None]]:
+def _balanced(gradients: Rows, scales: Tensor, denominator: Denominator, total: Tensor) -> Iterable[Any]:
     """The balanced gradients, [b] each, with what the kernel is still to divide them by: it does so in fp32 only.
 
-    With denominator "sum" there is one gradient, that of the sum, written to ``total``. ``scales`` is [I].
+    With denominator "sum" there is one, of the sum, written to ``total``. ``scales`` is [I].
     """
     if denominator == "sum":
         torch.mul(gradients[0], scales[0], out=total)
@@ -153,7 +125,7 @@ def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
     assert chunk.gradients is not None
     threads, device = torch.get_num_threads(), chunk.gradients.device
     free = [None if one is None else 1.0 for one in numbers[:5]]
-    kind = Numbers(*free, *numbers[5:7], numbers.finite is None)  # type: ignore[arg-type]
+    kind = Numbers._make((*free, numbers.denominator, numbers.no_eps, numbers.finite is None))
     shared = not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED
     terms, moments = len(chunk.gradients), tuple(map(len, chunk.moment_rows))
     return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, threads, shared)
@@ -161,11 +133,7 @@ def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
 
 @cache
 def _kernel(case: Case) -> Update:
-    """A kernel of its own for each case, compiled on zeros before any number of a training depends on it.
-
-    Raises:
-        RuntimeError: torch.compile does not work here.
-    """
+    """A kernel of its own for each case, compiled on zeros before any number of a training depends on it."""
     function = _with_own_code(algorithm.update, f"update_{case.terms}_terms")
     kernel: Update = torch.compile(function, fullgraph=True, dynamic=False, options=_options(case.shared))
     wide = torch.promote_types(case.dtype, torch.float32)
@@ -195,22 +163,17 @@ def _kernel(case: Case) -> Update:
 
 
 def _run(
-    kernel: Update,
-    parameter: Tensor,
-    gradients: Sequence[Tensor],
-    moments: Moments,
-    local: Coefficients,
-    numbers: Numbers,
-    scratch: None,
+    kernel: Update, parameter: Tensor, gradients: Rows, moments: Moments, local: Coefficients, numbers: Numbers, _: None
 ) -> None:
     used = local if moments.largest else local._replace(correction=None)
-    contiguous = Coefficients(*[None if one is None else one.contiguous() for one in used])
-    kernel(parameter, gradients, moments, contiguous, _as_tensors(numbers, local.scales.dtype), scratch)
+    contiguous = Coefficients(*[None if one is None else one.contiguous() for one in used])  # type: ignore[arg-type]
+    kernel(parameter, gradients, moments, contiguous, _as_tensors(numbers, local.scales.dtype), None)
 
 
 def _as_tensors(numbers: Numbers, dtype: torch.dtype) -> Numbers:
     """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
-    return Numbers(*_scalars(numbers[:5], dtype), *numbers[5:])
+    lr, share, eps, decay, limit = _scalars(numbers[:5], dtype)
+    return numbers._replace(lr=lr, share=share, eps=eps, decay=decay, limit=limit)
 
 
 @lru_cache(maxsize=64)  # they are the same for all chunks of a group
@@ -219,20 +182,14 @@ def _scalars(values: tuple[float | None, ...], dtype: torch.dtype) -> list[Tenso
 
 
 def _options(shared: bool) -> dict[str, Any]:
-    """What ``torch.compile`` is told: no checks before each call, where torch can leave them out; threads for any size.
-
-    The checks would find nothing: each case has a kernel of its own, and what differs from call to call is free.
-    """
+    """What ``torch.compile`` is told: threads for any size, no checks before a call, which would find nothing."""
     skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
     unguarded = {} if skip is None else {"guard_filter_fn": skip}
     return {**unguarded, "cpp.min_chunk_size": 0} if shared else unguarded
 
 
 class CompiledTables:
-    """What a step does to the tables, as one call in place of some hundred small operations.
-
-    Each kind of step is compiled when it first comes, before anything is changed.
-    """
+    """What a step does to the tables, as one call in place of some hundred operations, compiled when it first comes."""
 
     def __init__(self, tables: Tables) -> None:
         self.measured = _compiled(tables, Tables.measured)
@@ -240,20 +197,17 @@ class CompiledTables:
 
 
 def _compiled(tables: Tables, method: Callable[..., _T]) -> Callable[..., _T]:
-    """The method as a program of its own for each number of threads: torch refuses more than a few of the same code."""
-    programs: dict[int, Callable[..., _T]] = {}
+    """The method as a program for each number of threads: torch refuses more than a few of the same code."""
+
+    @cache
+    def program(threads: int) -> Callable[..., _T]:
+        return torch.compile(_with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
 
     def call(observed: Tensor, *arguments: Tensor | None) -> _T:
-        threads = torch.get_num_threads()
-        if threads in programs:
-            return programs[threads](tables, observed, *arguments)
-        program = torch.compile(_with_own_code(method, method.__name__), fullgraph=True, dynamic=False)
         try:
-            result = program(tables, observed, *arguments)
+            return program(torch.get_num_threads())(tables, observed, *arguments)
         except Exception as error:
             raise _refusal(observed.device, error) from error
-        programs[threads] = program
-        return result
 
     return call
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -20,11 +19,11 @@ from lightning_mtadam.optim.options import Denominator
 class Numbers(NamedTuple):
     """What a parameter group says, and what holds for all groups; compiled, scalar tensors in place of floats."""
 
-    lr: float | Tensor  # negative to maximize
-    share: float | Tensor  # 1 - beta1
-    eps: float | Tensor
-    decay: float | Tensor | None  # 1 - lr * weight_decay; None without weight decay
-    limit: float | Tensor | None  # of the entries of the balanced gradient, where it is clipped by value
+    lr: Any  # negative to maximize
+    share: Any  # 1 - beta1
+    eps: Any
+    decay: Any  # 1 - lr * weight_decay; None without weight decay
+    limit: Any  # of the entries of the balanced gradient, where it is clipped by value
     denominator: Denominator
     no_eps: bool  # whether eps is zero
     finite: Tensor | None  # a boolean scalar: where it is false nothing may change; None: it is known to be true
@@ -39,10 +38,7 @@ class Numbers(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What differs between layers and terms: [I, b] of a chunk, [I, 1] where it is the same for all of it.
-
-    Of all parameters together they are tables, [P, I].
-    """
+    """What differs between layers and terms: [I, b] of a chunk, or [I, 1]; of all parameters together [P, I]."""
 
     scales: Tensor  # importance_i n_anchor / n_i   (Alg. 1, line 8)
     weights: Tensor  # of V second moments, (1 - beta2) / (1 - beta2^t); zero where the term has not reached
@@ -73,55 +69,31 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements that lie side by side: of one parameter, a piece of it, or several small ones.
+    """Elements that lie side by side: of one parameter, a piece of it, or several small ones."""
 
-    Attributes:
-        members: the indices of its parameters.
-        parameters: they themselves; they may be sharded.
-        sizes: how many elements of each are in it.
-        start: the first of its elements, counted in its first parameter.
-        gradients: [R, b], a row per term; ``None`` where gradients are not held.
-        moments: [., b] each, in the order of ``Moments``.
-        group: the parameter group.
-        rows: which rows of tables [P, k] are its parameters': one for all of it, or one for each element.
-        cut: how its parameters are sharded.
-    """
+    members: tuple[int, ...]  # the indices of its parameters
+    parameters: tuple[Tensor, ...]  # they themselves; they may be sharded
+    sizes: tuple[int, ...]  # how many elements of each are in it
+    start: int  # the first of its elements, counted in its first parameter
+    gradients: Tensor | None  # [R, b], a row per term; None where gradients are not held
+    moments: tuple[Tensor, ...]  # [., b] each, in the order of Moments
+    group: Mapping[str, Any]  # the parameter group
+    rows: int | Tensor  # which rows of tables [P, k] are its parameters': one for all of it, or one for each element
+    cut: sharding.Sharding | None  # how its parameters are sharded
+    size: int = field(init=False)  # the number of elements, b
+    packed: bool = field(init=False)  # whether it is of several parameters: coefficients differ from element to element
+    gradient_rows: tuple[Tensor, ...] = field(init=False)  # [b] each
+    moment_rows: Moments = field(init=False)
 
-    members: tuple[int, ...]
-    parameters: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    start: int
-    gradients: Tensor | None
-    moments: tuple[Tensor, ...]
-    group: Mapping[str, Any]
-    rows: int | Tensor
-    cut: sharding.Sharding | None
-
-    @cached_property
-    def size(self) -> int:
-        """The number of elements, b."""
-        return sum(self.sizes)
-
-    @cached_property
-    def packed(self) -> bool:
-        """Whether it is of several parameters: coefficients then differ from element to element."""
-        return len(self.members) > 1
-
-    @cached_property
-    def gradient_rows(self) -> tuple[Tensor, ...]:
-        """The gradients of the terms, [b] each."""
-        return () if self.gradients is None else self.gradients.unbind()
-
-    @cached_property
-    def moment_rows(self) -> Moments:
-        """The moments, [b] each."""
-        return Moments(*[moments.unbind() for moments in self.moments])
+    def __post_init__(self) -> None:
+        rows = () if self.gradients is None else self.gradients.unbind()
+        moments = Moments(*[moments.unbind() for moments in self.moments])
+        self.__dict__.update(
+            size=sum(self.sizes), packed=len(self.members) > 1, gradient_rows=rows, moment_rows=moments
+        )
 
     def runs(self, wanted: Sequence[bool], rows: Mapping[int, int], limit: int) -> Iterator[Chunk]:
-        """Its parts over those members that are wanted, by index; one parameter is cut at ``limit`` elements.
-
-        ``rows``: the row in tables of each member.
-        """
+        """Its parts over wanted members; one parameter is cut at ``limit``. ``rows``: of each member in tables."""
         if not self.packed:
             pieces = range(0, self.size if wanted[self.members[0]] else 0, limit)
             yield from (self._part(0, 1, slice(begin, min(begin + limit, self.size)), rows) for begin in pieces)
@@ -147,33 +119,32 @@ class Chunk:
             rows=int(mine) if len(mine) == 1 else mine.repeat_interleave(torch.tensor(sizes, device="cpu")),
         )
 
-    @property
-    def scattered(self) -> bool:
-        """Whether it is of one parameter that is not contiguous: to flatten it copies all of it."""
-        return not self.packed and not self._whole().is_contiguous()
-
-    def elements(self) -> Tensor:
-        """The parameters' elements, flat; a view if they are one parameter's, and contiguous."""
+    def gathered(self) -> Tensor | None:
+        """The parameters' elements, flat: a view of one parameter, a copy of several; ``None`` if it is scattered."""
         if self.packed:
             packed: Tensor = _flatten_dense_tensors(self.parameters)  # type: ignore[no-untyped-call]
             return packed
-        flat = self._whole().reshape(-1)
-        return flat if len(flat) == self.size else flat[self.start : self.start + self.size]
+        whole = self._whole()
+        return whole.view(-1)[self.start : self.start + self.size] if whole.is_contiguous() else None
+
+    def copied(self) -> Tensor:
+        """The elements of a parameter that is not contiguous: to flatten it copies all of it."""
+        return self._whole().reshape(-1)[self.start : self.start + self.size]
 
     def put_back(self, flat: Tensor) -> None:
-        """Write to the parameters what ``elements`` gave, where that was not a view of them."""
+        """Write to the parameters what ``gathered`` or ``copied`` gave, where that was not a view of them."""
         if self.packed:
             filled = [parameter for parameter in self.parameters if parameter.numel()]  # empty ones may come back flat
             if filled:
                 torch._foreach_copy_(filled, _unflatten_dense_tensors(flat, filled))  # type: ignore[no-untyped-call]
-        elif self.scattered:
-            whole = self._whole()
+        elif not (whole := self._whole()).is_contiguous():
             copy = whole.reshape(-1)
             copy[self.start : self.start + len(flat)] = flat
             whole.copy_(copy.view_as(whole))
 
     def _whole(self) -> Tensor:
-        return sharding.local(self.parameters[0]).detach()
+        parameter = self.parameters[0]
+        return (sharding.local(parameter) if hasattr(parameter, "to_local") else parameter).detach()
 
 
 class Chunks:
@@ -189,10 +160,7 @@ class Chunks:
         return iter(self._chunks)
 
     def spread(self, table: Tensor | None) -> list[Any]:
-        """Give each element the row of its parameter: [P, k] -> [k, b] for each chunk, or [k, 1].
-
-        They are in the dtype of the arithmetic, on the device of the chunk.
-        """
+        """Give each element the row of its parameter, in its arithmetic: [P, k] -> [k, b] for each chunk, or [k, 1]."""
         if table is None:
             return [None] * len(self._chunks)
         alone, found = iter(table.index_select(0, self._alone)[:, :, None].unbind()), []

@@ -22,14 +22,7 @@ class Layers:
 
 
 class LayerNames:
-    """The names of an optimizer's parameters, and the layers that follow from them; both may become known late.
-
-    Attributes:
-        rule: what forms a layer: "parameter", "module", "group", "global", or a callable from a parameter's name to its
-            layer's name.
-        names: of the parameters; ``None`` where not known yet.
-        found: the layers, once they were asked for.
-    """
+    """The names of an optimizer's parameters, ``None`` where not known yet, and the layers, once ``found``."""
 
     def __init__(self, rule: LayerRule) -> None:
         self.rule = rule
@@ -56,12 +49,7 @@ class LayerNames:
         return [name or f"{PLACEHOLDER}{index}" for index, name in enumerate(self.names)]
 
     def layers(self, groups: Sequence[Mapping[str, Any]]) -> Layers:
-        """The layers of the groups' parameters.
-
-        Raises:
-            ValueError: the rule needs names that are not known, or two parameters have one name.
-            TypeError: the rule is a callable that returned no string.
-        """
+        """The layers of the groups' parameters; raises if the rule needs names that are not known, or not unique."""
         if self.found is None:
             known = [name for name in self.names if name is not None]
             if self.rule not in ("group", "global") and len(set(known)) != len(known):
@@ -79,12 +67,7 @@ class LayerNames:
 
 
 def named_alike(group: Mapping[str, Any], known: int) -> dict[str, Any]:
-    """Give a group without names placeholders for them: torch wants all groups of an optimizer alike.
-
-    Args:
-        group: a new parameter group, e.g. of a fine-tuning callback.
-        known: the number of parameters that the optimizer has.
-    """
+    """Give a new group without names placeholders, after ``known`` others: torch wants all groups alike."""
     members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if not any(isinstance(member, tuple) for member in members):
         members = [(f"{PLACEHOLDER}{known + index}", parameter) for index, parameter in enumerate(members)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,27 +11,25 @@ from torch import Tensor
 from lightning_mtadam import balancing
 from lightning_mtadam.collect import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import non_finite, norm_table, norms_of
-from lightning_mtadam.collect.pending import check_reached, next_gradients
+from lightning_mtadam.collect.norms import norm_table, norms_of
+from lightning_mtadam.collect.pending import next_gradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import algorithm
 from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import Gradients
+from lightning_mtadam.terms import Gradients, check_reached, non_finite
 
 
 class LowMemory:
     """A step in another order: each term's norms, scales and second moments, then all the rest.
 
-    The anchor comes first, so that the scales of a term are known when its gradient is. At a layer that the anchor does
-    not reach, they depend on all terms: there the gradients wait.
-
-    Args:
-        updater: of this step; its anchor is one term, or "unit", or there is none.
+    The anchor comes first, so that the scales of a term are known when its gradient is. At a layer that the anchor
+    does not reach, they depend on all terms: there the gradients wait. So the anchor is one term, "unit" or ``None``.
     """
 
     def __init__(self, updater: Updater) -> None:
         self.updater, self.tables = updater, updater.tables
+        self._anchor: Any = balancing.reference_of(self.tables.options.anchor, self.tables.terms)
         self._sums: list[Tensor | None] = [None] * len(self.tables.parameters)  # the balanced gradient
         self._observed: dict[str, Tensor] = {}
         self._consumed: set[tuple[int, int]] = set()
@@ -39,17 +38,9 @@ class LowMemory:
     def absorb_all(self, batch: Batch, memory: GradientMemory | None) -> None:
         """Differentiate and consume the terms, the anchor first; ``p.grad`` is then the balanced gradient.
 
-        Args:
-            batch: its losses are of all terms that are present.
-            memory: for one term's gradients, while they are averaged.
-
-        Raises:
-            NonFiniteError: a gradient is inf or nan. Parameters, first moments, norms and clocks are as they were;
-                second moments have seen the terms before it.
+        ``memory`` is for one term's gradients, while they are averaged. Gradients that are not finite raise.
         """
-        reference = balancing.reference_of(self.tables.options.anchor, self.tables.terms)
-        assert isinstance(reference, int)
-        names = sorted(batch.losses, key=lambda name: name != self.tables.terms[reference])  # else as they are
+        names = sorted(batch.losses, key=lambda name: name != self.tables.terms[self._anchor])  # else as they are
         batch = replace(batch, losses={name: batch.losses[name] for name in names})
         found = batch.gradients()
         try:
@@ -60,7 +51,6 @@ class LowMemory:
             found.close()
         for column, gradients in self._late.items():
             self._consume(column, gradients)
-        self._late.clear()
         for parameter, total in zip(self.tables.parameters, self._sums, strict=True):
             parameter.grad = None if total is None else sharding.like(total, parameter)
 
@@ -82,7 +72,8 @@ class LowMemory:
             total = _piece(chunk, self._sums[member])
             if total is None:
                 continue
-            flat, moments = chunk.elements(), chunk.moment_rows.widened(local.scales.dtype)
+            moments, gathered = chunk.moment_rows.widened(local.scales.dtype), chunk.gathered()
+            flat = chunk.copied() if gathered is None else gathered
             if self.tables.options.denominator != "sum":
                 for column in set(range(len(terms))) - {at for at, reached in self._consumed if reached == member}:
                     algorithm.forget(column, moments, local)
@@ -94,7 +85,7 @@ class LowMemory:
         tables, column = self.tables, self.tables.terms.index(term)
         norms = norms_of([gradients[member] for member in tables.members])
         columns = [norms if other == term else [None] * len(norms) for other in tables.terms]
-        observed = tables.joined(norm_table(columns, tables.norms))
+        observed = sharding.join_rows(norm_table(columns, tables.norms), tables.shardings)
         if not bool(observed.isfinite().all()):
             left = "The parameters were not changed, but second moments have seen the terms before it."
             raise non_finite(observed, tables.names, tables.terms, left)
@@ -113,12 +104,10 @@ class LowMemory:
 
     def _ready(self) -> list[bool]:
         """Per parameter, whether scales there depend on no term that is still to come: where the anchor has reached."""
-        tables = self.tables
-        flags = [True] * len(tables.parameters)
+        tables, flags = self.tables, [True] * len(self.tables.parameters)
         if tables.options.anchor not in (None, "unit"):
-            reached = tables.by_parameter(self._norms()[0]) > 0
-            column = balancing.reference_of(tables.options.anchor, tables.terms)
-            for member, flag in zip(tables.members, reached[:, column].tolist(), strict=True):
+            reached = tables.by_parameter(self._norms()[0])[:, self._anchor] > 0
+            for member, flag in zip(tables.members, reached.tolist(), strict=True):
                 flags[member] = flag
         return flags
 
@@ -160,8 +149,7 @@ def _averaged(gradients: Gradients, name: str, batch: Batch, memory: GradientMem
     for view, gradient in zip(views, gradients, strict=True):
         if view is not None and gradient is not None:
             view.copy_(gradient)
-    memory.wrote(0, gradients)
-    averaging.send([rows[0] for rows in memory.rows], [gradient is not None for gradient in gradients])
+    memory.send(0, gradients, averaging)
     averaged = [view if flag else None for view, flag in zip(views, averaging.receive()[0], strict=True)]
     check_reached(name, averaged)
     memory.wrote(0, averaged)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -14,23 +11,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
-from lightning_mtadam.collect import Batch
-from lightning_mtadam.collect.norms import FiniteWatch
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
-from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import named_alike
-from lightning_mtadam.optim.low_memory import LowMemory
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
-from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
-from lightning_mtadam.optim.state import allocate, check_checkpoint, restore
-from lightning_mtadam.optim.tables import Tables
+from lightning_mtadam.optim.state import check_checkpoint, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
-from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import NonFiniteError, check_terms
 
 
 class MTAdam(TermOptimizer):
-    r"""Adam for several loss terms: per layer, every term's gradient is brought to the magnitude of an anchor's.
+    """Adam for several loss terms: per layer, every term's gradient is brought to the magnitude of an anchor's.
 
     For a layer and a term :math:`i` with gradient :math:`g_i`::
 
@@ -57,9 +46,8 @@ class MTAdam(TermOptimizer):
         importance: wanted ratios after balancing, by term; 1 by default.
         layers: the unit that is balanced: "parameter" (the default), "module" (a module's weight and bias together),
             "group", "global", or a callable from a parameter's name to a layer's name.
-        norm_init: the gradient norms' average starts from the "first" one, is "unbiased" (corrected for its start at
-            zero), or starts at "one" (the paper's Algorithm 1). By default "first", or "unbiased" with
-            ``balance_every`` above 1.
+        norm_init: the gradient norms' average starts from the "first" one (the default), is "unbiased" (corrected for
+            its start at zero; the default with ``balance_every``), or starts at "one" (the paper's Algorithm 1).
         denominator: which second moments divide the step: the "max" over the terms (the default), their "mean", each
             term's "own", or the one of the "sum" of the balanced terms, as in Adam.
         update: the "sum" of the terms, or their "mean", divided by the number of terms that reach the parameter.
@@ -73,10 +61,9 @@ class MTAdam(TermOptimizer):
             Not the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``, and costs little more than
             Adam. A term that was never measured is measured in the step it comes in; under accumulation in the first
             batch only, and with several processes at the next measured step.
-        low_memory: consume each term's gradient as soon as it is there: I gradients fewer are held. Then ``p.grad`` is
-            the balanced sum; accumulation, gradient scalers, clipping and options that need all gradients at once are
-            refused, and the host waits for each term. After a backward pass that fails, or that no step follows,
-            second moments have seen the terms that came before.
+        low_memory: consume each term's gradient as soon as it is there, which saves the memory of I gradients. The host
+            waits for each term, and what needs all gradients at once is refused: accumulation, scalers, clipping. After
+            a backward pass that fails, or that no step follows, second moments have seen the terms before.
         compile: join the update to one kernel, and the balance to one call, by :func:`torch.compile`, which takes some
             seconds at the first step; the call is compiled anew after a load, or when parameters are added.
 
@@ -85,17 +72,14 @@ class MTAdam(TermOptimizer):
         TypeError: a parameter is complex, or an option has the wrong type.
 
     Example:
-        >>> from torch import nn
-        >>> model = nn.Linear(4, 2)
+        >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = MTAdam(model.named_parameters(), lr=1e-2)
         >>> output = model(torch.ones(8, 4))
         >>> optimizer.zero_grad()
         >>> optimizer.backward({"fit": (output - 1).square().mean(), "small": 1e4 * output.abs().mean()})
         >>> optimizer.step()
-        >>> optimizer.terms
-        ('fit', 'small')
-        >>> list(optimizer.balance_weights())
-        ['weight', 'bias']
+        >>> optimizer.terms, list(optimizer.balance_weights())
+        (('fit', 'small'), ['weight', 'bias'])
 
     References:
         Malkiel and Wolf, MTAdam: Automatic Balancing of Multiple Training Loss Terms, EMNLP 2021, Algorithm 1. What
@@ -126,24 +110,11 @@ class MTAdam(TermOptimizer):
         low_memory: bool = False,
     ) -> None:
         lightly = balance_every != 1
-        layers, denominator = (
-            layers or ("global" if lightly else "parameter"),
-            denominator or ("sum" if lightly else "max"),
-        )
-        norm_init, given = norm_init or ("unbiased" if lightly else "first"), dict(importance or {})
-        options = Options(
-            anchor,
-            given,
-            layers,
-            norm_init,
-            denominator,
-            update,
-            max_scale,
-            on_nonfinite,
-            compile,
-            balance_every,
-            low_memory,
-        )
+        layers = layers or ("global" if lightly else "parameter")
+        norm_init = norm_init or ("unbiased" if lightly else "first")
+        denominator = denominator or ("sum" if lightly else "max")
+        balance = (anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale)
+        options = Options(*balance, on_nonfinite, compile, balance_every, low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
 
@@ -155,8 +126,7 @@ class MTAdam(TermOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Balance the gradients that :meth:`backward` has collected, and update moments and parameters.
 
-        Args:
-            closure: computes the losses and calls :meth:`backward`; it is called first.
+        A ``closure``, which computes the losses and calls :meth:`backward`, is called first.
 
         Raises:
             RuntimeError: there is nothing to consume.
@@ -191,15 +161,10 @@ class MTAdam(TermOptimizer):
         return self._read_norms(lambda norms: norms)
 
     def balance_weights(self) -> dict[str, Tensor]:
-        """The balance weights n_i / n_anchor, by layer: tensors [I]; nan where the term never reached the layer.
-
-        With anchor "unit" or ``None`` they are relative to the first term.
-        """
-        terms = self.terms
+        """The balance weights n_i / n_anchor, or n_i / n_1 without an anchor, by layer: [I]; nan where never reached."""
+        weights, anchors, terms = balancing.balance_weights, balancing.reference_norms, self.terms
         reference = balancing.reference_of(self._options.anchor, terms) if terms else 0
-        return self._read_norms(
-            lambda norms: balancing.balance_weights(norms, balancing.reference_norms(norms, reference))
-        )
+        return self._read_norms(lambda norms: weights(norms, anchors(norms, reference)))
 
     def term_weights(self) -> dict[str, Tensor]:
         """Empty: no constant multiplies a loss. :func:`lightning_mtadam.export_weights` makes some."""
@@ -210,10 +175,10 @@ class MTAdam(TermOptimizer):
         return {name: scales.clone() for name, scales in self._last_scales.items()}
 
     def average_weights(self) -> dict[str, Tensor]:
-        """The scales' geometric mean over all steps so far, clipping left out, by term: tensors [L], one per layer.
+        """The scales' geometric mean over the steps since the term came, without clipping, by term: [L], one per layer.
 
-        They are float64, on the host, in the order of :meth:`layer_sizes`; nan where the term never reached the layer.
-        Of a term that came late only the steps since then count. :func:`lightning_mtadam.export_weights` reads them.
+        Float64, on the host, in the order of :meth:`layer_sizes`; nan where the term never reached the layer.
+        :func:`lightning_mtadam.export_weights` reads them.
         """
         if not any(self.state.values()):
             return {}
@@ -250,11 +215,7 @@ class MTAdam(TermOptimizer):
         return {**found, "state": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; training then continues bit for bit.
-
-        Raises:
-            ValueError: other terms, shapes, parameters or options; the message names them. Nothing was changed.
-        """
+        """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
         check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
@@ -262,129 +223,12 @@ class MTAdam(TermOptimizer):
 
     def __repr__(self) -> str:
         """The options and the groups' hyper-parameters, without what is only counted."""
-        options = {"terms": self.terms, **vars(self._options)}
-        hidden, lines = {"params", "param_names", "steps", "measured", *options}, [f"{type(self).__name__} ("]
-        for title, values in [
-            ("Options", options),
-            *[(f"Group {at}", one) for at, one in enumerate(self.param_groups)],
-        ]:
-            lines += [
-                title,
-                *[f"    {key}: {one!r}" for key, one in values.items() if "params" not in values or key not in hidden],
-            ]
-        return "\n".join([*lines, ")"])
-
-    def _recall(self) -> None:
-        """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
-        with self._skipping_nonfinite():
-            try:
-                self._watch.recall()
-            except NonFiniteError:
-                for group in self.param_groups:
-                    group.update(self._counted)
-                raise
-
-    @contextmanager
-    def _skipping_nonfinite(self) -> Iterator[None]:
-        """Warn of gradients that are inf or nan in place of raising, if the user wants it so."""
-        try:
-            yield
-        except NonFiniteError as error:
-            if self._options.on_nonfinite == "raise":
-                raise
-            if not self._pending.warned:
-                self._pending.warned = True
-                warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=8)
-
-    def _count(self) -> None:
-        pending, group = self._pending, self.param_groups[0]
-        self._counted.update(steps=group["steps"], measured=group["measured"])
-        new = [] if pending.light else [term for term in pending.gradients if term not in group["measured"]]
-        for group in self.param_groups:
-            group.update(steps=group["steps"] + 1, measured=(*group["measured"], *new))
-
-    def _take(self, batch: Batch) -> None:
-        pending, rows = self._pending, batch.terms
-        factors = self._factors(batch)
-        if factors is not None:
-            batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
-        with as_fabric_backward():
-            if self._options.low_memory:
-                self._absorb(batch)
-                return
-            pending.use(self._memory(len(batch.terms)).use(len(rows)), rows)
-            pending.add(batch, rows)
-        pending.light = factors is not None
-        pending.show_sum(batch.parameters, batch.loss_scale)
-
-    def _absorb(self, batch: Batch) -> None:
-        known = self.terms
-        self._set_terms(batch.terms)
-        self._allocate()
-        try:
-            absorbed = LowMemory(self._updater())
-            if batch.averaging() is not None:
-                self._pending.memory = self._memory(1)
-            absorbed.absorb_all(batch, self._pending.memory)
-        except BaseException:
-            if not known:  # nor are the terms now
-                self.state.clear()
-                self._set_terms(())
-            raise
-        self._pending.absorbed = absorbed
-
-    def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
-        """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
-        every, group, pending = self._options.balance_every, self.param_groups[0], self._pending
-        if every == 1:
-            return None
-        self._recall()  # whether the step before counts must be known now
-        light = pending.light
-        if not pending.gradients:
-            agreed = batch.processes.group is None or batch.processes.averages  # on the terms of all processes
-            new = agreed and not set(batch.collected) <= set(group["measured"])
-            light = not is_measured(group["steps"], every) and not new
-        return dict(zip(self.terms, self._updater().tables.frozen_scales[0].unbind(), strict=True)) if light else None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # checkpoints from before they were counted
-            group.setdefault("steps", 0)
-            group.setdefault("measured", ())
-
-    def _reset_transient(self) -> None:
-        super()._reset_transient()
-        self._watch = FiniteWatch()
-        self._kept: list[Any] = []  # the key of the updater, and the updater
-        self._counted: dict[str, Any] = {}  # what was counted before the last step
-
-    def _updater(self) -> Updater:
-        """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
-        if not self._kept or self._kept[0] != self._key():
-            layers = self._layer_names.layers(self.param_groups)
-            with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
-                names, terms = self._layer_names.labels, self.terms
-                updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
-            self._kept[:] = [self._key(), updater]  # whose tables hold what the key names
-        return self._kept[1]  # type: ignore[no-any-return]
-
-    def _key(self) -> tuple[object, ...]:
-        parameters = self._parameters()
-        clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
-        return self._layer_names.found, self.terms, list(map(id, parameters)), list(map(id, clocks))
-
-    def _set_terms(self, terms: tuple[str, ...]) -> None:
-        super()._set_terms(terms)
-        if self._given_terms:
-            self._allocate()
-
-    def _allocate(self) -> None:
-        """Make the state of the parameters that are trained, or may have gradients pending."""
-        memory = self._pending.memory if self._pending.gradients else None
-        wanted = [parameter.requires_grad for parameter in self._parameters()]
-        for index, flag in enumerate(() if memory is None else memory.trained):
-            wanted[index] = wanted[index] or flag
-        allocate(self.state, self.param_groups, wanted, self._options, len(self.terms))
+        hidden = {"params", "param_names", "steps", "measured", "terms", *self._options.state_meaning}
+        lines = [f"    {name}: {value!r}" for name, value in [("terms", self.terms), *vars(self._options).items()]]
+        for index, group in enumerate(self.param_groups):
+            numbers = [f"    {key}: {value!r}" for key, value in group.items() if key not in hidden]
+            lines += [f"Parameter Group {index} ({len(group['params'])} parameters)", *numbers]
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
     def _read_norms(self, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""

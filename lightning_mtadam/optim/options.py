@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from lightning_mtadam.balancing import ANCHOR_POLICIES, NormInit, check_anchor
+from lightning_mtadam.balancing import NormInit
 from lightning_mtadam.optim.schedule import SUM
-from lightning_mtadam.terms import check_names, unknown_name_message
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
 
 LayerRule: TypeAlias = str | Callable[[str], str]
 Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
@@ -49,10 +49,9 @@ class Options:
             )
         if self.low_memory:
             self._check_low_memory()
-        _check_choice("norm_init", self.norm_init, get_args(NormInit))
-        _check_choice("denominator", self.denominator, get_args(Denominator))
-        _check_choice("update", self.update, get_args(Update))
-        _check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
+        choices = {"norm_init": NormInit, "denominator": Denominator, "update": Update, "on_nonfinite": OnNonfinite}
+        for name, choice in choices.items():
+            _check_choice(name, getattr(self, name), get_args(choice))
         if not callable(self.layers):
             _check_choice("layers", self.layers, LAYER_RULES, "or a callable: parameter name -> layer name")
         if self.anchor is not None and not isinstance(self.anchor, str):
@@ -73,12 +72,11 @@ class Options:
             "compile=True": self.compile,
             f"balance_every={self.balance_every}": self.balance_every > 1,
         }
-        for option, given in needing.items():
-            if given:
-                raise ValueError(
-                    f"low_memory=True consumes each term's gradient as soon as it is there, but {option} needs those of"
-                    " all terms at once. Leave out one of the two."
-                )
+        for option in [option for option, given in needing.items() if given]:
+            raise ValueError(
+                f"low_memory=True consumes each term's gradient as soon as it is there, but {option} needs those of all"
+                " terms at once. Leave out one of the two."
+            )
 
     def check_terms(self, terms: Sequence[str]) -> None:
         """Raise unless the anchor and the importances name ``terms``."""
@@ -91,10 +89,7 @@ class Options:
 
     @property
     def averages_squares(self) -> bool:
-        """Whether the squares of norms are averaged: where a scale lasts for many steps.
-
-        The norms of a term that is nearly satisfied are small but for some batches.
-        """
+        """Whether squares of norms are averaged: where a scale lasts for many steps."""
         return self.balance_every > 1
 
     def moments(self, terms: int) -> tuple[int, int]:
@@ -109,13 +104,7 @@ class Options:
 
 
 def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
-    """Raise unless a parameter group's hyper-parameters are in range and its parameters real.
-
-    Args:
-        group: the parameter group.
-        options: the optimizer's options, which a group must not contradict.
-        terms: the optimizer's terms, likewise.
-    """
+    """Raise unless a group's numbers are in range, its parameters real, and the optimizer's options left to it."""
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if not isinstance(value, Real):

@@ -10,26 +10,19 @@ from torch import Tensor
 
 from lightning_mtadam.terms import Losses
 
-SUM = "sum of the terms"
-"""What messages call the only loss of a light step."""
-
-AVERAGED = 20
-"""Measurements this many steps apart are averaged with beta3 itself; closer ones see less happen, and count less."""
+SUM = "sum of the terms"  # what messages call the only loss of a light step
+AVERAGED = 20  # measurements so many steps apart are averaged with beta3 itself; closer ones count less
 
 
 @lru_cache(maxsize=64)
 def next_measurement(step: int, every: int) -> int:
-    """The first step, from ``step`` on, at which the balance is measured.
+    """The first step, from ``step`` on, at which the balance is measured. Steps are counted from 0.
 
-    The gaps grow with the step, up to ``every``: in the beginning the balance moves fast. Steps are counted from 0.
+    The gaps grow up to ``every``: in the beginning the balance moves fast.
 
     Example:
-        >>> step, measured = 0, []
-        >>> while step < 50:
-        ...     step = next_measurement(step, every=10)
-        ...     measured, step = [*measured, step], step + 1
-        >>> measured
-        [0, 1, 2, 3, 4, 6, 8, 11, 14, 18, 23, 29, 37, 47, 57]
+        >>> [step for step in range(50) if next_measurement(step, every=10) == step]
+        [0, 1, 2, 3, 4, 6, 8, 11, 14, 18, 23, 29, 37, 47]
     """
     measured = 0
     while measured < step:

@@ -8,31 +8,26 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_mtadam import checkpoint
 from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.terms import clean_names
 
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
-AVERAGE_KEYS = ("log_scale", "log_scale_count")
-"""The entries of the scales' average over the run; checkpoints from before it was kept lack them."""
-
-BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count", *AVERAGE_KEYS)
-"""Small entries that are kept in fp32 or better. They are equal for all parameters of a layer, but for "step"."""
+AVERAGE_KEYS = ("log_scale", "log_scale_count")  # of the scales' average; checkpoints from before it lack them
+BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count", *AVERAGE_KEYS)  # small, in fp32 or better
 
 
 def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad: bool) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a parameter's state, for I terms.
 
-    Returns:
-        ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment over
-        the number of second moments, or one per term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape]
-        with denominator "sum": the second moments, their bias already corrected;
-        ``max_exp_avg_sq`` with amsgrad, not corrected; ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving
-        averages of the layer's norms; ``log_scale`` and ``log_scale_count`` [I]: the mean logarithm of the layer's
-        scales, and over how many steps.
+    ``step`` [1 + I]: the parameter's clock, then each term's; ``exp_avg``: the merged first moment over the number of
+    second moments, or one per term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape] with denominator
+    "sum": the second moments, their bias already corrected; ``max_exp_avg_sq`` with amsgrad, not corrected;
+    ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving averages of the layer's norms; ``log_scale`` and
+    ``log_scale_count`` [I]: the mean logarithm of the layer's scales, and over how many steps.
     """
     shape = tuple(parameter.shape)
     first, second = options.moments(terms)
@@ -45,14 +40,11 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
     }
 
 
-def allocate(state: dict[Tensor, State], groups: Groups, needed: Sequence[bool], options: Options, terms: int) -> None:
-    """Make the state of those parameters that need one and have none.
-
-    All is zero, on the parameter's device, the moments sharded as the parameter is.
-    """
+def allocate(state: dict[Tensor, State], groups: Groups, held: Sequence[bool], options: Options, terms: int) -> None:
+    """Make the state of parameters that are trained, or have a gradient ``held``: zeros, sharded as they are."""
     owners = [(parameter, group) for group in groups for parameter in group["params"]]
-    for (parameter, group), wanted in zip(owners, needed, strict=True):
-        if wanted and not state.get(parameter):
+    for (parameter, group), has_gradient in zip(owners, [*held, *[False] * len(owners)], strict=False):
+        if (has_gradient or parameter.requires_grad) and not state.get(parameter):
             wide, device = wide_dtype([parameter]), parameter.device
             shapes = expected_shapes(parameter, options, terms, amsgrad=group["amsgrad"])
             state[parameter] = {
@@ -64,10 +56,7 @@ def allocate(state: dict[Tensor, State], groups: Groups, needed: Sequence[bool],
 
 
 def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str, Any]) -> None:
-    """Copy a checkpoint's tensors, in the dtypes they are kept in.
-
-    ``Optimizer.load_state_dict`` would cast norms to the parameter's dtype, and share memory with the checkpoint.
-    """
+    """Copy a checkpoint's tensors, in the dtypes they are kept in: torch would cast norms, and share memory with it."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
@@ -83,16 +72,9 @@ def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str,
 
 
 def join_moments(states: Sequence[State], key: str, leading: int, sizes: Sequence[int]) -> Tensor:
-    """One flat tensor of the moments of parameters that lie side by side; their states get views into it.
+    """One flat tensor [R, elements] of a moment of parameters that lie side by side; their states get views into it.
 
-    Args:
-        states: of the parameters.
-        key: the moment's.
-        leading: R, the moments there are of each element.
-        sizes: the parameters' numbers of elements.
-
-    Returns:
-        [R, elements].
+    ``leading``: R, the moments there are of each element; ``sizes``: the parameters' numbers of elements.
     """
     if len(states) == 1:
         states[0][key] = states[0][key].contiguous()
@@ -106,7 +88,8 @@ def join_moments(states: Sequence[State], key: str, leading: int, sizes: Sequenc
             break
         place += row.shape[1]
     else:  # they are joined already
-        return rows[0].as_strided((leading, width), (width, 1))
+        whole: Tensor = rows[0].as_strided((leading, width), (width, 1))
+        return whole
     joined = torch.cat(rows, 1)
     for state, piece in zip(states, torch.split(joined, list(sizes), 1), strict=True):
         state[key] = piece.view(state[key].shape)
@@ -116,73 +99,15 @@ def join_moments(states: Sequence[State], key: str, leading: int, sizes: Sequenc
 def check_checkpoint(
     state_dict: Mapping[str, Any], groups: Groups, names: Sequence[str], options: Options, terms: tuple[str, ...]
 ) -> None:
-    """Raise ``ValueError`` unless ``state_dict`` fits the optimizer, naming what differs.
-
-    Args:
-        state_dict: what ``MTAdam.state_dict`` gave.
-        groups: the optimizer's parameter groups.
-        names: the parameters' names, in order.
-        options: the optimizer's options.
-        terms: the optimizer's terms; empty if they are not known yet.
-    """
+    """Raise ``ValueError`` unless ``state_dict`` fits the optimizer: its groups, names, options and terms."""
     saved_groups = state_dict["param_groups"]
-    if any("terms" not in group for group in saved_groups):
-        raise ValueError("The checkpoint was not written by MTAdam: its parameter groups name no terms.")
-    sizes, saved_sizes = ([len(group["params"]) for group in found] for found in (groups, saved_groups))
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"The checkpoint has parameter groups of {saved_sizes} parameters, the optimizer of {sizes}."
-            " Give the optimizer the parameters that it had when the checkpoint was written."
-        )
-    for group, saved in zip(groups, saved_groups, strict=True):
-        if "param_names" in group and "param_names" in saved:
-            _check_names(clean_names(group["param_names"]), clean_names(saved["param_names"]))
+    checkpoint.check_groups(groups, saved_groups)
     saved_terms = tuple(saved_groups[0]["terms"])
-    if saved_terms and terms and saved_terms != terms:
-        _refuse_terms(saved_terms, terms)
-    for option, value in options.state_meaning.items():
-        saved = saved_groups[0][option]
-        if saved != value:
-            raise ValueError(
-                f"The checkpoint was written with {option}={saved!r}, the optimizer has {option}={value!r}."
-                f" Its numbers mean something else. Use MTAdam(..., {option}={saved!r}), or start anew."
-            )
+    checkpoint.check_same_terms(saved_terms, terms)
+    checkpoint.check_options(saved_groups[0], options.state_meaning)
     parameters = [parameter for group in groups for parameter in group["params"]]
     owners = [(state_dict["state"].get(index), group) for group in saved_groups for index in group["params"]]
     for (state, group), name, parameter in zip(owners, names, parameters, strict=True):
-        shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=group["amsgrad"])
-        for key, shape in () if state is None else shapes.items():
-            if key in state or key not in AVERAGE_KEYS:
-                _check_entry(state.get(key), key, shape, name)
-
-
-def _check_names(names: Sequence[str], saved_names: Sequence[str]) -> None:
-    for name, saved in zip(names, saved_names, strict=True):
-        if name != saved:
-            raise ValueError(
-                f"The checkpoint has the parameter {saved!r} where the optimizer has {name!r}. Give the optimizer its"
-                " parameters in the order they had when the checkpoint was written."
-            )
-
-
-def _refuse_terms(saved: tuple[str, ...], terms: tuple[str, ...]) -> None:
-    missing = [name for name in terms if name not in saved]
-    unknown = [name for name in saved if name not in terms]
-    difference = [
-        *([f"it lacks {missing}"] if missing else []),
-        *([f"it has {unknown}, which the optimizer has not"] if unknown else []),
-    ] or ["the order differs"]
-    raise ValueError(
-        f"The checkpoint has the terms {saved}, the optimizer {terms}: {' and '.join(difference)}."
-        f" Train with the checkpoint's terms, MTAdam(..., terms={saved}), or start anew."
-    )
-
-
-def _check_entry(value: object, key: str, shape: tuple[int, ...], name: str) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"The checkpoint has no {key!r} for the parameter {name!r}.")
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"The checkpoint's {key!r} of the parameter {name!r} has shape {tuple(value.shape)}, but {shape} is"
-            " needed: the parameter had another shape. Load it into the network it was written with."
-        )
+        if state is not None:
+            shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=group["amsgrad"])
+            checkpoint.check_entries(state, shapes, AVERAGE_KEYS, name)

@@ -22,22 +22,10 @@ from lightning_mtadam.optim.state import BALANCE_KEYS, State
 
 
 class Tables:
-    """The tables of the ``P`` parameters that have a state, in ``L`` layers, with ``I`` terms.
+    """The tables of ``P`` parameters that have a state, in ``L`` layers, with ``I`` terms, kept across steps.
 
-    They are kept from step to step, and the states hold their rows.
-
-    Args:
-        options: the optimizer's options.
-        groups: its parameter groups.
-        state: its state by parameter.
-        layers: the layers of all its parameters.
-        names: the names of all its parameters, for messages.
-        terms: the names of the terms.
-
-    Attributes:
-        parameters: all of the optimizer's; ``members`` are the indices of those that have a state.
-        row_of: the row of each of those.
-        clocks, norms, counts, log_scales, log_scale_counts: [P, 1 + I], then [P, I]: the entries ``BALANCE_KEYS``.
+    ``clocks`` [P, 1 + I], ``norms``, ``counts``, ``log_scales``, ``log_scale_counts`` [P, I] are the ``BALANCE_KEYS``
+    of the states, which hold the rows. ``members`` are the indices of those parameters, ``row_of`` their rows.
     """
 
     def __init__(
@@ -100,29 +88,16 @@ class Tables:
         for name in rows:
             norms = pending.norms.get(name) or norms_of(pending.gradients.get(name) or [None] * len(self.parameters))
             columns.append(norms if self._every else [norms[member] for member in self.members])
-        return self.joined(norm_table(columns, self.norms, uniform=self._uniform))
-
-    def joined(self, norms: Tensor) -> Tensor:
-        """The norms of whole tensors from those of this process's parts: [P, I]."""
-        for cut in dict.fromkeys(self.shardings):  # in one order on all processes
-            if cut is not None:
-                index = self.constant([row for row, other in enumerate(self.shardings) if other == cut], torch.int64)
-                norms[index] = sharding.join_norms(norms[index], cut)
-        return norms
+        return sharding.join_rows(norm_table(columns, self.norms, uniform=self._uniform), self.shardings)
 
     def measured(
         self, observed: Tensor, touched: Tensor, present: Tensor, finite: Tensor | None
     ) -> tuple[Tensor, Coefficients]:
         """What a step with the gradients of every term does to the tables   (Alg. 1, lines 7 and 8).
 
-        Args:
-            observed: [P, I], the norms of the gradients.
-            touched: [P, 1] bool, whether any term's graph reached the parameter.
-            present: [I] bool, whether the term is in this step's losses.
-            finite: a boolean scalar; where it is false nothing may change. ``None``: it is known to be true.
-
-        Returns:
-            The scales, [L, I], and the coefficients of all parameters.
+        ``observed`` [P, I] are the norms of the gradients, ``touched`` [P, 1] whether any term's graph reached the
+        parameter, ``present`` [I] whether the term is in this step's losses; where ``finite`` is false nothing changes.
+        Gives the scales, [L, I], and the coefficients of all parameters.
         """
         norms, counts = self.averaged(observed, touched, present)
         changes = [(self.norms, self.by_parameter(norms)), (self.counts, self.by_parameter(counts))]
@@ -135,11 +110,7 @@ class Tables:
     def light(
         self, observed: Tensor, touched: Tensor, frozen: Tensor, finite: Tensor | None
     ) -> tuple[Tensor, Coefficients]:
-        """What a step with the gradient of one sum, of the terms times their ``frozen`` scales [L, I], does to them.
-
-        Returns:
-            Scales of one, [L, 1], and the coefficients.
-        """
+        """As ``measured``, with the gradient of one sum of the terms, times their ``frozen`` scales: it gives ones."""
         clocks = balancing.tick(self.clocks, torch.zeros_like(observed, dtype=torch.bool), touched)
         self.clocks.copy_(clocks if finite is None else torch.where(finite, clocks, self.clocks))
         scales = torch.ones_like(frozen[:, :1])
@@ -168,10 +139,7 @@ class Tables:
 
     @cached_property
     def frozen_scales(self) -> Tensor:
-        """The scales of the last measured step, [L, I]; worked out once between two of them.
-
-        They are read from the tables, as after a checkpoint: where tables are compiled, the last digit may differ.
-        """
+        """The scales of the last measured step, [L, I], from the tables, as after a checkpoint; worked out once."""
         self.follow_groups()
         return self.scales(*self.norms_by_layer())
 
@@ -181,10 +149,7 @@ class Tables:
         return self._corrected(*self.norms_by_layer())
 
     def average_scales(self) -> Tensor:
-        """The geometric mean of the scales over the steps so far: [L, I], float64, on the host.
-
-        It is nan where the term never reached the layer, and zero where its importance is.
-        """
+        """The mean scales so far, [L, I], float64 on the host: nan where never reached, zero where importance is."""
         found = (self.log_scales, self.log_scale_counts, self._layer_of, self.norms_by_layer()[1])
         logs, counts, layer_of, reached = (tensor.to("cpu") for tensor in found)
         averages = balancing.average_scales(logs.double(), counts.double(), layer_of, len(self.layers.names))
@@ -202,7 +167,7 @@ class Tables:
         return rows if self._own_layers else rows[self._layer_of]
 
     def _coefficients(self, scales: Tensor, recorded: Tensor, finite: Tensor | None) -> Coefficients:
-        """The coefficients of all parameters, from the scales [L, I] or [L, 1] and the clocks (Alg. 1, lines 11, 12)."""
+        """The coefficients of all parameters, from scales [L, I] or [L, 1] and the clocks   (Alg. 1, lines 11, 12)."""
         balancing.record_scales(
             self.log_scales,
             self.log_scale_counts,

@@ -1,27 +1,36 @@
-"""An optimizer that is given the gradient of every term: what happens up to ``step``."""
+"""An optimizer that is given the gradient of every term: how they are collected, and what is kept for the step."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam.collect import Batch, collect
-from lightning_mtadam.collect.differentiate import refuse_reentrant_checkpoints
-from lightning_mtadam.collect.norms import are_on_host
 from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
-from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Parameters
+from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
+from lightning_mtadam.distributed.uninterrupted import uninterrupted
+from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
+from lightning_mtadam.optim.low_memory import LowMemory
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.terms import Losses, check_losses, check_terms
+from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
+from lightning_mtadam.optim.state import allocate
+from lightning_mtadam.optim.tables import Tables
+from lightning_mtadam.optim.update import Updater
+from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints
 
 
 class TermOptimizer(Optimizer):
@@ -64,20 +73,18 @@ class TermOptimizer(Optimizer):
 
         Args:
             losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
-            model: the network as it is called. If ``DistributedDataParallel`` wraps it, the terms' gradients are
-                averaged over its processes, which agree on the terms in every call; not within its ``no_sync()``, as
-                long as batches accumulate. With parameters sharded by ``fully_shard`` they are always averaged. Needed
-                only where several processes train together.
+            model: the network as it is called; needed only where several processes train together. If it is wrapped by
+                ``DistributedDataParallel``, gradients are averaged over its processes, which agree on the terms in each
+                call; not within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
-            loss_scale: what a gradient scaler multiplied into ``grad_output``: the terms' gradients are divided by
-                it, ``p.grad`` is not.
+            loss_scale: what a gradient scaler multiplied into ``grad_output``: the gradients are divided by it.
 
         Raises:
             ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
                 the processes have different terms, or train different parameters.
-            RuntimeError: another process has failed.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
+            RuntimeError: another process has failed.
         """
         parameters, pending = self._parameters(), self._pending
         pending.start_anew_if_reset(parameters)
@@ -86,16 +93,13 @@ class TermOptimizer(Optimizer):
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
-        taken = collect(batch, partial(self._check, batch), self._take, known=self.terms, pending=pending.terms)
+        taken = collect(batch, partial(self._check, batch), self._take, self.terms, pending.terms)
         pending.terms = taken.collected
         if not self.terms:
             self._set_terms(taken.terms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the collected gradients, and reset ``p.grad`` as every torch optimizer does.
-
-        ``model.zero_grad()`` does the same; with ``set_to_none=False`` it goes unnoticed.
-        """
+        """Drop the collected gradients, and reset ``p.grad``; ``model.zero_grad()`` does so too, unless to zeros."""
         probed, self._pending.probed = self._pending.probed, False
         self._pending.clear()
         super().zero_grad(set_to_none)
@@ -106,21 +110,15 @@ class TermOptimizer(Optimizer):
             )
 
     def skip_step(self) -> None:
-        """Forget the collected gradients, and let the next :meth:`step` do nothing.
-
-        For loops that step without a backward pass, as the last epoch of Lightning's stochastic weight averaging does.
-        """
+        """Let the next :meth:`step` do nothing, as after a forward pass alone."""
         self._pending.clear()
         self._pending.skip = True
 
     def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
-        """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`; clipping ``p.grad`` does nothing.
+        """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`; not ``p.grad``.
 
-        All terms take the same factor, so that clipping does not disturb the balance.
-
-        Args:
-            limit: the largest L2 norm over all parameters ("norm"), or the largest magnitude of an entry ("value").
-            algorithm: "norm" or "value".
+        ``limit`` is the largest L2 norm over all parameters ("norm"), or magnitude of an entry ("value"). All terms
+        take the same factor, so that clipping does not disturb the balance.
         """
         if algorithm not in ("norm", "value"):
             raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
@@ -140,15 +138,120 @@ class TermOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # checkpoints from before they were counted
+            group.setdefault("steps", 0)
+            group.setdefault("measured", ())
         self._reset_transient()
 
     def _reset_transient(self) -> None:
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
+        self._watch = FiniteWatch()
+        self._kept: list[Any] = []  # the key of the updater, and the updater
+        self._counted: dict[str, Any] = {}  # what was counted before the last step
 
-    @abstractmethod
     def _take(self, batch: Batch) -> None:
-        """Differentiate the losses, and hold or consume their gradients."""
+        pending, rows = self._pending, batch.terms
+        factors = self._factors(batch)
+        if factors is not None:
+            batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
+        with as_fabric_backward():
+            if self._options.low_memory:
+                self._absorb(batch)
+                return
+            pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
+            pending.add(batch, rows)
+        pending.light = factors is not None
+        pending.show_sum(batch.parameters, batch.loss_scale)
+
+    def _absorb(self, batch: Batch) -> None:
+        known = self.terms
+        self._set_terms(batch.terms)
+        self._allocate()
+        try:
+            absorbed = LowMemory(self._updater())
+            if batch.averaging() is not None:
+                self._pending.memory = self._memory(1, batch)
+            absorbed.absorb_all(batch, self._pending.memory)
+        except BaseException:
+            if not known:  # nor are the terms now
+                self.state.clear()
+                self._set_terms(())
+            raise
+        self._pending.absorbed = absorbed
+
+    def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
+        """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
+        every, group, pending = self._options.balance_every, self.param_groups[0], self._pending
+        if every == 1:
+            return None
+        self._recall()  # whether the step before counts must be known now
+        light = pending.light
+        if not pending.gradients:
+            agreed = batch.processes.group is None or batch.processes.averages  # on the terms of all processes
+            new = agreed and not set(batch.collected) <= set(group["measured"])
+            light = not is_measured(group["steps"], every) and not new
+        return dict(zip(self.terms, self._updater().tables.frozen_scales[0].unbind(), strict=True)) if light else None
+
+    def _recall(self) -> None:
+        """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
+        if self._watch.sent is None:
+            return
+        with self._skipping_nonfinite():
+            try:
+                self._watch.recall()
+            except NonFiniteError:
+                for group in self.param_groups:
+                    group.update(self._counted)
+                raise
+
+    @contextmanager
+    def _skipping_nonfinite(self) -> Iterator[None]:
+        """Warn of gradients that are inf or nan in place of raising, if the user wants it so."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if self._options.on_nonfinite == "raise":
+                raise
+            if not self._pending.warned:
+                self._pending.warned = True
+                warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=8)
+
+    def _count(self) -> None:
+        self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})
+        measured = () if self._pending.light else self._pending.gradients
+        for group in self.param_groups:
+            group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
+
+    def _updater(self) -> Updater:
+        """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
+        if not self._kept or self._kept[0] != self._key():
+            layers = self._layer_names.layers(self.param_groups)
+            with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
+                names, terms = self._layer_names.labels, self.terms
+                updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
+            self._kept[:] = [self._key(), updater]  # whose tables hold what the key names
+        return self._kept[1]  # type: ignore[no-any-return]
+
+    def _key(self) -> tuple[object, ...]:
+        parameters = self._parameters()
+        clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
+        return self._layer_names.found, self.terms, list(map(id, parameters)), list(map(id, clocks))
+
+    def _set_terms(self, terms: tuple[str, ...]) -> None:
+        self.defaults["terms"] = terms
+        for group in self.param_groups:
+            group["terms"] = terms
+        if self._given_terms:
+            self._allocate()
+
+    def _allocate(self) -> None:
+        """Make the state of the parameters that are trained, or may have gradients pending."""
+        memory = self._pending.memory if self._pending.gradients else None
+        held = [] if memory is None else memory.trained
+        new = [index for index, parameter in enumerate(self._parameters()) if not self.state.get(parameter)]
+        if new:
+            allocate(self.state, self.param_groups, held, self._options, len(self.terms))
 
     def _refuse_with_low_memory(self, what: str) -> None:
         """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""
@@ -158,12 +261,11 @@ class TermOptimizer(Optimizer):
                 " terms at once. Leave out low_memory=True, or do without."
             )
 
-    def _memory(self, rows: int) -> GradientMemory:
+    def _memory(self, rows: int, batch: Batch) -> GradientMemory:
         """The memory that is there, if it fits."""
-        parameters = self._parameters()
-        parts = sharding.local_parts(parameters)
-        groups = [id(group) for group in self.param_groups for _ in group["params"]]
-        keys = [key if part is whole else None for key, part, whole in zip(groups, parts, parameters, strict=True)]
+        parameters, sharded = batch.parameters, batch.processes.sharded
+        parts = [sharding.local(parameter) for parameter in parameters] if sharded else parameters
+        keys = [None if sharded else id(group) for group in self.param_groups for _ in group["params"]]
         trained = [parameter.requires_grad for parameter in parameters]
         return GradientMemory.fitting(self._pending.memory, parts, trained, keys, rows)
 
@@ -183,16 +285,11 @@ class TermOptimizer(Optimizer):
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
-    def _set_terms(self, terms: tuple[str, ...]) -> None:
-        self.defaults["terms"] = terms
-        for group in self.param_groups:
-            group["terms"] = terms
-
     def _check_nothing_to_do(self, *, skipped: bool) -> None:
         """Raise, unless a closure has said by returning ``None`` that there is nothing to do, or ``skip_step`` has."""
         if self._pending.skip:
             return
-        if self._is_probed():
+        if is_probed(self):
             self._pending.probed = True
             return
         if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
@@ -201,15 +298,3 @@ class TermOptimizer(Optimizer):
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
                 " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
-
-    def _is_probed(self) -> bool:
-        """Whether ``torch.distributed.checkpoint`` called ``step``, with zeros as gradients, so that there be a state.
-
-        It has set the learning rates to zero until ``step`` returns; ``zero_grad`` is what it calls next.
-        """
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.requires_grad]
-        return (
-            not any(self.state.values())
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and all(gradient is not None and not bool(gradient.any()) for gradient in gradients)
-        )

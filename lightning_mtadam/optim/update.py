@@ -18,16 +18,11 @@ from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import join_moments
 from lightning_mtadam.optim.tables import Tables
 
-BLOCK = 1 << 19
-"""Elements of a chunk, over all terms: on a CPU, what the cache of one core and its share of the common one hold."""
+BLOCK = 1 << 19  # elements of a chunk, over all terms: what a core's cache and its share of the common one hold
 
 
 class Updater:
-    """Keeps what stays the same from step to step: chunks, what updates them, and scratch memory.
-
-    Args:
-        tables: it lives as long as these do.
-    """
+    """Keeps what stays the same from step to step: chunks, what updates them, and scratch memory."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables, self.options = tables, tables.options
@@ -36,23 +31,15 @@ class Updater:
         self._scratch = torch.empty(0)
 
     def observe(self, pending: PendingGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
-        """The norms of the gradients, [P, I], and whether all are finite: a flag, or ``None`` if they are known to be.
-
-        Raises:
-            NonFiniteError: one is not; nothing was changed.
-        """
+        """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
         rows = (SUM,) if pending.light else self.tables.terms
         norms = self.tables.observe(pending, rows)
         return norms, watch.check(norms, self.tables.names, rows)
 
     def balance(self, pending: PendingGradients, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
-        """Let norms, scales and clocks see the step.
+        """Let norms, scales and clocks see the step; what cannot be compiled raises before.
 
-        Returns:
-            What multiplies the terms' gradients, [L, I], and the coefficients of all parameters.
-
-        Raises:
-            RuntimeError: with ``compile=True``, if something cannot be compiled; nothing was changed.
+        Gives what multiplies the terms' gradients, [L, I], and the coefficients of all parameters.
         """
         tables, (kind, limit) = self.tables, pending.clip or (None, None)
         self.numbers = self.numbers_of(limit if kind == "value" else None, finite)
@@ -73,10 +60,10 @@ class Updater:
     def run(self, coefficients: Coefficients) -> None:
         """Update moments and parameters."""
         # To gather elements between updates, which flush the cache, would take longer; but what is scattered is copied.
-        early = [None if chunk.scattered else chunk.elements() for chunk in self._chunks]
+        early = [chunk.gathered() for chunk in self._chunks]
         work = zip(self._chunks, self._updates, early, self._chunks.local(coefficients), strict=True)
         for chunk, update, held, local in work:
-            flat, scratch = chunk.elements() if held is None else held, self.scratch(chunk, local.scales.dtype)
+            flat, scratch = chunk.copied() if held is None else held, self.scratch(chunk, local.scales.dtype)
             update(flat, chunk.gradient_rows, chunk.moment_rows, local, self.numbers[id(chunk.group)], scratch)
             if held is None:
                 chunk.put_back(flat)
@@ -106,11 +93,8 @@ class Updater:
         return self._chunks_of(packs, everything, max(1, BLOCK // len(self.tables.terms)))
 
     def _prepare(self, pending: PendingGradients) -> None:
-        """Find the chunks over the parameters that have gradients, and what updates each, unless they are as before.
-
-        What cannot be compiled raises here, where nothing is changed yet.
-        """
-        memory, touched, tables = pending.memory, pending.touched, self.tables
+        """Find the chunks over the parameters that have gradients, and what updates each, unless they are as before."""
+        memory, tables, touched = pending.memory, self.tables, pending.touched
         assert memory is not None
         kinds = [(one.no_eps, one.limit is None, one.finite is None, one.eps) for one in self.numbers.values()]
         key = (memory, memory.active, touched, kinds, torch.get_num_threads())
@@ -141,10 +125,7 @@ class Updater:
         return Chunk(tuple(pack), parameters, sizes, 0, gradients, moments, group, row, cut)
 
     def _clip_factor(self, scales: Tensor, limit: float) -> Tensor:
-        """By what to multiply the balanced gradient, so that its L2 norm is at most ``limit``; a scalar.
-
-        ``scales`` are of all parameters, [P, I].
-        """
+        """By what to multiply the balanced gradient, to bring its L2 norm to ``limit``; ``scales`` are [P, I]."""
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.tables.shardings}
         for chunk, local in zip(self._chunks, self._chunks.spread(scales), strict=True):
             total = algorithm.balanced_sum(chunk.gradient_rows, local)
