@@ -161,7 +161,7 @@ class MTAdam(TermOptimizer):
         return self._read_norms(lambda norms: norms)
 
     def balance_weights(self) -> dict[str, Tensor]:
-        """The balance weights n_i / n_anchor, or n_i / n_1 without an anchor, by layer: [I]; nan where never reached."""
+        """The balance weights n_i / n_anchor, or n_i / n_1 without an anchor, by layer: [I]; nan if never reached."""
         weights, anchors, terms = balancing.balance_weights, balancing.reference_norms, self.terms
         reference = balancing.reference_of(self._options.anchor, terms) if terms else 0
         return self._read_norms(lambda norms: weights(norms, anchors(norms, reference)))
