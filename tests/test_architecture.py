@@ -30,7 +30,7 @@ FLOORS = (
 KNOW_LIGHTNING = {"module", "guard", "balancer_slot", "lightning_internals", "callbacks"}
 FEW_LINES, FEW_LINES_A_FILE = 2700, 320
 FEW_FILES, FEW_CALLS = 20, 200
-"""Of a batch of two terms. With accelerators and new rules 3200 lines, 22 files and 230 calls may be needed; not more."""
+"""Of a batch of two terms. Accelerators and new rules may need 3200 lines, 22 files and 230 calls; not more."""
 
 
 def modules():
