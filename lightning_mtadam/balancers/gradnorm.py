@@ -46,6 +46,7 @@ class GradNorm(Balancer):
             zero; with several processes, a term that reaches the shared layer on none of them.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
         >>> balancer = GradNorm(shared="0")
         >>> optimizer = torch.optim.Adam(model.parameters())

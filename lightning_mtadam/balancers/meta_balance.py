@@ -39,6 +39,7 @@ class MetaBalance(GradientBalancer):
         TypeError: ``anchor`` is no string.
 
     Example:
+        >>> from torch import nn
         >>> w = nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> model = nn.ParameterList([w])
         >>> balancer = MetaBalance(relax=0.5)

@@ -37,6 +37,7 @@ class UncertaintyWeighting(Balancer):
             known; they were learned for another number of terms; parameters are sharded.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Linear(3, 2)
         >>> balancer = UncertaintyWeighting()
         >>> optimizer = torch.optim.SGD([*model.parameters(), *balancer.learned.parameters()], lr=0.1)
