@@ -39,6 +39,16 @@ class Balancer(ABC):
         one_backward: whether there is one ordinary backward pass, which wrappers of the network see.
         works_on_shards: whether parameters may be sharded.
         looks_ahead: whether terms are differentiated by themselves before that one backward pass.
+
+    Example:
+        >>> class Mean(Balancer):
+        ...     def balance(self, batch):
+        ...         batch.run_weighted([1 / len(batch.losses)] * len(batch.terms))
+        >>> w = nn.Parameter(torch.tensor(2.0))
+        >>> model, optimizer = nn.ParameterList([w]), torch.optim.SGD([w])
+        >>> Mean().backward({"fit": (w - 1).square(), "decay": w.square()}, optimizer, model=model)
+        >>> w.grad  # (2 + 4) / 2
+        tensor(3.)
     """
 
     learned: nn.Module | None = None

@@ -23,16 +23,29 @@ from lightning_mtadam.terms import PLACEHOLDER, clean_names, non_finite, refuse_
 
 @dataclass(frozen=True)
 class StepGradients:
-    """The gradients of a step so far, averaged over the processes where they average.
+    """The gradients of a step so far: the terms' own, over all of its batches, and averaged over the processes.
 
-    ``P`` parameters of the optimizer, ``I`` terms.
+    ``P`` parameters of the optimizer, ``I`` terms, ``n`` entries of all parameters that are trained.
 
     Attributes:
-        memory: holds the gradients: the rows are those of the terms, zero where there is no gradient.
-        norms: [P, I], in fp32 or better.
-        present: per term, whether it is in this step's losses.
-        reached: per parameter, whether any term reaches it.
-        layers: the names of the parameters.
+        memory: where the gradients are; :meth:`weighted_sum`, :meth:`matrix` and :meth:`split` read it.
+        norms: [P, I], the L2 norm of each term's gradient at each parameter, in fp32 or better; zero without one.
+        present: [I], whether the term is in this step's losses.
+        reached: [P], whether any term reaches the parameter.
+        layers: [P], the parameters' names.
+
+    Example:
+        >>> class Look(GradientBalancer):
+        ...     def combine(self, step):
+        ...         print(step.layers, step.norms, step.matrix())
+        ...         return step.weighted_sum(torch.ones_like(step.norms))
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> model, optimizer = torch.nn.ParameterList([w]), torch.optim.SGD([w])
+        >>> Look().backward({"fit": w[0], "decay": w.square().sum()}, optimizer, model=model)
+        ('0',) tensor([[ 1., 10.]]) tensor([[1., 0.],
+                [6., 8.]])
+        >>> w.grad
+        tensor([7., 8.])
     """
 
     memory: GradientMemory
@@ -43,15 +56,22 @@ class StepGradients:
 
     @property
     def finite(self) -> Tensor:
-        """Whether all gradients are finite, a boolean scalar."""
+        """Whether all gradients are finite: a boolean scalar, which the host need not read."""
         return self.norms.isfinite().all()
 
     def flags(self, values: list[bool]) -> Tensor:
-        """The same as a tensor beside the norms."""
+        """The same as a tensor beside the norms, e.g. ``step.flags(step.present)``, [I]."""
         return torch.tensor(values, device=self.norms.device)
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
-        """The sum of the terms' gradients, each times its weight at the layer: [P, I], in fp32 or better -> P."""
+        """The sum of the terms' gradients, each multiplied by its weight at each parameter.
+
+        Args:
+            weights: [P, I], in fp32 or better.
+
+        Returns:
+            One gradient for each of the P parameters; ``None`` for those that are not trained.
+        """
         summed: list[Tensor | None] = [None] * len(self.layers)
         for place, pack in enumerate(self.memory.packs):
             sizes = [self.memory.shapes[member].numel() for member in pack]
@@ -61,6 +81,16 @@ class StepGradients:
                 summed[member] = total.to(gradients.dtype).view(self.memory.shapes[member])
         return summed
 
+    def matrix(self) -> Tensor:
+        """The gradients of the terms that are present as rows, in fp32 or better: [present terms, n]."""
+        rows = [rows.to(self.norms) for rows in self.memory.rows]
+        return torch.cat(rows, 1)[self.flags(self.present)]
+
+    def split(self, vector: Tensor) -> list[Tensor | None]:
+        """The parts of a vector [n], in the order of :meth:`matrix`, as P gradients; ``None`` where not trained."""
+        parts = torch.split(vector, [rows.shape[1] for rows in self.memory.rows])
+        return self.memory.shaped([part.to(rows) for part, rows in zip(parts, self.memory.rows, strict=True)])
+
 
 class GradientBalancer(Balancer):
     """Differentiates every loss by itself, and makes one gradient of the terms' gradients.
@@ -68,8 +98,20 @@ class GradientBalancer(Balancer):
     Nothing passes through the network's wrappers but the forward pass: the terms' gradients are averaged over the
     processes here, each while the next one is computed.
 
+    A balancer of your own that needs the terms' gradients is a subclass with a method :meth:`combine`.
+
     Args:
         terms: the names of the losses, if known ahead.
+
+    Example:
+        >>> class Larger(GradientBalancer):  # at each parameter, the gradient of the term that pulls hardest there
+        ...     def combine(self, step):
+        ...         return step.weighted_sum((step.norms == step.norms.amax(1, keepdim=True)).to(step.norms))
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> model, optimizer = torch.nn.ParameterList([w]), torch.optim.SGD([w])
+        >>> Larger().backward({"fit": w[0], "decay": w.square().sum()}, optimizer, model=model)
+        >>> w.grad
+        tensor([6., 8.])
     """
 
     one_backward: ClassVar[bool] = False
@@ -84,10 +126,17 @@ class GradientBalancer(Balancer):
 
     @abstractmethod
     def combine(self, step: StepGradients) -> list[Tensor | None]:
-        """The gradient to step on, one per parameter, and ``state`` from ``state_before``.
+        """Make the gradient to step on, and set ``state`` from ``state_before``.
 
-        Of gradients that are not finite, which a gradient scaler or an accelerator lets through, something that is not
-        finite is made, and ``state`` is ``state_before``.
+        It is called after every batch, with the gradients of all batches of the step so far. Of gradients that are not
+        finite, which a gradient scaler or an accelerator lets through, make something that is not finite, and leave
+        ``state`` as ``state_before`` is.
+
+        Args:
+            step: the gradients of the terms.
+
+        Returns:
+            One gradient for each parameter of the optimizer; those of parameters that no term reaches are not used.
         """
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:

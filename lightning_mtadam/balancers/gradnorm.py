@@ -13,8 +13,6 @@ from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
-from lightning_mtadam.distributed.averaging import mean_over
-from lightning_mtadam.distributed.processes import Processes
 
 
 class GradNorm(Balancer):
@@ -134,7 +132,7 @@ class GradNorm(Balancer):
                 row[2], row[rule.HEAD :] = 1, gradient
         observed = seen if batch.begins else self._observed + seen
         after = rule.advance(
-            before, _of_all(observed, batch.processes), alpha=self.alpha, lr=self.lr, start_length=self._start_length
+            before, batch.mean_over_processes(observed), alpha=self.alpha, lr=self.lr, start_length=self._start_length
         )
         weights = rule.weights_of(before["logits"])
         batch.run_weighted(weights)
@@ -156,13 +154,6 @@ class GradNorm(Balancer):
                     " Give initial_losses by term, or a number of steps to average, or leave the term out."
                 )
             self._started.add(name)
-
-
-def _of_all(observed: Tensor, processes: Processes) -> Tensor:
-    """The mean over the processes, where they average in this batch."""
-    if processes.group is None or not processes.averages:
-        return observed
-    return mean_over(observed, processes.group)
 
 
 def _check_given(given: Mapping[str, float], terms: tuple[str, ...]) -> None:

@@ -91,7 +91,7 @@ class TorchJDBalancer(GradientBalancer):
         steps = state.pop("steps", torch.zeros((), dtype=torch.int64))
         state.pop("weights", None)
         norms = self._divisors(step)
-        matrix = _matrix(step) / norms[step.flags(step.present), None]
+        matrix = step.matrix() / norms[step.flags(step.present), None]
         with _weights_of(self.aggregator) as weights:
             vector, state = self._memory.call(matrix, state, f"{self.seed}/{int(steps)}")
         self._check_vector(vector, matrix)
@@ -99,7 +99,7 @@ class TorchJDBalancer(GradientBalancer):
             state["weights"] = torch.zeros_like(norms)
             state["weights"][step.flags(step.present)] = weights[-1].to(norms) / norms[step.flags(step.present)]
         self.state = {**state, "steps": steps + 1}
-        return _split(vector.detach(), step)
+        return step.split(vector.detach())
 
     def _divisors(self, step: StepGradients) -> Tensor:
         """By what each row is divided, [I]."""
@@ -126,21 +126,9 @@ class TorchJDBalancer(GradientBalancer):
             )
 
 
-def _matrix(step: StepGradients) -> Tensor:
-    """The rows of the terms that are present, in fp32 or better: [I, n]."""
-    rows = [rows.to(step.norms) for rows in step.memory.rows]
-    return torch.cat(rows, 1)[step.flags(step.present)]
-
-
 def _multiplied(weights: Tensor, matrix: Tensor, vector: Tensor) -> bool:
     """Whether these are what multiplied the rows; some aggregators have a weighting for something else."""
     return weights.shape == matrix.shape[:1] and torch.allclose(weights.to(matrix) @ matrix, vector, rtol=1e-4)
-
-
-def _split(vector: Tensor, step: StepGradients) -> list[Tensor | None]:
-    """The parts of a vector [n] that belong to each parameter."""
-    parts = torch.split(vector, [rows.shape[1] for rows in step.memory.rows])
-    return step.memory.shaped([part.to(rows) for part, rows in zip(parts, step.memory.rows, strict=True)])
 
 
 @contextmanager
