@@ -20,6 +20,7 @@ from tests.lightning_models import QUIET
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "example_projects").glob("*/README.md")),
 ]
