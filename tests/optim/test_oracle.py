@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_mtadam.collect import memory
 from lightning_mtadam.optim import MTAdam
 from tests.optim.streams import NAMES, TERMS, feed, follow, layer_names, make, start, stream
 from tests.oracles.naive_mtadam import NaiveMTAdam
@@ -149,12 +150,11 @@ def test_layers_of_a_callable_equal_the_rule_it_states():
 
 def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
     """Cut into blocks of five elements, every parameter is split or joined otherwise; nothing changes."""
-    from lightning_mtadam.optim import layout, step
 
     def run(limit):
-        monkeypatch.setattr(step, "BLOCK", 3 * limit)
-        monkeypatch.setattr(layout, "PACKED", limit // 2)
-        monkeypatch.setattr(layout, "PACK", limit)
+        monkeypatch.setattr("lightning_mtadam.optim.update.BLOCK", 3 * limit)
+        monkeypatch.setattr(memory, "PACKED", limit // 2)
+        monkeypatch.setattr(memory, "PACK", limit)
         values = [*start(0)]
         parameters, optimizer = make(values, amsgrad=True)
         strided = torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
