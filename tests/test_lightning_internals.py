@@ -190,7 +190,7 @@ def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
 ROOT = Path(__file__).parents[1]
 # Not Lightning's: torch's multi-tensor functions and fused optimizers, its compiler, the hooks of its
 # DistributedDataParallel, and what nn.Module.to() and its like go through; and what every named tuple has.
-OF_OTHERS = re.compile(r"_foreach_\w+|_fused_adamw_|_dynamo|_comm_hooks|_join_config|_apply|_version|_replace")
+OF_OTHERS = re.compile(r"_foreach_\w+|_fused_adamw_|_dynamo|_comm_hooks|_join_config|_apply|_version|_replace|_make")
 
 
 def test_fabric_still_notes_its_backward_passes_where_they_are_noted():

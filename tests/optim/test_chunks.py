@@ -28,6 +28,12 @@ def wholes(parameters, trained, keys):
         yield Chunk(tuple(pack), members, sizes, 0, gradients, moments, GROUP, 0, None)
 
 
+def alone(parameter, row=0):
+    """A chunk of one parameter without gradients."""
+    moments = torch.zeros(1, parameter.numel()), torch.zeros(1, parameter.numel())
+    return Chunk((row,), (parameter,), (parameter.numel(),), 0, None, moments, GROUP, row, None)
+
+
 def rows_of(trained):
     """Rows of tables that are no members' own numbers: those that are trained, in order."""
     return {member: row for row, member in enumerate(at for at, flag in enumerate(trained) if flag)}
@@ -103,7 +109,7 @@ def test_elements_that_are_put_back_move_the_wanted_parameters_and_no_other(netw
     parameters, trained, _ = network
     before = [parameter.clone() for parameter in parameters]
     for chunk in runs(network, wanted, limit):
-        flat = chunk.elements()
+        flat = chunk.gathered()
         flat += 1
         chunk.put_back(flat)
     for member, (parameter, old) in enumerate(zip(parameters, before, strict=True)):
@@ -111,13 +117,13 @@ def test_elements_that_are_put_back_move_the_wanted_parameters_and_no_other(netw
 
 
 @pytest.mark.parametrize("limit", [1, 7, 24, 100])
-def test_a_parameter_that_is_not_contiguous_is_scattered_and_is_put_back(limit):
+def test_a_parameter_that_is_not_contiguous_is_copied_and_put_back(limit):
     values = torch.arange(24.0).view(4, 6)
     parameter = values.t().contiguous().t()
-    whole = Chunk((0,), (parameter,), (24,), 0, None, (), GROUP, 0, None)
-    assert whole.scattered
+    whole = alone(parameter)
     for chunk in whole.runs([True], {0: 0}, limit):
-        flat = chunk.elements()
+        assert chunk.gathered() is None
+        flat = chunk.copied()
         assert torch.equal(flat, values.view(-1)[chunk.start : chunk.start + chunk.size])
         chunk.put_back(flat + 100)
     assert torch.equal(parameter, values + 100)
@@ -126,10 +132,9 @@ def test_a_parameter_that_is_not_contiguous_is_scattered_and_is_put_back(limit):
 
 def test_elements_of_one_contiguous_parameter_are_a_view():
     parameter = torch.zeros(10)
-    whole = Chunk((0,), (parameter,), (10,), 0, None, (), GROUP, 0, None)
-    assert not whole.scattered
+    whole = alone(parameter)
     for chunk in whole.runs([True], {0: 0}, 4):
-        chunk.elements().add_(chunk.start)
+        chunk.gathered().add_(chunk.start)
     assert parameter.tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
 
 
@@ -142,8 +147,7 @@ def test_numbers_are_those_of_the_group_as_it_is_now():
 
 
 def test_coefficients_of_all_parameters_become_those_of_each_chunk():
-    parameters = [torch.zeros(2), torch.zeros(3)]
-    parts = [Chunk((at,), (p,), (len(p),), 0, None, (), GROUP, at, None) for at, p in enumerate(parameters)]
+    parts = [alone(parameter, row) for row, parameter in enumerate((torch.zeros(2), torch.zeros(3)))]
     tables = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0], [6.0]])
     local = list(Chunks(parts, torch.device("cpu")).local(Coefficients(*tables, tables[1], None, None)))
     assert [one.scales.flatten().tolist() for one in local] == [[1, 2], [3, 4]]

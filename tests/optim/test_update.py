@@ -25,7 +25,7 @@ def advance(optimizer):
 def test_one_copy_at_a_time_of_a_parameter_that_is_not_contiguous(monkeypatch):
     monkeypatch.setattr(accelerate, "FUSED_BLOCK", 1000)
     copies, alive = [], []
-    flatten = Chunk.elements
+    flatten = Chunk.copied
 
     def watched(chunk):
         flat = flatten(chunk)
@@ -33,7 +33,7 @@ def test_one_copy_at_a_time_of_a_parameter_that_is_not_contiguous(monkeypatch):
         alive.append(sum(not held.expired() for held in copies))
         return flat
 
-    monkeypatch.setattr(Chunk, "elements", watched)
+    monkeypatch.setattr(Chunk, "copied", watched)
     advance(MTAdam([torch.randn(100, 80).t().requires_grad_()]))
     assert len(alive) == 8
     assert max(alive) <= 2  # the next is made before the last is let go
