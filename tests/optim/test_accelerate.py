@@ -361,3 +361,34 @@ def test_compiled_training_continues_bit_for_bit_from_any_step():
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         ours, theirs = (one._updater().tables.frozen_scales for one in (resumed, optimizer))
         assert torch.equal(ours, theirs)
+
+
+# Without any of it
+
+
+@pytest.mark.parametrize(("ways", "fused"), [(("_apart",), True), (("_apart", "_plain"), False), ((), False)])
+def test_the_ways_in_which_the_laws_are_run_are_what_they_are_called(request, monkeypatch, ways, fused):
+    calls = []
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *lists, **numbers: calls.append(lists))
+    for way in ways:
+        request.getfixturevalue(way)
+    parameters = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    take_step(MTAdam(parameters), losses_of(*parameters))
+    assert bool(calls) is fused
+
+
+@pytest.mark.parametrize("denominator", ["max", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_nothing_accelerated_a_training_is_the_same(request, dtype, denominator):
+    def tensors_after():
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.randn(size, generator=generator, dtype=dtype).requires_grad_() for size in ((7,), (60, 50))]
+        optimizer = MTAdam(parameters, lr=0.01, weight_decay=0.1, denominator=denominator)
+        train(optimizer, (losses_of(*parameters) for _ in range(20)))
+        return [*parameters, *(value for state in optimizer.state.values() for value in state.values())]
+
+    request.getfixturevalue("_apart")
+    fast = tensors_after()
+    request.getfixturevalue("_plain")
+    for one, other in zip(fast, tensors_after(), strict=True):
+        torch.testing.assert_close(one, other, rtol=100 * CLOSE[dtype], atol=10 * CLOSE[dtype])

@@ -61,6 +61,7 @@ def test_every_combination_equals_the_oracle(rule, anchor):
         compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
 
 
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize("anchor", ["first", "mean", None])
 @pytest.mark.parametrize(
     "options",
@@ -124,6 +125,7 @@ def test_random_shapes_and_random_gaps_equal_the_oracle(
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
 def test_narrow_dtypes_follow_the_oracle(dtype, tolerance):
     parameters, optimizer = make(start(0), dtype=dtype)
