@@ -6,15 +6,13 @@ A test here that fails with "Lightning has moved ..." says which attribute to lo
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 from lightning.fabric import wrappers
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mtadam import lightning_internals
 from tests.lightning_models import (
@@ -185,42 +183,14 @@ def test_should_log_is_false_where_logging_is_off():
     assert times.batches == []
 
 
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        (FSDPStrategy(), r"FSDP1.*Use FSDP2: torch.distributed.fsdp.fully_shard.*ModelParallelStrategy\(\)"),
-        (DDPStrategy(ddp_comm_hook=lambda state, bucket: None), r"communication hook.*Leave it out"),
-        (object.__new__(DeepSpeedStrategy), r"DeepSpeed runs backward.*Use strategy='ddp'"),
-    ],
-    ids=["FSDP1", "ddp_comm_hook", "DeepSpeed"],
-)
-def test_a_strategy_that_cannot_work_is_refused_with_the_reason_and_the_alternative(strategy, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        lightning_internals.check_strategy(SimpleNamespace(world_size=1, strategy=strategy))
-
-
-def test_a_strategy_of_several_processes_that_is_not_known_is_refused_by_name():
-    class Unknown:
-        pass
-
-    with pytest.raises(MisconfigurationException, match=r"does not support Unknown.*Use strategy='ddp'"):
-        lightning_internals.check_strategy(SimpleNamespace(world_size=2, strategy=Unknown()))
-
-
-def test_a_network_of_which_nothing_is_sharded_is_refused():
-    trainer = SimpleNamespace(world_size=2, strategy=ModelParallelStrategy(), optimizers=[sgd(make_network())])
-    with pytest.raises(MisconfigurationException, match=r"No parameter is sharded.*Call fully_shard"):
-        lightning_internals.check_strategy(trainer)
-
-
 def test_lightning_still_keeps_the_communication_hook_where_it_is_looked_for():
     require(DDPStrategy(), "_ddp_comm_hook")
 
 
 ROOT = Path(__file__).parents[1]
 # Not Lightning's: torch's multi-tensor functions and fused optimizers, its compiler, the hooks of its
-# DistributedDataParallel, and what nn.Module.to() and its like go through.
-OF_TORCH = re.compile(r"_foreach_\w+|_fused_adamw_|_dynamo|_comm_hooks|_join_config|_apply|_version")
+# DistributedDataParallel, and what nn.Module.to() and its like go through; and what every named tuple has.
+OF_OTHERS = re.compile(r"_foreach_\w+|_fused_adamw_|_dynamo|_comm_hooks|_join_config|_apply|_version|_replace|_make")
 
 
 def test_fabric_still_notes_its_backward_passes_where_they_are_noted():
@@ -239,7 +209,7 @@ def private_attributes(file):
             name = str(getattr(node.args[1], "value", ""))
         else:
             continue
-        if re.match(r"_[^_]", name) and not OF_TORCH.fullmatch(name):
+        if re.match(r"_[^_]", name) and not OF_OTHERS.fullmatch(name):
             yield name, node.lineno
 
 

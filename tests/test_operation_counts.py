@@ -17,13 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_mtadam import MTAdam, MultiTermLightningModule
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank
-from tests.lightning_models import make_trainer
+from tests.lightning_models import QUIET, make_trainer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
-]
+pytestmark = QUIET
 
 BATCH = 4
 X = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from example_projects.mnist.module import CLASSES, class_losses
 from example_projects.mnist.module import TERMS as CLASS_TERMS
 from example_projects.mnist.network import Net
 from lightning_mtadam import MTAdam, MultiTermLightningModule, partitioned_losses
-from lightning_mtadam.gradients import term_gradients
+from lightning_mtadam.collect.differentiate import term_gradients
 from tests.benchmarks import partition as benchmark
 from tests.lightning_models import (
     QUIET,

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from example_projects.gap.memory import Memory
-from lightning_mtadam.balancing import balance_scales, update_norms
+from lightning_mtadam.balancing import balance_scales, target_norms, update_norms
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.terms import Losses
 
@@ -80,7 +80,8 @@ class Beta2PerTerm(Optimizer):
         beta1, beta3 = group["betas"]
         norms = self._average_norms(state, beta3)
         importance = norms.new_tensor([self.options.importance.get(term, 1.0) for term in self.terms])
-        scales = balance_scales(norms, self.options.target_norms(norms, self.terms), importance, math.inf)
+        target = target_norms(norms, self.options.anchor, self.terms)
+        scales = balance_scales(norms, target, importance, math.inf)
         balanced = self._spread(scales) * self.gradients
         # M <- beta1 M + (1 - beta1) sum_i g~_i
         state["first"].mul_(beta1).add_(balanced.sum(0), alpha=1 - beta1)

@@ -170,7 +170,7 @@ def test_a_loss_scale_changes_neither_the_weights_nor_the_initial_losses():
     optimizer.zero_grad()
     scaled = {"grad_output": scale, "loss_scale": scale}
     other.backward(three_losses(network, BATCH), optimizer, model=network, **scaled)
-    assert all(torch.equal(value, other._state[key]) for key, value in balancer._state.items())
+    assert all(torch.equal(value, other.state[key]) for key, value in balancer.state.items())
 
 
 def test_average_weights_are_the_geometric_mean_of_those_that_were_used():
@@ -223,14 +223,14 @@ def test_options_out_of_range_are_refused(options, message):
 
 def refuse(balancer, losses, network, message):
     """The losses are refused, and neither a gradient nor the balancer's state changes."""
-    state, terms = dict(balancer._state), balancer.terms
+    state, terms = dict(balancer.state), balancer.terms
     optimizer = torch.optim.Adam(network.parameters())
     optimizer.zero_grad()
     with pytest.raises(ValueError, match=message):
         balancer.backward(losses, optimizer, model=network)
     assert balancer.terms == terms
-    assert balancer._state.keys() == state.keys()
-    assert all(balancer._state[key] is value for key, value in state.items())
+    assert balancer.state.keys() == state.keys()
+    assert all(balancer.state[key] is value for key, value in state.items())
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -290,7 +290,7 @@ def test_the_initial_loss_is_that_of_all_batches_of_the_step():
         if number % 2:
             optimizer.step()
             optimizer.zero_grad()
-    assert float(balancer._state["initial_losses"][2]) == pytest.approx(float(expected))
+    assert float(balancer.state["initial_losses"][2]) == pytest.approx(float(expected))
 
 
 # Several processes

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from example_projects.mnist.module import CLASSES, TERMS, class_losses
 from example_projects.mnist.network import Net
 from lightning_mtadam import MTAdam, partition, partitioned_losses
-from lightning_mtadam.gradients import term_gradients
+from lightning_mtadam.collect.differentiate import term_gradients
 from tests.benchmarks.measuring import ratio
 
 BATCH = 64

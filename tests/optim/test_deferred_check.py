@@ -11,23 +11,19 @@ import torch
 from torch import nn
 
 from lightning_mtadam import NonFiniteError
-from lightning_mtadam.optim import MTAdam, collecting, finite
+from lightning_mtadam.collect import norms
+from lightning_mtadam.optim import MTAdam
+from tests import loops
 from tests.lightning_models import assert_same, assert_same_state, make_loader, make_network, three_losses
+from tests.loops import take_step, train
+from tests.spoiling import spoilt
 
 BATCHES = list(make_loader(12))
 
 
 @pytest.fixture(autouse=True)
 def _accelerator(monkeypatch):
-    for module in (collecting, finite):
-        monkeypatch.setattr(module, "is_host", lambda device: False)
-
-
-def spoilt(losses, term, factor):
-    """The loss is good; its gradient is not."""
-    loss = losses[term].clone()
-    loss.register_hook(lambda gradient: gradient * factor)
-    return {**losses, term: loss}
+    monkeypatch.setattr(norms, "is_host", lambda device: False)
 
 
 def make(dtype=torch.float64, **options):
@@ -41,11 +37,7 @@ def make(dtype=torch.float64, **options):
 
 def step(network, optimizer, batch, factor=1.0, term="size", clip=None):
     losses = three_losses(network, [part.to(network[0].weight.dtype) for part in batch])
-    optimizer.zero_grad()
-    optimizer.backward(spoilt(losses, term, factor))
-    if clip is not None:
-        optimizer.clip_gradients(*clip)
-    optimizer.step()
+    take_step(optimizer, spoilt(losses, term, factor), clip=clip)
 
 
 def numbers(network, optimizer):
@@ -95,8 +87,7 @@ def test_a_step_that_is_not_finite_changes_no_number(name, clip):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_where_all_is_finite_it_changes_nothing(name, monkeypatch):
     expected, expected_optimizer = run(OPTIONS[name])
-    for module in (collecting, finite):
-        monkeypatch.setattr(module, "is_host", lambda device: True)
+    monkeypatch.setattr(norms, "is_host", lambda device: True)
     network, optimizer = run({**OPTIONS[name], "compile": False})
     tolerance = 1e-12 if OPTIONS[name].get("compile") else 0
     for one, other in zip(numbers(network, optimizer), numbers(expected, expected_optimizer), strict=True):
@@ -152,7 +143,7 @@ def test_skipped_steps_are_as_if_they_had_not_been(name, clip, bad):
     with pytest.warns(UserWarning, match=r"A step was skipped.*the term 'size' at the layer '0\.") as caught:
         network, optimizer = run(OPTIONS[name], spoil=bad, clip=clip)
     assert len(caught) == 1
-    assert caught[0].filename == __file__
+    assert caught[0].filename == loops.__file__, "where step() was called"
     expected, expected_optimizer = run(OPTIONS[name], leave_out=bad, clip=clip)
     assert_same(network, expected)
     assert_same_state(optimizer, expected_optimizer)  # the count of steps too
@@ -178,14 +169,12 @@ def test_a_term_that_was_first_measured_in_a_skipped_step_is_measured_again():
     optimizer = MTAdam(network.named_parameters(), terms=("a", "b"), lr=0.1, balance_every=50, on_nonfinite="skip")
     x = torch.ones(1, 3, dtype=torch.float64)
 
-    def train():
+    def losses():
         for index in range(7):
             output = network(x)
-            losses = {"a": output.square().sum()} | ({"b": output.sum()} if index >= 5 else {})
-            optimizer.zero_grad()
-            optimizer.backward(spoilt(losses, "b", torch.inf) if index == 5 else losses)
-            optimizer.step()
+            found = {"a": output.square().sum()} | ({"b": output.sum()} if index >= 5 else {})
+            yield spoilt(found, "b", torch.inf) if index == 5 else found
 
     with pytest.warns(UserWarning, match="A step was skipped"):
-        train()
+        train(optimizer, losses())
     assert float(optimizer.gradient_norms()["global"][1]) > 0

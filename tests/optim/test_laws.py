@@ -14,6 +14,7 @@ from tests.loops import take_step, train
 
 STEPS = 200
 BETAS = (0.9, 0.999, 0.9)
+every_way = pytest.mark.usefixtures("_every_way")
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -58,6 +59,7 @@ def difference(a, b):
     return (a - b).abs().max().item()
 
 
+@every_way
 @pytest.mark.parametrize("norm_init", ["first", "unbiased", "one"])
 @pytest.mark.parametrize("denominator", ["max", "mean", "own"])
 @pytest.mark.parametrize("anchor", ["first", "mean", "max", "fit", None])
@@ -70,6 +72,7 @@ def test_one_term_equals_adam(norm_init, denominator, anchor):
     assert difference(ours, adam) < 1e-12
 
 
+@every_way
 @pytest.mark.parametrize("layers", ["parameter", "module", "global"])
 @pytest.mark.parametrize(
     "options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.01}]
@@ -84,6 +87,7 @@ def test_one_term_equals_adamw_with_its_options(layers, options):
     assert difference(ours, adam) < 1e-12
 
 
+@every_way
 def test_one_term_equals_adam_where_gradients_start_at_zero_or_are_missing():
     """A zero gradient ticks Adam's clock, a missing one does not."""
 
@@ -101,6 +105,7 @@ def test_one_term_equals_adam_where_gradients_start_at_zero_or_are_missing():
     assert difference(run(lambda p: MTAdam(p, lr=1e-2)), run(lambda p: torch.optim.Adam(p, lr=1e-2))) < 1e-12
 
 
+@every_way
 @pytest.mark.parametrize("norm_init", ["first", "unbiased", "one"])
 @pytest.mark.parametrize("k", [2, 5])
 def test_k_identical_terms_equal_adam_at_k_times_the_rate(k, norm_init):
@@ -116,6 +121,7 @@ def test_k_identical_terms_equal_adam_at_k_times_the_rate(k, norm_init):
     assert difference(path_of(copies, lr=1e-3, norm_init=norm_init, update="mean"), adam) < 1e-10
 
 
+@every_way
 @pytest.mark.parametrize("denominator", ["max", "mean", "own"])
 def test_terms_other_than_the_anchor_may_be_permuted(denominator):
     def permuted(output, target, _):
@@ -164,6 +170,7 @@ def test_with_eps_zero_a_factor_on_every_term_changes_nothing(exponent, anchor):
     assert difference(plain, path_of(scaled, eps=0.0, anchor=anchor)) < 1e-9
 
 
+@every_way
 def test_with_eps_zero_a_factor_on_the_anchor_changes_nothing():
     def scaled(output, target, _):
         found = three_terms(output, target)
@@ -173,6 +180,7 @@ def test_with_eps_zero_a_factor_on_the_anchor_changes_nothing():
     assert difference(plain, path_of(scaled, eps=0.0)) < 1e-9
 
 
+@every_way
 @pytest.mark.parametrize("anchor", ["first", "mean", "max", "unit", None])
 @pytest.mark.parametrize("denominator", ["max", "mean", "own"])
 @pytest.mark.parametrize("update", ["sum", "mean"])
@@ -189,6 +197,7 @@ def test_a_zero_or_absent_term_is_inert(anchor, denominator, update):
     assert difference(plain, path_of(without, terms=("fit", "size", "sharp"), **options)) < 1e-12
 
 
+@every_way
 def test_a_term_that_is_zero_at_first_equals_one_that_is_absent_at_first():
     def zero(output, target, step):
         found = three_terms(output, target)
@@ -201,6 +210,7 @@ def test_a_term_that_is_zero_at_first_equals_one_that_is_absent_at_first():
     assert difference(path_of(zero, terms=terms), path_of(absent, terms=terms)) < 1e-12
 
 
+@every_way
 @pytest.mark.parametrize("anchor", ["first", "second", "mean", "max"])
 @pytest.mark.parametrize("late", [0, 20])
 def test_a_head_private_to_one_term_equals_adam_on_that_term(anchor, late):
@@ -251,6 +261,7 @@ def test_the_step_is_bounded(seed, terms, betas, spread):
         assert difference(w.detach(), before) <= bound * fading * (1 + 1e-9)
 
 
+@every_way
 def test_importance_sets_the_ratio_of_the_balanced_gradients():
     model = network()
     optimizer = MTAdam(model.named_parameters(), importance={"size": 0.25}, betas=(0.9, 0.999, 0.0))
@@ -289,6 +300,7 @@ def test_a_closure_is_called_first_and_its_loss_returned():
     assert torch.equal(flat(plain), flat(closed))
 
 
+@every_way
 def test_gradients_accumulate_over_backward_calls():
     model, batched = network(), network()
     ours, reference = MTAdam(model.named_parameters()), MTAdam(batched.named_parameters())

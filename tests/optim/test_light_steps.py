@@ -1,7 +1,6 @@
 """What a light step of MTAdam(balance_every=k) does and does not do, and what happens between two measurements."""
 
 import copy
-import io
 from itertools import pairwise
 
 import pytest
@@ -18,8 +17,10 @@ from tests.lightning_models import (
     make_network,
     three_losses,
 )
-from tests.optim.streams import feed, make, start, stream
+from tests.loops import take_step
+from tests.optim.streams import follow, make, start, stream
 from tests.oracles.naive_balance_every import NaiveBalanceEvery, measured_steps
+from tests.spoiling import spoilt
 
 EVERY, STEPS = 5, 24
 NAMES = ("fit", "size", "decay")
@@ -117,9 +118,7 @@ def test_a_new_term_is_measured_in_the_step_it_comes_in(monkeypatch):
         if step < 25:
             del losses["size"]
         before = len(calls)
-        optimizer.zero_grad()
-        optimizer.backward(losses)
-        optimizer.step()
+        take_step(optimizer, losses)
         passes.append(len(calls) - before)
     assert optimizer.scales()["global"].gt(0).all()
     assert passes[22:] == [1, 2, 1, 3, 1, 1, 1, 3]  # at 23 and 29 by the schedule, at 25 for the new term
@@ -141,27 +140,12 @@ def test_a_new_term_in_a_later_batch_of_an_accumulated_step_waits_for_the_next_m
     assert [step for step, scale in enumerate(scales) if scale > 0] == [8, 9, 10, 11]
 
 
-def test_the_gradients_memory_is_kept_from_step_to_step():
-    """Fresh memory for every gradient would cost more than the rest of a light step."""
-    network = make_network()
-    optimizer = make_mtadam(network, balance_every=EVERY)
-    places = set()
-    for batch in make_loader(12):
-        optimizer.zero_grad()
-        optimizer.backward(three_losses(network, batch))
-        places.add(optimizer._pending.memory.rows[0].data_ptr())
-        optimizer.step()
-    assert len(places) == 1
-
-
 def test_light_steps_leave_the_balance_as_it_is():
     network = make_network()
     optimizer = make_mtadam(network, balance_every=EVERY)
     seen = []
     for batch in make_loader(9):
-        optimizer.zero_grad()
-        optimizer.backward(three_losses(network, batch))
-        optimizer.step()
+        take_step(optimizer, three_losses(network, batch))
         seen.append([optimizer.balance_weights(), optimizer.gradient_norms(), optimizer.scales()])
     for (before, now), same in zip(pairwise(seen), [False] * 4 + [True, False, True, False], strict=True):
         for one, other in zip(before, now, strict=True):
@@ -223,13 +207,6 @@ def test_a_backward_pass_that_is_dropped_does_not_count(monkeypatch):
         assert len(calls) - before == 1
 
 
-def spoilt(losses, name):
-    """Losses with finite values of which one has a gradient that is nan."""
-    clone = losses[name].clone()
-    clone.register_hook(lambda gradient: gradient * torch.nan)
-    return {**losses, name: clone}
-
-
 @pytest.mark.parametrize("steps", [LIGHT, LIGHT + 1])
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
 def test_a_gradient_that_is_not_finite_changes_nothing(on_nonfinite, steps):
@@ -248,42 +225,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing(on_nonfinite, steps):
             assert_same(network, expected)
             assert_same_state(optimizer, same)
         for net, opt in ((network, optimizer), (expected, same)):
-            opt.zero_grad()
-            opt.backward(three_losses(net, batch))
-            opt.step()
+            take_step(opt, three_losses(net, batch))
     assert_same(network, expected)
     assert_same_state(optimizer, same)
-
-
-def train(optimizer, parameters, gradients):
-    for found in gradients:
-        feed(optimizer, parameters, found)
-        optimizer.step()
 
 
 def copies(parameters):
     return [p.detach().double().numpy().copy() for p in parameters]
 
 
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @pytest.mark.parametrize("options", [{}, {"anchor": "mean", "amsgrad": True}, {"dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("at", [0, 1, 5, 7, 10, 22, 63])
-def test_resume_continues_bitwise_also_between_two_measurements(at, options):
+def test_resume_continues_bitwise_also_between_two_measurements(tmp_path, at, options):
     gradients = list(stream(100, 0))
     parameters, optimizer = make(start(0), rule=None, balance_every=20, **options)
-    train(optimizer, parameters, gradients[:at])
-    saved, values = through_a_file(optimizer.state_dict()), copies(parameters)
-    train(optimizer, parameters, gradients[at:])
+    follow(optimizer, parameters, gradients[:at])
+    torch.save(optimizer.state_dict(), tmp_path / "saved")
+    values = copies(parameters)
+    follow(optimizer, parameters, gradients[at:])
 
     resumed_parameters, resumed = make(values, rule=None, balance_every=20, **options)
-    resumed.load_state_dict(saved)
-    train(resumed, resumed_parameters, gradients[at:])
+    resumed.load_state_dict(torch.load(tmp_path / "saved", weights_only=True))
+    follow(resumed, resumed_parameters, gradients[at:])
     assert all(torch.equal(p, q) for p, q in zip(parameters, resumed_parameters, strict=True))
     assert_same_state(optimizer, resumed)
     assert torch.equal(optimizer.scales()["global"], resumed.scales()["global"])
@@ -291,14 +254,14 @@ def test_resume_continues_bitwise_also_between_two_measurements(at, options):
 
 def test_checkpoints_from_before_steps_were_counted_are_loaded():
     parameters, optimizer = make(start(0))
-    train(optimizer, parameters, stream(10, 0))
+    follow(optimizer, parameters, stream(10, 0))
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
         del group["steps"], group["measured"]
     resumed_parameters, resumed = make(copies(parameters))
     resumed.load_state_dict(saved)
-    train(optimizer, parameters, stream(10, 1))
-    train(resumed, resumed_parameters, stream(10, 1))
+    follow(optimizer, parameters, stream(10, 1))
+    follow(resumed, resumed_parameters, stream(10, 1))
     assert all(torch.equal(p, q) for p, q in zip(parameters, resumed_parameters, strict=True))
 
 

@@ -9,10 +9,21 @@ from torch import nn
 
 from lightning_mtadam import NonFiniteError
 from lightning_mtadam.optim import MTAdam
-from tests.lightning_models import Regression, fit, half_precision, make_loader, make_mtadam, make_network, three_losses
+from tests.lightning_models import (
+    QUIET,
+    Regression,
+    fit,
+    half_precision,
+    make_loader,
+    make_mtadam,
+    make_network,
+    three_losses,
+)
+from tests.loops import take_step
 from tests.optim.streams import feed, make, start, stream
+from tests.spoiling import spoilt
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+pytestmark = QUIET
 
 BATCHES = list(make_loader(8))
 WHOLE = (45, 50)
@@ -92,9 +103,7 @@ def made(**options):
 
 def step(network, optimizer, batch, names=("fit", "size", "decay")):
     losses = three_losses(network, batch)
-    optimizer.zero_grad()
-    optimizer.backward({name: losses[name] for name in names})
-    optimizer.step()
+    take_step(optimizer, {name: losses[name] for name in names})
 
 
 @pytest.mark.parametrize("options", [{}, {"anchor": "size", "amsgrad": True}, {"denominator": "sum"}])
@@ -208,12 +217,6 @@ def test_the_trainer_refuses_them_too(trainer, message):
     module = Regression(lambda network: make_mtadam(network, low_memory=True), dtype=torch.float32)
     with pytest.raises(ValueError, match=f"low_memory=True .* but {message}"):
         fit(module, make_loader(dtype=torch.float32), **trainer)
-
-
-def spoilt(losses, term):
-    loss = losses[term].clone()
-    loss.register_hook(lambda gradient: gradient * torch.nan)
-    return {**losses, term: loss}
 
 
 @pytest.mark.parametrize("anchor", ["first", "size", None])

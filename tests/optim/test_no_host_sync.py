@@ -12,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_mtadam.optim import collecting, compiled, finite
+from lightning_mtadam.collect import norms
+from lightning_mtadam.optim import accelerate
 from tests.lightning_models import make_loader, make_mtadam, make_network, three_losses
 
 aten = torch.ops.aten
@@ -89,13 +90,13 @@ class Forbidding:
 
 @pytest.fixture
 def _accelerator(monkeypatch):
-    for module in (collecting, finite):
-        monkeypatch.setattr(module, "is_host", lambda device: False)
+    monkeypatch.setattr(norms, "is_host", lambda device: False)
 
 
-def train(
+def forbidding_run(
     clip=None, loss_scale=None, accumulate=1, steps=6, changing=False, dtype=torch.float64, default=None, **options
 ):
+    """Steps of which each part is forbidden to make the host wait."""
     network = make_network(dtype)
     optimizer = make_mtadam(network, terms=("fit", "size", "decay"), **options)
     start = [parameter.detach().clone() for parameter in network.parameters()]
@@ -150,25 +151,25 @@ OPTIONS = {
 def _uncompiled(monkeypatch):
     """What would be compiled runs as it is written: nothing can be compiled under such a mode."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(compiled, "_kernel", cache(compiled._kernel.__wrapped__))
+    monkeypatch.setattr(accelerate, "_kernel", cache(accelerate._kernel.__wrapped__))
 
 
 @pytest.mark.usefixtures("_accelerator", "_uncompiled")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_host_does_not_wait(name):
-    train(**OPTIONS[name])
+    forbidding_run(**OPTIONS[name])
 
 
 @pytest.mark.usefixtures("_accelerator", "_uncompiled")
 @pytest.mark.parametrize("name", ["default", "light and full steps", "compile"])
 def test_numbers_of_the_host_stay_there_whatever_the_default_device(name):
-    train(**OPTIONS[name], default=torch.device("meta"))
+    forbidding_run(**OPTIONS[name], default=torch.device("meta"))
 
 
 def test_on_the_host_itself_the_check_reads_and_is_caught():
     """The control: with ``is_host`` as it is, the flag of each step is read."""
     with pytest.raises(AssertionError, match="makes the host wait"):
-        train()
+        forbidding_run()
 
 
 READERS = {

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_mtadam.collect import memory
 from lightning_mtadam.optim import MTAdam
 from tests.optim.streams import NAMES, TERMS, feed, follow, layer_names, make, start, stream
 from tests.oracles.naive_mtadam import NaiveMTAdam
@@ -60,6 +61,7 @@ def test_every_combination_equals_the_oracle(rule, anchor):
         compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
 
 
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize("anchor", ["first", "mean", None])
 @pytest.mark.parametrize(
     "options",
@@ -123,6 +125,7 @@ def test_random_shapes_and_random_gaps_equal_the_oracle(
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
 def test_narrow_dtypes_follow_the_oracle(dtype, tolerance):
     parameters, optimizer = make(start(0), dtype=dtype)
@@ -149,12 +152,11 @@ def test_layers_of_a_callable_equal_the_rule_it_states():
 
 def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
     """Cut into blocks of five elements, every parameter is split or joined otherwise; nothing changes."""
-    from lightning_mtadam.optim import layout, step
 
     def run(limit):
-        monkeypatch.setattr(step, "BLOCK", 3 * limit)
-        monkeypatch.setattr(layout, "PACKED", limit // 2)
-        monkeypatch.setattr(layout, "PACK", limit)
+        monkeypatch.setattr("lightning_mtadam.optim.update.BLOCK", 3 * limit)
+        monkeypatch.setattr(memory, "PACKED", limit // 2)
+        monkeypatch.setattr(memory, "PACK", limit)
         values = [*start(0)]
         parameters, optimizer = make(values, amsgrad=True)
         strided = torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)

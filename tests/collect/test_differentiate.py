@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mtadam import MTAdam
-from lightning_mtadam.gradients import term_gradients
+from lightning_mtadam.collect.differentiate import term_gradients
+from tests.loops import train
 
 X = torch.arange(12.0).reshape(4, 3) / 10
 
@@ -58,20 +59,18 @@ def test_frozen_and_unreached_parameters_have_none():
     assert [gradient is None for gradient in found["fit"]] == [False, True, True, True]
 
 
-def train(call, **options):
+def trained_through(call, **options):
+    """All parameters after three steps, in which ``call`` calls the first part."""
     body, head = parts()
     optimizer = MTAdam([*body.named_parameters("body"), *head.named_parameters("head")])
-    for _ in range(3):
-        optimizer.zero_grad()
-        optimizer.backward(losses(head(call(body, X.clone().requires_grad_(), **options))))
-        optimizer.step()
+    train(optimizer, (losses(head(call(body, X.clone().requires_grad_(), **options))) for _ in range(3)))
     return torch.cat([p.detach().flatten() for p in (*body.parameters(), *head.parameters())])
 
 
 def test_non_reentrant_checkpointing_changes_nothing():
-    assert torch.equal(train(lambda body, x: body(x)), train(checkpoint, use_reentrant=False))
+    assert torch.equal(trained_through(lambda body, x: body(x)), trained_through(checkpoint, use_reentrant=False))
 
 
 def test_reentrant_checkpointing_is_refused_naming_the_loss():
     with pytest.raises(ValueError, match=r"losses\['fit'\] passes through reentrant .*use_reentrant=False"):
-        train(checkpoint, use_reentrant=True)
+        trained_through(checkpoint, use_reentrant=True)

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from lightning_mtadam import balancing
-from lightning_mtadam.optim.uninterrupted import uninterrupted
+from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from tests.lightning_models import assert_same, make_loader, make_mtadam, make_network, three_losses
 
 
