@@ -38,7 +38,7 @@ def test_the_wheel_imports_in_an_empty_environment(wheel, tmp_path):
     assert "MTAdam" in run(python, "-c", code, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("module", ["", ".optim", ".export", ".gradients", ".partition", ".metrics"])
+@pytest.mark.parametrize("module", ["", ".optim", ".export", ".collect", ".balancers", ".partition", ".metrics"])
 def test_what_needs_no_lightning_does_not_import_it(module):
     code = f"import sys, lightning_mtadam{module}; print(*sys.modules)"
     loaded = run(sys.executable, "-c", code, cwd=ROOT).split()

@@ -119,6 +119,7 @@ class GradientBalancer(Balancer):
     def __init__(self, terms: Iterable[str] | None = None) -> None:
         super().__init__(terms)
         self._pending = PendingGradients()
+        self._graph_checked = False
         self._others: list[Tensor | None] = []  # what was in .grad when the step began
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,8 +143,9 @@ class GradientBalancer(Balancer):
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
         """As of every balancer."""
         super().check(batch, optimizer)
-        if not self.state:  # a walk over the whole graph: before the first step only
+        if not self._graph_checked:  # a walk over the whole graph
             refuse_reentrant_checkpoints(batch.losses)
+            self._graph_checked = True
 
     def pending_terms(self) -> tuple[str, ...]:
         """As of every balancer."""
