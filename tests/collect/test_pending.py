@@ -84,7 +84,7 @@ def test_batches_add_up_by_term_however_they_are_cut_into_pieces(case, cached, m
 def test_a_parameter_that_only_a_later_batch_reaches_starts_at_zero():
     """Whatever the memory held from the step before."""
     model = network()
-    first = collected(model, losses_of(model))
+    first = collected(model, {"size": sum(losses_of(model).values())})
     first.drop_gradients()
     parameters = list(model.parameters())
     hidden_only, whole = losses_of(model, X, ("size",)), losses_of(model, 2 * X)

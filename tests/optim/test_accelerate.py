@@ -270,6 +270,18 @@ def test_threads_share_a_large_chunk_and_no_other(size, shared):
     torch.testing.assert_close(ours[0], theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("_as_written", "_two_threads")
+def test_another_number_of_threads_takes_another_kernel(monkeypatch):
+    kernel, asked = accelerate._kernel, []
+    monkeypatch.setattr(accelerate, "_kernel", lambda case: asked.append(case.threads) or kernel(case))
+    parameter = torch.ones(5, requires_grad=True)
+    optimizer = MTAdam([parameter], compile=True)
+    for threads in (2, 1, 1, 2):
+        torch.set_num_threads(threads)
+        take_step(optimizer, losses_of(parameter))
+    assert asked == [2, 1, 2], "one for each change"
+
+
 @pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1), (1, 3000)])
 def test_parameters_of_one_element_equal_the_eager_step(sizes):
     ours = trained_on(sizes, (0.1, 0.2, 0.1))

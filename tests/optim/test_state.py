@@ -113,6 +113,7 @@ CHANGES = {
     "one replaced": lambda states: states[1].update(m=states[1]["m"].clone()),
     "two exchanged": lambda states: states.reverse(),
     "one left out": lambda states: states.pop(1),
+    "the last left out": lambda states: states.pop(),
     "all loaded": lambda states: [state.update(m=state["m"].clone()) for state in states],
 }
 
@@ -128,6 +129,7 @@ def test_what_no_longer_lies_side_by_side_is_joined_anew(leading, change):
     assert torch.equal(joined, torch.cat(before, 1))
     joined.fill_(7)
     assert all(bool((state["m"] == 7).all()) for state in states)
+    assert joined.is_contiguous()
 
 
 # Checkpoints
