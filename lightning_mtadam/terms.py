@@ -5,10 +5,14 @@ It imports nothing of the package.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import is_
+from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -184,6 +188,15 @@ def non_finite(
         f" {float(norms[row, column])} in {norms.dtype}. {left} Look for a division by zero or a root of zero in that"
         " loss, or lower the learning rate."
     )
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's that led here, past this package's frames, torch's and those of decorators."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def clean_names(names: Sequence[str]) -> list[str]:

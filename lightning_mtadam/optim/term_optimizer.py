@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,14 +29,11 @@ from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints
+from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints, warn
 
 
 class TermOptimizer(Optimizer):
-    """Collects the gradients of named losses; a subclass consumes them in its ``step``.
-
-    ``terms`` are the names of the losses that are known ahead; ``None`` takes them from the first losses.
-    """
+    """Collects the gradients of named losses; a subclass consumes them. ``terms``: their names, if known ahead."""
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], options: Options, terms: Iterable[str] | None
@@ -215,7 +211,7 @@ class TermOptimizer(Optimizer):
                 raise
             if not self._pending.warned:
                 self._pending.warned = True
-                warnings.warn(f"A step was skipped; others will be without a word. {error}", stacklevel=8)
+                warn(f"A step was skipped; others will be without a word. {error}")
 
     def _count(self) -> None:
         self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})

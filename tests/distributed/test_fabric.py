@@ -60,7 +60,7 @@ def use_everything(optimizer, network, model):
     saved = optimizer.state_dict()
     train_rows(network, optimizer, None, steps=1)
     optimizer.load_state_dict(saved)
-    names = ("average_weights", "balance_weights", "gradient_norms", "layer_sizes", "scales")
+    names = ("average_weights", "balance_weights", "gradient_norms", "layer_sizes", "scales", "term_weights")
     read = {name: getattr(optimizer, name)() for name in names}
     called = {"name_parameters", "add_param_group", "backward", "zero_grad", "skip_step", "step", "clip_gradients"}
     return called | read.keys() | {"state_dict", "load_state_dict", "terms"}, read
