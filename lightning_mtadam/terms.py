@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -192,7 +193,8 @@ def non_finite(
 
 def warn(message: str) -> None:
     """Warn at the line of the user's that led here, past this package's frames, torch's and those of decorators."""
-    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+    packages = [f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)]
+    inside = (*packages, contextlib.__file__)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1

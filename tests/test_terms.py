@@ -1,5 +1,7 @@
 """Names of losses and parameters, and what is refused with a message that says what to do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -173,3 +175,10 @@ def test_the_optimizer_and_the_balancers_answer_alike_before_anything_was_seen(b
 
 def test_what_balances_nothing_is_none_of_them():
     assert not isinstance(torch.optim.Adam([W]), terms.BalancesTerms)
+
+
+def test_a_warning_points_at_the_users_line_even_in_a_folder_that_begins_like_the_packages():
+    user = str(Path(terms.__file__).parent) + "_examples/train.py"
+    with pytest.warns(UserWarning, match="look here") as caught:
+        exec(compile("\n\nterms.warn('look here')", user, "exec"), {"terms": terms})
+    assert (caught[0].filename, caught[0].lineno) == (user, 3)
