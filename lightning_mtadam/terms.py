@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import os
-import sys
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import repeat
@@ -195,8 +195,8 @@ def warn(message: str) -> None:
     """Warn at the line of the user's that led here, past this package's frames, torch's and those of decorators."""
     packages = [f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)]
     inside = (*packages, contextlib.__file__)
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
