@@ -59,10 +59,8 @@ class GradientMemory:
         self._places: list[tuple[int, int, list[int]]] = []  # of each pack: in which rows, where, and its sizes
         widths: dict[tuple[torch.device, torch.dtype], int] = {}
         for pack in self.packs:
-            kind, sizes = (
-                (parameters[pack[0]].device, parameters[pack[0]].dtype),
-                [self.shapes[m].numel() for m in pack],
-            )
+            kind = parameters[pack[0]].device, parameters[pack[0]].dtype
+            sizes = [self.shapes[member].numel() for member in pack]
             begin = widths.setdefault(kind, 0)
             self._places.append((list(widths).index(kind), begin, sizes))
             widths[kind] += sum(sizes)
