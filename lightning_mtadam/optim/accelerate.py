@@ -21,17 +21,9 @@ _T = TypeVar("_T")
 Rows: TypeAlias = Sequence[Tensor]
 Update: TypeAlias = Callable[..., None]  # as algorithm.update, but gradients may be left times their scales
 
-FUSED_BLOCK = 1 << 18  # elements of a chunk: calls cost little, and what all terms share stays in the cache
 TRIAL = 67  # elements of the chunk on which a kernel is compiled; those of later chunks are free, above one
 SHARED = 1 << 15  # elements of a chunk that threads share, by a kernel of its own: torch would decide by the trial's
 LONG_AGO = torch.tensor(math.inf, device="cpu")  # the number of steps, as Adam is told: it finds no bias to correct
-
-
-def limit_of(rows: Iterable[Tensor], options: Options) -> int | None:
-    """Where chunks of these gradients are to be cut; ``None`` leaves it open."""
-    if options.compile:
-        return 1 << 62
-    return FUSED_BLOCK if all(_suits_fused(options.denominator, one.device, one.dtype) for one in rows) else None
 
 
 def faster(chunk: Chunk, numbers: Numbers, options: Options) -> Update | None:

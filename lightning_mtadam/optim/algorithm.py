@@ -116,12 +116,10 @@ def _balanced(gradient: Tensor, scale: Tensor, finite: Tensor | None, scratch: T
 
 def _joined(second: Rows, reaching: Tensor | None, scratch: Tensor | None) -> Tensor:
     """``max_i v^_i``   (line 14); or their mean over the terms that reach."""
-    if reaching is not None:
-        return torch.stack(list(second)).sum(0) / reaching[0]
     joined, *others = second
     for row in others:
-        joined = torch.maximum(joined, row, out=scratch)
-    return joined
+        joined = (torch.maximum if reaching is None else torch.add)(joined, row, out=scratch)
+    return joined if reaching is None else torch.div(joined, reaching[0], out=scratch)
 
 
 def _average(average: Tensor, value: Tensor, weight: float | Tensor) -> None:

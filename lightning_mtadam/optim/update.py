@@ -18,7 +18,7 @@ from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import join_moments
 from lightning_mtadam.optim.tables import Tables
 
-BLOCK = 1 << 19  # elements of a chunk, over all terms: what a core's cache and its share of the common one hold
+BLOCK = 1 << 18  # elements of a chunk: calls cost little, and what all terms share stays in a core's cache
 
 
 class Updater:
@@ -90,7 +90,7 @@ class Updater:
         """The chunks over all parameters that have a state, of one each, without gradients."""
         packs = [([member], None) for member in self.tables.members]
         everything = [True] * len(self.tables.parameters)
-        return self._chunks_of(packs, everything, max(1, BLOCK // len(self.tables.terms)))
+        return self._chunks_of(packs, everything, BLOCK)
 
     def _prepare(self, pending: PendingGradients) -> None:
         """Find the chunks over the parameters that have gradients, and what updates each, unless they are as before."""
@@ -100,7 +100,7 @@ class Updater:
         key = (memory, memory.active, touched, kinds, torch.get_num_threads())
         if key == self._key:
             return
-        limit = accelerate.limit_of(memory.rows, self.options) or max(1, BLOCK // memory.active)
+        limit = 1 << 62 if self.options.compile else BLOCK
         packs = [(pack, memory.columns(place)) for place, pack in enumerate(memory.packs)]
         self._chunks = self._chunks_of(packs, touched, limit)
         numbers, plain = self.numbers, algorithm.update

@@ -16,7 +16,6 @@ def _apart(monkeypatch):
 def _plain(monkeypatch):
     """Nothing is accelerated: every chunk is updated by Algorithm 1 as it is written."""
     monkeypatch.setattr(accelerate, "faster", lambda chunk, numbers, options: None)
-    monkeypatch.setattr(accelerate, "limit_of", lambda rows, options: None)
 
 
 @pytest.fixture(params=["side by side", "fused", "plain"])

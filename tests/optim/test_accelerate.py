@@ -17,7 +17,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from lightning_mtadam import MTAdam
-from lightning_mtadam.optim import accelerate, algorithm
+from lightning_mtadam.optim import accelerate, algorithm, update
 from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.options import Options
 from tests.loops import parameters_in, take_step, train
@@ -111,15 +111,6 @@ def test_what_adams_kernel_cannot_do_is_left_to_the_algorithm(change):
         assert accelerate.faster(*case, options) is None, name
 
 
-def test_chunks_are_larger_where_the_fused_adam_is_and_whole_where_they_are_compiled():
-    rows = [torch.zeros(2, 3), torch.zeros(2, 3).double()]
-    assert accelerate.limit_of(rows, Options()) == accelerate.FUSED_BLOCK
-    assert accelerate.limit_of(rows, Options(denominator="own")) is None
-    assert accelerate.limit_of([*rows, torch.zeros(2, 3).bfloat16()], Options()) is None
-    assert accelerate.limit_of([*rows, torch.zeros(2, 3, device="meta")], Options()) is None
-    assert accelerate.limit_of(rows, Options(compile=True)) > 1 << 60
-
-
 def test_chunks_give_what_the_whole_gives(monkeypatch):
     def parameter_after():
         generator = torch.Generator().manual_seed(0)
@@ -130,7 +121,7 @@ def test_chunks_give_what_the_whole_gives(monkeypatch):
         return parameter.detach()
 
     whole = parameter_after()
-    monkeypatch.setattr(accelerate, "FUSED_BLOCK", 1000)
+    monkeypatch.setattr(update, "BLOCK", 1000)
     torch.testing.assert_close(parameter_after(), whole, rtol=1e-13, atol=1e-13)
 
 

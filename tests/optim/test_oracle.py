@@ -154,7 +154,7 @@ def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
     """Cut into blocks of five elements, every parameter is split or joined otherwise; nothing changes."""
 
     def run(limit):
-        monkeypatch.setattr("lightning_mtadam.optim.update.BLOCK", 3 * limit)
+        monkeypatch.setattr("lightning_mtadam.optim.update.BLOCK", limit)
         monkeypatch.setattr(memory, "PACKED", limit // 2)
         monkeypatch.setattr(memory, "PACK", limit)
         values = [*start(0)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_mtadam.optim import MTAdam, accelerate, update
+from lightning_mtadam.optim import MTAdam, update
 from lightning_mtadam.optim.chunks import Chunk
 from tests.lightning_models import assert_same_state
 from tests.loops import parameters_in, take_step
@@ -23,7 +23,7 @@ def advance(optimizer):
 
 
 def test_one_copy_at_a_time_of_a_parameter_that_is_not_contiguous(monkeypatch):
-    monkeypatch.setattr(accelerate, "FUSED_BLOCK", 1000)
+    monkeypatch.setattr(update, "BLOCK", 1000)
     copies, alive = [], []
     flatten = Chunk.copied
 
@@ -41,8 +41,7 @@ def test_one_copy_at_a_time_of_a_parameter_that_is_not_contiguous(monkeypatch):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_layout_that_is_not_contiguous_changes_nothing(monkeypatch, plain):
-    monkeypatch.setattr(accelerate, "FUSED_BLOCK", 1000)
-    monkeypatch.setattr(update, "BLOCK", 3000)
+    monkeypatch.setattr(update, "BLOCK", 1000)
     options = {"denominator": "mean"} if plain else {}  # which the fused Adam cannot do
     start = torch.linspace(-1, 1, 8000).view(80, 100)
     parameters = [start.clone().requires_grad_(), start.t().contiguous().t().requires_grad_()]
@@ -51,6 +50,15 @@ def test_a_layout_that_is_not_contiguous_changes_nothing(monkeypatch, plain):
         for _ in range(3):
             advance(optimizer)
     assert torch.equal(*parameters)
+
+
+@pytest.mark.parametrize(("options", "sizes"), [({}, [1000, 1000, 500]), ({"compile": True}, [2500])])
+def test_a_large_parameter_is_cut_where_no_kernel_takes_it_whole(monkeypatch, options, sizes):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(update, "BLOCK", 1000)
+    optimizer = MTAdam([torch.ones(2500).requires_grad_()], **options)
+    advance(optimizer)
+    assert [chunk.size for chunk in optimizer._updater()._chunks] == sizes
 
 
 def test_a_pack_of_empty_parameters_is_updated():
