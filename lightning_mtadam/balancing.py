@@ -33,7 +33,19 @@ def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tenso
     peak = by_layer(parameter_norms, layer_of, layers)
     divisor = torch.where(peak > 0, peak, 1)
     shares = (parameter_norms / divisor[layer_of]).square()
-    return peak * torch.zeros_like(peak).index_add_(0, layer_of, shares).sqrt()
+    return peak * _add_up(shares, layer_of, layers).sqrt()
+
+
+def _add_up(shares: Tensor, layer_of: Tensor, layers: int) -> Tensor:
+    """Add up the rows of each layer, numbers from 0 to 1: [P, I] -> [L, I].
+
+    An accelerator adds in an order that changes from run to run. Whole numbers give the same sum in any order.
+    """
+    empty = shares.new_zeros(layers, shares.shape[1])
+    if shares.device.type == "cpu":
+        return empty.index_add_(0, layer_of, shares)
+    unit = 2.0 ** (62 - len(shares).bit_length())  # the sum of P of them fits into 63 bits
+    return empty.long().index_add_(0, layer_of, (shares * unit).long()).to(shares.dtype) / unit
 
 
 def by_layer(rows: Tensor, layer_of: Tensor, layers: int) -> Tensor:

@@ -88,7 +88,7 @@ def export_weights(source: object) -> ExportedWeights:
     _check(found, type(balancer).__name__)
     reached = torch.stack([~weights.isnan() for weights in found.values()], 1)  # [L, I]
     shared = reached.sum(1) > 1
-    sizes = balancer.layer_sizes() if hasattr(balancer, "layer_sizes") else torch.ones(len(reached))
+    sizes = balancer.layer_sizes() if hasattr(balancer, "layer_sizes") else torch.ones(len(reached), device="cpu")
     weights, spread = dict[str, float](), dict[str, float]()
     for (term, averages), mine in zip(found.items(), reached.unbind(1), strict=True):
         chosen = mine & shared if bool((mine & shared).any()) else mine

@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import balancer_of, mtadam_of
 from lightning_mtadam.balancers.balancer import parameters_in
-from lightning_mtadam.distributed.agreement import host_group, tell
+from lightning_mtadam.distributed.agreement import host_group
+from lightning_mtadam.distributed.averaging import Averaging, devices_of
 from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1, processes_of
 from lightning_mtadam.distributed.sharding import mesh_of
 
@@ -53,6 +54,13 @@ class Guard(pl.Callback):
             if group is not None:
                 host_group(group)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell of a last step that was not finite: on an accelerator no later step does."""
+        for optimizer in trainer.optimizers:
+            mtadam = mtadam_of(optimizer)
+            if mtadam is not None:
+                mtadam.synchronize()
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -83,7 +91,7 @@ class Guard(pl.Callback):
         with contextlib.suppress(ValueError):  # the strategy is none under which anyone waits
             group = _group(trainer)
             if group is not None:
-                tell(exception, group)
+                Averaging(group, devices_of(_balanced_parameters(trainer))).fail(exception)
 
 
 def _balanced_parameters(trainer: pl.Trainer) -> list[Tensor]:

@@ -42,7 +42,7 @@ def make_loader(batches: int = 6, dtype: torch.dtype = torch.float64, seed: int 
 
 def make_network(dtype: torch.dtype = torch.float64, seed: int = 0, *, batch_norm: bool = False) -> nn.Sequential:
     """Two layers, the same weights at every call."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         middle = [nn.BatchNorm1d(5)] if batch_norm else []
         return nn.Sequential(nn.Linear(3, 5), *middle, nn.Tanh(), nn.Linear(5, 2)).to(dtype)
@@ -129,7 +129,7 @@ class SumRegression(pl.LightningModule):
 
 
 def make_gan_parts(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         generator = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
         discriminator = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mtadam import MTAdam
-from tests.benchmarks import memory, optimizer_step, rivals, scaling, step_cost
+from tests.benchmarks import exchange, memory, optimizer_step, rivals, scaling, step_cost
 from tests.benchmarks.authors import AuthorsMTAdam
 from tests.benchmarks.measuring import Piece, interleave, ratio
 from tests.benchmarks.methods import GradNorm, Method, weight_gradients
@@ -159,3 +159,11 @@ def test_the_command_for_the_whole_step_prints_its_three_ratios(monkeypatch, cap
     printed = capsys.readouterr().out
     assert [heading in printed for heading in ("1. step", "2. Adam", "3. step")] == [True] * 3
     assert len(re.findall(RATIO, printed)) == 3
+
+
+def test_the_cost_of_an_exchange_is_measured_and_modelled(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["exchange", "--ranks", "2", "--repeats", "5"])
+    exchange.main()
+    found = capsys.readouterr().out
+    assert re.search(r"\| 2 \| \d+\.\d\d ms \(\d+\.\d\d to \d+\.\d\d\) \| measured", found)
+    assert "| 64 | 1.26 ms | modelled" in found

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mtadam.collect.norms import is_host
+
 Aggregator: TypeAlias = Callable[[Tensor], Any]
 """Makes a vector [n] of a matrix [I, n]. A type that said so would keep LightningCLI from making objects that do."""
 
@@ -46,11 +48,12 @@ class AggregatorMemory:
                     self.aggregator(matrix)
         self._moving |= state.keys()
         self._restore(state)
-        before = _snapshot(self.aggregator)
+        before, versions = _snapshot(self.aggregator), _versions(self.aggregator)
         with drawing_from(seed, matrix.device):
             vector = self.aggregator(matrix)
         after = _snapshot(self.aggregator)
-        self._moving |= {key for key, value in after.items() if not _same(value, before.get(key))}
+        written = {key for key, version in _versions(self.aggregator).items() if version != versions.get(key)}
+        self._moving |= {key for key, value in after.items() if not _same(value, before.get(key), key in written)}
         return vector, {key: after[key] for key in sorted(self._moving) if isinstance(after.get(key), Tensor)}
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
@@ -99,15 +102,26 @@ def _snapshot(aggregator: Aggregator) -> dict[str, Any]:
     return found
 
 
+def _versions(aggregator: Aggregator) -> dict[str, tuple[int, int]]:
+    """Which tensors are among the attributes, and how often each was written to."""
+    found: dict[str, tuple[int, int]] = {}
+    for path, owner in _owners(aggregator):
+        attributes = getattr(owner, "__dict__", {})
+        for name, value in {**attributes, **attributes.get("_buffers", {})}.items():
+            if isinstance(value, Tensor):
+                found[f"{path}.{name}"] = id(value), value._version
+    return found
+
+
 def _as_tensor(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     if (isinstance(value, int) and value.bit_length() < 64) or (
         isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf"
     ):
-        return torch.as_tensor(value).clone()
+        return torch.as_tensor(value, device="cpu").clone()
     return value
 
 
@@ -124,8 +138,13 @@ def _like(current: Any, value: Any) -> Any:
     return value.clone()
 
 
-def _same(value: Any, other: Any) -> bool:
-    """Whether a number, tensor or array has not changed; others count as unchanged."""
+def _same(value: Any, other: Any, written: bool) -> bool:
+    """Whether a number, tensor or array has not changed; others count as unchanged.
+
+    One of an accelerator, which the host does not wait for, has changed if it was ``written`` to.
+    """
     if not isinstance(value, Tensor):
         return True
+    if not is_host(value.device):
+        return not written
     return isinstance(other, Tensor) and value.dtype == other.dtype and torch.equal(value, other)

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.collect import collect
 from lightning_mtadam.collect.norms import are_on_host
-from lightning_mtadam.distributed.agreement import Parameters
+from lightning_mtadam.distributed.agreement import Numbers, Parameters
+from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.terms import Losses, check_losses, check_terms
 
@@ -63,6 +64,7 @@ class Balancer(ABC):
         self._stepped = True
         self._left: list[tuple[int, int]] = []  # what the last backward pass left in .grad
         self._watched: Optimizer | None = None
+        self._ranks = Ranks(late=not self.one_backward)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -105,7 +107,7 @@ class Balancer(ABC):
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes, begins=begins, run=run)
         pending = () if begins else self.pending_terms()
         check, take = partial(self._check_all, batch, optimizer), self._take
-        self._terms = collect(batch, check, take, self._terms, pending).terms
+        self._terms = collect(batch, check, take, self._terms, pending, self._ranks).terms
         self._stepped, self._left = False, _versions(parameters)
         self._watch(optimizer)
 
@@ -174,6 +176,10 @@ class Balancer(ABC):
                 " MTAdam, which balances sharded parameters."
             )
 
+    def place(self, value: Tensor, device: torch.device) -> Tensor:
+        """An entry of the state, which may come from a checkpoint, on the device of the parameters."""
+        return value.to(device)
+
     def pending_terms(self) -> tuple[str, ...]:
         """The terms of earlier batches of the step, if their gradients are held."""
         return ()
@@ -185,12 +191,16 @@ class Balancer(ABC):
         if self.looks_ahead:
             _refuse_static_graph(batch.model)
         self.check(batch, optimizer)
-        return () if alone else _named_shapes(batch.network, batch.parameters)  # a walk over the network
+        if alone:
+            return ()
+        if self._ranks.parameters is None:
+            self._ranks.options = self._told_options()
+        return _named_shapes(batch.network, batch.parameters)  # a walk over the network
 
     def _take(self, batch: Batch) -> None:
         if batch.begins and (self._stepped or batch.loss_scale is None):  # else a scaler has skipped the step before
             device = batch.parameters[0].device
-            self.state_before = {key: value.to(device) for key, value in self.state.items()}
+            self.state_before = {key: self.place(value, device) for key, value in self.state.items()}
         self.balance(batch)
 
     def _was_reset(self, parameters: list[Tensor]) -> bool:
@@ -212,7 +222,14 @@ class Balancer(ABC):
             self._stepped = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watched": None, "_stepped": True}
+        return {**self.__dict__, "_watched": None, "_stepped": True, "_ranks": Ranks(late=not self.one_backward)}
+
+    def _told_options(self) -> Numbers:
+        """What must be the same on all ranks, as they tell each other: the options that are numbers, names or such."""
+        simple = (int, float, str, tuple, list, dict, type(None))
+        told = {name: value for name, value in vars(self).items() if isinstance(value, simple) and name[0] != "_"}
+        told = {name: value for name, value in told.items() if name not in ("state", "state_before")}
+        return (("balancer", type(self).__name__), *((name, repr(value)) for name, value in told.items()))
 
 
 def parameters_in(optimizer: Optimizer) -> list[Tensor]:

@@ -44,7 +44,7 @@ class FixedWeights(Balancer):
 
     def term_weights(self) -> dict[str, Tensor]:
         """The weights."""
-        return {name: torch.tensor(weight) for name, weight in self.weights.items()}
+        return {name: torch.tensor(weight, device="cpu") for name, weight in self.weights.items()}
 
     def balance(self, batch: Batch) -> None:
         """As of every balancer."""

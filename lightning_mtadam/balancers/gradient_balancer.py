@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
+from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import is_host, norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
@@ -61,7 +62,7 @@ class StepGradients:
 
     def flags(self, values: list[bool]) -> Tensor:
         """The same as a tensor beside the norms, e.g. ``step.flags(step.present)``, [I]."""
-        return torch.tensor(values, device=self.norms.device)
+        return constant(values, torch.bool, self.norms.device)
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """The sum of the terms' gradients, each multiplied by its weight at each parameter.
@@ -73,18 +74,19 @@ class StepGradients:
             One gradient for each of the P parameters; ``None`` for those that are not trained.
         """
         summed: list[Tensor | None] = [None] * len(self.layers)
-        for place, pack in enumerate(self.memory.packs):
-            sizes = [self.memory.shapes[member].numel() for member in pack]
-            for member, gradients in zip(pack, torch.split(self.memory.columns(place), sizes, 1), strict=True):
+        for index, pack in enumerate(self.memory.packs):
+            places, columns = self.memory.places[index], self.memory.columns(index)
+            pieces = torch.split(columns, [place.room for place in places], 1)
+            for member, place, gradients in zip(pack, places, pieces, strict=True):
                 factors = weights[member].to(gradients.device)
                 total = factors @ gradients.to(factors.dtype)
-                summed[member] = total.to(gradients.dtype).view(self.memory.shapes[member])
+                summed[member] = place.view(total.to(gradients.dtype), 0)
         return summed
 
     def matrix(self) -> Tensor:
         """The gradients of the terms that are present as rows, in fp32 or better: [present terms, n]."""
-        rows = [rows.to(self.norms) for rows in self.memory.rows]
-        return torch.cat(rows, 1)[self.flags(self.present)]
+        places = constant([at for at, flag in enumerate(self.present) if flag], torch.int64, self.norms.device)
+        return torch.cat([rows.to(self.norms) for rows in self.memory.rows], 1)[places]
 
     def split(self, vector: Tensor) -> list[Tensor | None]:
         """The parts of a vector [n], in the order of :meth:`matrix`, as P gradients; ``None`` where not trained."""

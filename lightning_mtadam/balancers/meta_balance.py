@@ -96,7 +96,7 @@ class MetaBalance(GradientBalancer):
             before[:, 1],
             step.norms,
             step.flags(step.reached)[:, None] & step.flags(step.present),
-            torch.tensor(self.beta, dtype=torch.float64),
+            torch.tensor(self.beta, dtype=torch.float64, device="cpu"),
             "first",
         )
         after = torch.where(step.finite, torch.stack([norms, counts], 1), before)

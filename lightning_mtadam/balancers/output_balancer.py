@@ -14,6 +14,7 @@ from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
 from lightning_mtadam.balancing import corrected_norms, update_norms
+from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 
@@ -140,7 +141,7 @@ class OutputBalancer(Balancer):
         present = observed[0] > 0
         mean = observed[1] / torch.where(present, observed[0], 1)
         norms, counts = update_norms(
-            before["norms"], before["counts"], mean, present, mean.new_tensor(self.ema_decay), "unbiased"
+            before["norms"], before["counts"], mean, present, _alike(self.ema_decay, mean), "unbiased"
         )
         finite = observed.isfinite().all()
         after = {"norms": norms, "counts": counts}
@@ -148,7 +149,7 @@ class OutputBalancer(Balancer):
 
     def _norms(self, state: dict[str, Tensor]) -> Tensor:
         """The averages n_i, [I]."""
-        return corrected_norms(state["norms"], state["counts"], state["norms"].new_tensor(self.ema_decay), "unbiased")
+        return corrected_norms(state["norms"], state["counts"], _alike(self.ema_decay, state["norms"]), "unbiased")
 
     def _wanted(self, terms: tuple[str, ...]) -> list[float]:
         return [1.0 if self.weights is None else self.weights[name] for name in terms]
@@ -156,9 +157,13 @@ class OutputBalancer(Balancer):
 
 def _scales(norms: Tensor, wanted: Sequence[float], present: Tensor) -> Tensor:
     """``weight_i / (n_i sum of the weights present)``, zero where there is no norm. [I] each."""
-    weights = norms.new_tensor(wanted)
+    weights = _alike(wanted, norms)
     shares = weights / torch.where(present, weights, 0).sum()
     return torch.where(norms > 0, shares / norms, 0)
+
+
+def _alike(values: Sequence[float] | float, tensor: Tensor) -> Tensor:
+    return constant(values, tensor.dtype, tensor.device)
 
 
 def _gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list[Tensor]:

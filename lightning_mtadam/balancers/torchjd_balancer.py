@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_mtadam import balancing
 from lightning_mtadam.balancers.aggregator_memory import Aggregator, AggregatorMemory
+from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
-from lightning_mtadam.terms import NonFiniteError
+from lightning_mtadam.collect.constants import constant
+from lightning_mtadam.collect.norms import Sent, is_host
+from lightning_mtadam.terms import NonFiniteError, non_finite
 
 
 class TorchJDBalancer(GradientBalancer):
@@ -75,6 +80,16 @@ class TorchJDBalancer(GradientBalancer):
             )
         self.aggregator, self.normalize, self.seed = aggregator, normalize, seed
         self._memory = AggregatorMemory(aggregator)
+        self._weighted: bool | None = None  # whether its weights are what multiplies the rows
+        self._sent: Any = None  # of the last step on an accelerator, whether all was finite
+        self._scaled = False  # whether a gradient scaler is to notice what is not finite
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_sent": None}
+
+    def place(self, value: Tensor, device: torch.device) -> Tensor:
+        """As it is: an aggregator also keeps numbers, which are the host's."""
+        return value
 
     def term_weights(self) -> dict[str, Tensor]:
         """What multiplied each loss in the last step, 0 for absent terms; empty if the aggregator gives no weights."""
@@ -84,22 +99,51 @@ class TorchJDBalancer(GradientBalancer):
 
     def combine(self, step: StepGradients) -> list[Tensor | None]:
         """As of every balancer."""
-        if not bool(step.finite):  # no aggregator should have to bear it
+        host = is_host(step.norms.device)
+        if host and not bool(step.finite):  # no aggregator should have to bear it
             self.state = self.state_before
             return step.weighted_sum(torch.ones_like(step.norms))
         state = dict(self.state_before)
-        steps = state.pop("steps", torch.zeros((), dtype=torch.int64))
+        steps = state.pop("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
         state.pop("weights", None)
+        present = [at for at, flag in enumerate(step.present) if flag]
         norms = self._divisors(step)
-        matrix = step.matrix() / norms[step.flags(step.present), None]
+        matrix = step.matrix() / norms[constant(present, torch.int64, norms.device), None]
+        if not host:
+            matrix = torch.where(step.finite, matrix, 0)
         with _weights_of(self.aggregator) as weights:
-            vector, state = self._memory.call(matrix, state, f"{self.seed}/{int(steps)}")
-        self._check_vector(vector, matrix)
-        if weights and _multiplied(weights[-1], matrix, vector):
-            state["weights"] = torch.zeros_like(norms)
-            state["weights"][step.flags(step.present)] = weights[-1].to(norms) / norms[step.flags(step.present)]
-        self.state = {**state, "steps": steps + 1}
+            vector, after = self._memory.call(matrix, state, f"{self.seed}/{int(steps)}")
+        self._check_shape(vector, matrix)
+        if weights and self._are_multiplied(weights[-1], matrix, vector):
+            rows = dict(zip(present, weights[-1].to(norms).unbind(), strict=True))
+            zero = torch.zeros_like(norms[0])
+            after["weights"] = torch.stack([rows.get(at, zero) for at in range(len(norms))]) / norms
+        if host:
+            self._check_finite(bool(vector.isfinite().all()))
+        else:  # the host does not wait for it: what is not finite becomes zero, or nan for a scaler, and is told later
+            finite = vector.isfinite().all()
+            vector = torch.where(step.finite, torch.where(finite, vector, 0), math.nan if self._scaled else 0)
+            after = {key: _unless(step.finite, value, state.get(key)) for key, value in after.items()}
+            self._sent = Sent(torch.stack([step.finite, finite])), step, self._terms, self._scaled
+        self.state = {**after, "steps": steps + 1}
         return step.split(vector.detach())
+
+    def check(self, batch: Batch, optimizer: Optimizer) -> None:
+        """As of every balancer. On an accelerator it also tells what was not finite in the step before."""
+        super().check(batch, optimizer)
+        self._scaled = batch.loss_scale is not None
+        if self._sent is not None:
+            (sent, step, terms, scaled), self._sent = self._sent, None
+            finite, vector = sent.receive()
+            if not (finite or scaled):
+                raise non_finite(step.norms, step.layers, terms, "The gradient was taken as zero in that step.")
+            self._check_finite(vector)
+
+    def _are_multiplied(self, weights: Tensor, matrix: Tensor, vector: Tensor) -> bool:
+        """Whether these are what multiplied the rows; an accelerator is asked for it in the first step only."""
+        if self._weighted is None or is_host(matrix.device):
+            self._weighted = _multiplied(weights, matrix, vector)
+        return self._weighted
 
     def _divisors(self, step: StepGradients) -> Tensor:
         """By what each row is divided, [I]."""
@@ -109,7 +153,7 @@ class TorchJDBalancer(GradientBalancer):
         (norms,) = balancing.layer_norms(step.norms, whole, 1)
         return torch.where(norms > 0, norms, math.inf)  # what is too small to have a norm becomes zero
 
-    def _check_vector(self, vector: object, matrix: Tensor) -> None:
+    def _check_shape(self, vector: object, matrix: Tensor) -> None:
         name = type(self.aggregator).__name__
         if not isinstance(vector, Tensor):
             raise TypeError(f"The aggregator {name} must return a tensor, but returned a {type(vector).__name__}.")
@@ -119,11 +163,20 @@ class TorchJDBalancer(GradientBalancer):
                 f" {tuple(matrix.shape)}, but made one of shape {tuple(vector.shape)}. Give an aggregator, not its"
                 " weighting."
             )
-        if not bool(vector.isfinite().all()):
+
+    def _check_finite(self, finite: bool) -> None:
+        if not finite:
             raise NonFiniteError(
-                f"The aggregator {name} made inf or nan of finite gradients. Nothing was changed. Take another one, or"
-                " normalize=True."
+                f"The aggregator {type(self.aggregator).__name__} made inf or nan of finite gradients. They are not"
+                " used. Take another one, or normalize=True."
             )
+
+
+def _unless(finite: Tensor, value: Tensor, before: Tensor | None) -> Tensor:
+    """A value of the state on an accelerator; the one before where the gradients were not finite."""
+    if before is None or before.shape != value.shape or is_host(value.device):
+        return value
+    return torch.where(finite, value, before.to(value.device))
 
 
 def _multiplied(weights: Tensor, matrix: Tensor, vector: Tensor) -> bool:

@@ -95,10 +95,9 @@ class UncertaintyWeighting(Balancer):
         """As of every balancer."""
         weights = self._weights(len(batch.terms))
         weighted = batch.run_weighted(weights)
-        present = [batch.terms.index(name) for name in batch.losses]
-        gradient = torch.zeros_like(weights)
-        gradient[present] = (0.5 - weighted).to(weights) * batch.factor.to(weights)
-        self._add(gradient, batch.processes)
+        found = ((0.5 - weighted).to(weights) * batch.factor.to(weights)).unbind()
+        by_name, zero = dict(zip(batch.losses, found, strict=True)), torch.zeros_like(weights[0])
+        self._add(torch.stack([by_name.get(name, zero) for name in batch.terms]), batch.processes)
 
     def _add(self, gradient: Tensor, processes: Processes) -> None:
         """Add to the gradient of the log variances, and average it as ``DistributedDataParallel`` does the others."""

@@ -151,7 +151,7 @@ def summaries(prefix: str, terms: tuple[str, ...], table: Tensor) -> dict[str, f
     for term, column in zip(terms, table.T, strict=True):
         reached = column[column.isfinite()]
         if len(reached):
-            levels = torch.tensor(list(SUMMARY_QUANTILES.values()), dtype=reached.dtype)
+            levels = torch.tensor(list(SUMMARY_QUANTILES.values()), dtype=reached.dtype, device=reached.device)
             values = torch.quantile(reached, levels).tolist()
             found |= {f"{prefix}/{term}.{name}": v for name, v in zip(SUMMARY_QUANTILES, values, strict=True)}
     return found

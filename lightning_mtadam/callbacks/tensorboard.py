@@ -16,9 +16,10 @@ CELL = 18
 LABEL_HEIGHT = 16
 FONT_SIZE = 12
 PAPER, INK = (225, 225, 225), "black"
-LOW, MIDDLE, HIGH = (torch.tensor(rgb) for rgb in ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0)))
+COLOURS = ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0))
+LOW, MIDDLE, HIGH = (torch.tensor(rgb, device="cpu") for rgb in COLOURS)
 TERM_WEIGHT = "term_weight"
-UNREACHED = torch.tensor((90.0, 90.0, 90.0))
+UNREACHED = torch.tensor((90.0, 90.0, 90.0), device="cpu")
 
 
 def writers(loggers: Sequence[Logger]) -> Iterator[Any]:

@@ -9,9 +9,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lightning_mtadam.collect.differentiate import term_gradients
-from lightning_mtadam.distributed.agreement import Parameters, tell
-from lightning_mtadam.distributed.averaging import Averaging
-from lightning_mtadam.distributed.joint_terms import agree_on_terms
+from lightning_mtadam.distributed.agreement import Parameters
+from lightning_mtadam.distributed.averaging import Averaging, devices_of
+from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import ALONE, Processes
 from lightning_mtadam.terms import Found, Losses
 
@@ -30,6 +30,7 @@ class Batch:
     processes: Processes = ALONE  # which train together
     terms: tuple[str, ...] = ()  # the names of all terms, in order
     collected: tuple[str, ...] = ()  # the names of these losses and of earlier ones that are held, on all processes
+    averaging: Averaging | None = None  # what averages the gradients over the processes, if they do it now
 
     @property
     def replicated(self) -> bool:
@@ -45,11 +46,6 @@ class Batch:
         network = ShardedNetwork(self.model, self.parameters)
         return term_gradients(self.losses, self.parameters, grad_output=self.grad_output, network=network)
 
-    def averaging(self) -> Averaging | None:
-        """What averages the gradients over the processes; ``None`` if they do not average now."""
-        group = self.processes.group
-        return Averaging(group) if group is not None and self.processes.averages else None
-
 
 def collect(
     batch: _B,
@@ -57,6 +53,7 @@ def collect(
     take: Callable[[_B], None],
     known: tuple[str, ...],
     pending: tuple[str, ...],
+    ranks: Ranks,
 ) -> _B:
     """Check the losses, agree on them with the other processes, and hand them to who differentiates them.
 
@@ -66,20 +63,32 @@ def collect(
         take: differentiates the losses; the other processes are told of an error in it.
         known: the terms of earlier steps; empty before the first.
         pending: the terms of earlier batches of this step, if their gradients are held.
+        ranks: what the processes know of each other.
     """
-    group, absent = batch.processes.group, tuple[str, ...]()
+    group = batch.processes.group
     if group is None:
         check()
-        names = tuple(dict.fromkeys((*pending, *batch.losses)))
-    else:
-        names, absent = agree_on_terms(batch.losses, check, pending, known, batch.processes, batch.model)
-    terms = known or names
-    present = {name: batch.losses[name] for name in terms if name in batch.losses and name not in absent}
-    taken = replace(batch, losses=present, terms=terms, collected=names)
+        taken = _ordered(batch, known, tuple(dict.fromkeys((*pending, *batch.losses))))
+        take(taken)
+        return taken
+    averaging = Averaging(group, devices_of(batch.parameters))
     try:
+        mine = ranks.announce(batch.losses, check(), pending, batch.processes, batch.model)
+        averaging.mine, averaging.known, names = mine, known, mine.terms
+        if ranks.agree_before(mine):
+            names = averaging.agree()
+        taken = _ordered(batch, known, names, averaging)
         take(taken)
     except Exception as error:
-        if group is not None:
-            tell(error, group)
+        averaging.fail(error)
         raise
+    ranks.parameters = mine.parameters
     return taken
+
+
+def _ordered(batch: _B, known: tuple[str, ...], names: tuple[str, ...], averaging: Averaging | None = None) -> _B:
+    """The batch as it is taken: the losses that count, in the order of the terms."""
+    terms, absent = known or names, () if averaging is None else averaging.absent
+    present = {name: batch.losses[name] for name in terms if name in batch.losses and name not in absent}
+    averaging = averaging if batch.processes.averages else None
+    return replace(batch, losses=present, terms=terms, collected=names, averaging=averaging)

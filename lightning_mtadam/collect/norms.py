@@ -47,6 +47,24 @@ def are_on_host(tensors: Sequence[Tensor]) -> bool:
     return all(map(is_host, {tensor.device for tensor in tensors}))
 
 
+class Sent:
+    """A tensor on its way to the host, which may be far ahead of an accelerator and is not to wait for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        pinned = tensor.device.type == "cuda"
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._event = None if tensor.device.type == "cpu" else torch.Event(tensor.device)
+        if self._event is not None:  # on the tensor's device, which need not be the current one
+            self._event.record(torch.accelerator.current_stream(tensor.device))
+
+    def receive(self) -> Any:
+        """Its elements, as lists; the host waits until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.tolist()
+
+
 class FiniteWatch:
     """Looks at the norms of all gradients, once a step.
 
@@ -55,10 +73,15 @@ class FiniteWatch:
     """
 
     def __init__(self) -> None:
-        self.sent: tuple[Tensor, Any, Tensor, Sequence[str], Sequence[str]] | None = None
+        self.sent: tuple[Sent, Tensor, Sequence[str], Sequence[str]] | None = None
+        self.told: list[bool] = []  # what came along with the last flag
 
-    def check(self, norms: Tensor, layers: Sequence[str], terms: Sequence[str]) -> Tensor | None:
+    def check(
+        self, norms: Tensor, layers: Sequence[str], terms: Sequence[str], along: Tensor | None = None
+    ) -> Tensor | None:
         """Look at the norms [P, I] of a step, of P named layers and I terms; ``NonFiniteError`` names term and layer.
+
+        ``along``, boolean [n], travels to the host with what was found, for who wants to know it later.
 
         Returns:
             ``None`` on the host; else a boolean scalar: whether the step may change anything.
@@ -69,20 +92,14 @@ class FiniteWatch:
                 raise non_finite(norms, layers, terms)
             return None
         finite = norms.isfinite().all()
-        copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=torch.cuda.is_available())
-        copy.copy_(finite, non_blocking=True)
-        event = None if norms.device.type == "cpu" else torch.Event(norms.device)
-        if event is not None:
-            event.record()
-        self.sent = copy, event, norms, layers, terms
+        self.sent = Sent(finite[None] if along is None else torch.cat([finite[None], along])), norms, layers, terms
         return finite
 
     def recall(self) -> None:
         """Raise ``NonFiniteError`` if the step before was not finite, and that was not known then."""
         if self.sent is None:
             return
-        (copy, event, norms, layers, terms), self.sent = self.sent, None
-        if event is not None:
-            event.synchronize()
-        if not copy.numpy():  # memory of the host
+        (sent, norms, layers, terms), self.sent = self.sent, None
+        finite, *self.told = sent.receive()
+        if not finite:
             raise non_finite(norms, layers, terms)

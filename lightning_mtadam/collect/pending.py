@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import wide_dtype
+from lightning_mtadam.collect.norms import is_host, wide_dtype
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
 
@@ -65,7 +65,7 @@ class PendingGradients:
 
     def add(self, batch: Batch, rows: Sequence[str]) -> None:
         """Differentiate and add one more batch; if a term fails, drop all. ``rows``: the terms of the memory's rows."""
-        memory, found, averaging = self.memory, batch.gradients(), batch.averaging()
+        memory, found, averaging = self.memory, batch.gradients(), batch.averaging
         assert memory is not None
         gradients: TermGradients = {}
         try:
@@ -85,7 +85,10 @@ class PendingGradients:
                     views = memory.views[rows.index(name)]
                     gradients[name] = [view if flag else None for view, flag in zip(views, flags, strict=True)]
                 for name in batch.losses:
-                    check_reached(name, gradients[name])
+                    if name in averaging.absent and name not in self.gradients:
+                        del gradients[name]
+                    else:
+                        check_reached(name, gradients[name])
         except BaseException:
             found.close()  # lets it clean up now, not when the traceback is gone
             self.clear()
@@ -110,7 +113,7 @@ class PendingGradients:
     def show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
         """Set ``p.grad`` to the sum over the terms, times the loss scale, for whoever looks at it."""
         assert self.memory is not None
-        totals = [rows[: self.memory.active].sum(0) for rows in self.memory.rows]
+        totals = [rows[: self.memory.active].sum(0, dtype=rows.dtype) for rows in self.memory.rows]  # also in autocast
         if loss_scale is not None:
             totals = [total.mul_(loss_scale.to(total)) for total in totals]
         shaped = self.memory.shaped(totals)
@@ -127,36 +130,42 @@ class PendingGradients:
         new, old = next_gradients(found, name, batch), self.gradients.get(name)
         kept: list[Tensor | None] = [None] * len(new) if old is None else old
         norms = self.norms.setdefault(name, [None] * len(new))
-        for piece in _pieces(new):
+        for indices in _pieces(new, views):
             targets, gradients = list[Tensor](), list[Tensor]()
-            for index, gradient in piece:
-                view = kept[index]
-                if view is None:  # reached for the first time in this step
-                    view = views[index]
-                    assert view is not None
-                    kept[index] = view if old is None else view.zero_()
+            for index in indices:
+                view, gradient = views[index], new[index]
+                assert view is not None
+                assert gradient is not None
+                kept[index] = view  # which holds zeros, where the term did not reach before
                 targets.append(view)
                 gradients.append(gradient)
             (torch._foreach_copy_ if old is None else torch._foreach_add_)(targets, gradients)
-            found_norms = torch._foreach_norm(targets, 2.0, dtype=wide_dtype(targets))
-            for (index, _), norm in zip(piece, found_norms, strict=True):
-                norms[index] = norm
+            if batch.averaging is None:  # else those of the averages will count
+                found_norms = torch._foreach_norm(targets, 2.0, dtype=wide_dtype(targets))
+                for index, norm in zip(indices, found_norms, strict=True):
+                    norms[index] = norm
         return kept
 
 
-def _pieces(gradients: Gradients) -> list[list[tuple[int, Tensor]]]:
-    """The gradients that are there, with their indices, some together."""
-    pieces: list[list[tuple[int, Tensor]]] = []
-    size = 0
-    for index, gradient in enumerate(gradients):
-        if gradient is None:
+def _pieces(gradients: Gradients, views: Gradients) -> list[list[int]]:
+    """The indices of the gradients that are there, of some together.
+
+    On the host so many as its cache holds. On an accelerator all that one kernel can take: those of one kind that lie
+    in memory like their views.
+    """
+    pieces: dict[Hashable, list[int]] = {}
+    size = number = 0
+    for index, (gradient, view) in enumerate(zip(gradients, views, strict=True)):
+        if gradient is None or view is None:
             continue
-        size += gradient.numel()
-        if not pieces or size > CACHED:
-            pieces.append([])
-            size = gradient.numel()
-        pieces[-1].append((index, gradient))
-    return pieces
+        kind: Hashable = gradient.device, gradient.dtype, gradient.stride() == view.stride()
+        if is_host(gradient.device):
+            size += gradient.numel()
+            if size > CACHED:
+                number, size = number + 1, gradient.numel()
+            kind = number
+        pieces.setdefault(kind, []).append(index)
+    return list(pieces.values())
 
 
 def next_gradients(found: Found, name: str, batch: Batch) -> list[Tensor | None]:
@@ -166,7 +175,10 @@ def next_gradients(found: Found, name: str, batch: Batch) -> list[Tensor | None]
         check_reached(name, gradients)
     if batch.loss_scale is None:
         return gradients
-    present = [gradient for gradient in gradients if gradient is not None]
-    factor = batch.loss_scale.reciprocal()
-    divided = iter(torch._foreach_mul(present, factor.to(present[0])) if present else ())
-    return [None if gradient is None else next(divided) for gradient in gradients]
+    factor, divided = batch.loss_scale.reciprocal(), list(gradients)
+    for device in {gradient.device for gradient in gradients if gradient is not None}:
+        here = [at for at, one in enumerate(gradients) if one is not None and one.device == device]
+        mine = [one for one in gradients if one is not None and one.device == device]
+        for at, one in zip(here, torch._foreach_mul(mine, factor.to(mine[0])), strict=True):
+            divided[at] = one
+    return divided

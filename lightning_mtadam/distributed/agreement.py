@@ -27,6 +27,13 @@ PATIENCE = 10.0
 """How many seconds a process that has failed waits for the others to hear of it."""
 
 Parameters: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+"""The names and shapes of what is trained."""
+
+Numbers: TypeAlias = tuple[tuple[str, str], ...]
+"""The names and values of what all ranks must have set alike."""
+
+Sent: TypeAlias = tuple[tuple[int, torch.dtype, int], ...]
+"""Of each collective that was begun the elements, their dtype, and the place of their device among a rank's own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,10 @@ class Announcement:
         parameters: the names and shapes of what it trains.
         averages: whether it averages the gradients now.
         has_sync_batch_norm: whether its network has ``SyncBatchNorm``; said only if one of its terms has no graph.
-        reached: which terms reach which parameters, [I][P]; known, and announced, after the backward passes.
+        options: what all ranks must have set alike; said in the first step.
+        done: whether its backward passes are done. Then are known, and announced:
+        reached: which terms reach which parameters, [I][P];
+        sent: the collectives that it has begun.
         error: what it failed with.
     """
 
@@ -48,7 +58,10 @@ class Announcement:
     parameters: Parameters = ()
     averages: bool = False
     has_sync_batch_norm: bool = False
+    options: Numbers = ()
+    done: bool = False
     reached: tuple[tuple[bool, ...], ...] = ()
+    sent: Sent = ()
     error: str | None = None
 
 
@@ -69,23 +82,22 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
     return made
 
 
-def agree(mine: Announcement, group: ProcessGroup) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Compare the announcements of all ranks; one small collective where they are the same.
-
-    Args:
-        mine: this rank's.
-        group: the processes.
+def compare(everyone: Everyone) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Compare the announcements of all ranks.
 
     Returns:
         The terms in the order of the group's first rank; those of them that have no graph on any rank.
 
     Raises:
         ValueError: the ranks differ; the message says which rank has what.
-        RankError: another rank has failed, or is gone.
+        RankError: another rank has failed.
     """
-    everyone = _hear(mine, group)
+    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
+    if failed:
+        raise RankError("Stopped, because another rank has failed. " + "; ".join(failed))
     _check_terms(everyone)
     _check_parameters(everyone)
+    _check_options(everyone)
     if len({other.averages for other in everyone.values()}) > 1:
         averaging = [rank for rank, other in everyone.items() if other.averages]
         raise ValueError(
@@ -95,42 +107,79 @@ def agree(mine: Announcement, group: ProcessGroup) -> tuple[tuple[str, ...], tup
     return _first(everyone).terms, _constant_everywhere(everyone)
 
 
-def tell(error: BaseException, group: ProcessGroup) -> None:
+def tell(error: BaseException, group: ProcessGroup, sent: Sent = ()) -> Everyone | None:
     """Tell the other ranks, at their next agreement, that this one has failed; wait for them a few seconds at most.
 
-    An error that was told already, or that another rank told, is not told again.
+    An error that was told already, or that another rank told, is not told again. Gives what the others announced, or
+    ``None`` if they are gone, or elsewhere.
     """
     if isinstance(error, RankError) or getattr(error, "told_to_the_other_ranks", False):
-        return
+        return None
+    is_told(error)
+    mine = Announcement(error=f"{type(error).__name__}: {error}", done=True, sent=sent)
+    with contextlib.suppress(RuntimeError):
+        return _exchange(mine, host_group(group), PATIENCE)
+    give_up(group)  # nobody knows what they will be at when they come
+    return None
+
+
+def check_graphs(terms: Sequence[str], absent: Sequence[str], known: Sequence[str]) -> None:
+    """Raise unless the terms that are ``absent``, as they have no graph on any rank, are known and not all."""
+    unknown = [name for name in absent if name not in known]
+    if unknown or (absent and len(absent) == len(terms)):
+        raise ValueError(
+            f"losses[{(unknown or absent)[0]!r}] has no graph on any rank, so it reaches no parameter. Compute it"
+            " from the network's output without .detach(), .data or torch.no_grad(), or leave it out of the losses"
+            " and log it instead."
+        )
+
+
+def is_told(error: BaseException) -> None:
+    """Note that the other ranks know of it."""
     error.told_to_the_other_ranks = True  # type: ignore[attr-defined]
-    with contextlib.suppress(RuntimeError):  # they are gone, or elsewhere
-        _exchange(Announcement(error=f"{type(error).__name__}: {error}"), host_group(group), PATIENCE)
 
 
-def reached_anywhere(reached: Sequence[Sequence[bool]], group: ProcessGroup) -> list[list[bool]]:
-    """Whether any rank's terms reach the parameters: [I][P] of this rank -> [I][P] of all.
-
-    Raises:
-        RankError: another rank has failed in its backward passes, or is gone.
-    """
-    everyone = _hear(Announcement(reached=tuple(map(tuple, reached))), group)
+def reached_anywhere(everyone: Everyone) -> list[list[bool]]:
+    """Whether any rank's terms reach the parameters: [I][P]."""
     by_rank = [other.reached for other in everyone.values()]
     return [[any(flags) for flags in zip(*rows, strict=True)] for rows in zip(*by_rank, strict=True)]
 
 
-def _hear(mine: Announcement, group: ProcessGroup) -> Everyone:
-    """What everyone announces, unless one of them has failed."""
+def hear(mine: Announcement, group: ProcessGroup) -> Everyone:
+    """What everyone announces; once more while this rank is done and others, which did not fail, are not."""
+    if group in _given_up:
+        raise RankError(
+            "Another rank has failed in an earlier step, and did not hear of this one in time: what they had begun"
+            " together cannot be completed. Start the training anew."
+        )
     try:
         everyone = _exchange(mine, host_group(group))
+        while mine.done and not all(other.done or other.error for other in everyone.values()) and _alike(everyone):
+            everyone = _exchange(mine, host_group(group))
     except RuntimeError as lost:
+        give_up(group)
         raise RankError(
             "Another process of this training has stopped without a word, or has not come for half an hour. Look for"
             " its own message."
         ) from lost
-    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
-    if failed:
-        raise RankError("Stopped, because another rank has failed. " + "; ".join(failed))
     return everyone
+
+
+_given_up: set[ProcessGroup] = set()
+
+
+def give_up(group: ProcessGroup) -> None:
+    """Let all that these processes try together from now on raise."""
+    _given_up.add(group)
+
+
+def _alike(everyone: Everyone) -> bool:
+    """Whether those that are not done yet will come again: they do unless the ranks differ."""
+    try:
+        compare(everyone)
+    except (ValueError, RankError):
+        return False
+    return True
 
 
 def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = None) -> Everyone:
@@ -199,6 +248,19 @@ def _check_parameters(everyone: Everyone) -> None:
         raise ValueError(
             "The ranks give the same parameters to the optimizer in another order. Build it alike on every rank."
         )
+
+
+def _check_options(everyone: Everyone) -> None:
+    """Those that say theirs must say the same."""
+    told = {rank: dict(other.options) for rank, other in everyone.items() if other.options}
+    for name in next(iter(told.values()), {}):
+        values = {rank: options.get(name) for rank, options in told.items()}
+        if len(set(values.values())) > 1:
+            found = "; ".join(f"rank {rank} has {value}" for rank, value in values.items())
+            raise ValueError(
+                f"The ranks have different values of the option {name}: {found}. Build the optimizer or the balancer"
+                " with the same options on every rank."
+            )
 
 
 def _constant_everywhere(everyone: Everyone) -> tuple[str, ...]:

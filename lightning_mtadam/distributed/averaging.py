@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mtadam.distributed.agreement import reached_anywhere
+from lightning_mtadam.distributed import agreement
+from lightning_mtadam.distributed.agreement import Announcement, Everyone, Sent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -22,14 +25,22 @@ class Averaging:
 
     Args:
         group: the processes.
+        devices: those of this rank's parameters, in order.
+
+    Attributes:
+        mine: what this rank announces beside what its terms reach.
+        known: the terms of earlier steps.
+        absent: the terms that turned out to have no graph on any rank.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
-        self._reached: list[list[bool]] = []
+    def __init__(self, group: ProcessGroup, devices: Sequence[torch.device]) -> None:
+        self.group, self.devices = group, list(devices)
+        self.mine, self.known, self.absent = Announcement(), tuple[str, ...](), tuple[str, ...]()
+        self._reached: list[tuple[bool, ...]] = []
         self._work: list[Work] = []
+        self._sent: list[tuple[int, torch.dtype, int]] = []
 
-    def send(self, flats: Sequence[Tensor], reached: list[bool]) -> None:
+    def send(self, flats: Sequence[Tensor], reached: Sequence[bool]) -> None:
         """Divide a term's gradients by the number of ranks, and start to add them up.
 
         Args:
@@ -37,16 +48,64 @@ class Averaging:
             reached: per parameter, whether there is one.
         """
         torch._foreach_div_(list(flats), float(dist.get_world_size(self.group)))  # first: sums overflow in fp16
-        self._work += [dist.all_reduce(flat, group=self.group, async_op=True) for flat in flats]
-        self._reached.append(reached)
+        for flat in flats:
+            self._work.append(dist.all_reduce(flat, group=self.group, async_op=True))
+            self._sent.append((flat.numel(), flat.dtype, self.devices.index(flat.device)))
+        self._reached.append(tuple(reached))
 
     def receive(self) -> list[list[bool]]:
-        """Wait for what was sent. Whether each term, in the order of sending, reaches each parameter on any rank."""
-        reached = reached_anywhere(self._reached, self.group)
+        """Wait for what was sent. Whether each term, in the order of sending, reaches each parameter on any rank.
+
+        Raises:
+            ValueError: the ranks differ in what they announce.
+            RankError: another rank has failed, or is gone.
+        """
+        mine = replace(self.mine, done=True, reached=tuple(self._reached), sent=tuple(self._sent))
+        _, everyone = self._compare(mine)
         for work in self._work:
             work.wait()
-        self._reached, self._work = [], []
-        return reached
+        self._reached, self._work, self._sent = [], [], []
+        return agreement.reached_anywhere(everyone)
+
+    def agree(self) -> tuple[str, ...]:
+        """The terms in an order on which all ranks agree, before anything is sent. Raises as :meth:`receive` does."""
+        return self._compare(self.mine)[0]
+
+    def _compare(self, mine: Announcement) -> tuple[tuple[str, ...], Everyone]:
+        everyone = agreement.hear(mine, self.group)
+        try:
+            terms, self.absent = agreement.compare(everyone)
+            agreement.check_graphs(terms, self.absent, self.known)
+        except Exception as error:  # which all ranks raise alike
+            agreement.is_told(error)
+            self.complete(everyone)
+            raise
+        return terms, everyone
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks of an error on this one, and complete what they have begun."""
+        everyone = agreement.tell(error, self.group, tuple(self._sent))
+        if everyone is not None:
+            self.complete(everyone)
+
+    def complete(self, everyone: Everyone) -> None:
+        """Take part in what other ranks have begun and this one has not, so that none of it meets what comes later."""
+        longest: Sent = max((other.sent for other in everyone.values()), key=len)
+        for size, dtype, place in longest[len(self._sent) :]:
+            nothing = torch.zeros(size, dtype=dtype, device=self.devices[place])
+            self._work.append(dist.all_reduce(nothing, group=self.group, async_op=True))
+        end = time.monotonic() + agreement.PATIENCE
+        for work in self._work:
+            while not work.is_completed() and time.monotonic() < end:
+                time.sleep(1e-3)
+            if not work.is_completed():
+                agreement.give_up(self.group)
+        self._work = []
+
+
+def devices_of(parameters: Sequence[Tensor]) -> list[torch.device]:
+    """The devices of parameters, in order."""
+    return list(dict.fromkeys(parameter.device for parameter in parameters))
 
 
 def mean_over(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,56 +1,50 @@
-"""Brings the losses of all processes together before any of them is differentiated."""
+"""Brings the losses of all processes together: before any of them is differentiated, or with what they reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_mtadam.distributed.agreement import Announcement, Parameters, agree, tell
+from lightning_mtadam.distributed.agreement import Announcement, Numbers, Parameters
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
 
 
-def agree_on_terms(
-    losses: Losses,
-    check: Callable[[], Parameters],
-    pending: Sequence[str],
-    known: Sequence[str],
-    processes: Processes,
-    model: nn.Module | None,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Raise, on all processes, unless the losses are good on all of them.
+@dataclass
+class Ranks:
+    """What the ranks know of each other, from batch to batch.
 
-    Args:
-        losses: of this process.
-        check: raises if anything is wrong with them here; gives the names and shapes of what is trained.
-        pending: the terms of earlier batches of the same step.
-        known: the terms of earlier steps; empty before the first.
-        processes: which train together.
-        model: the network as it is called.
-
-    Returns:
-        The names of these losses and of what is pending, in an order on which all ranks agree; those of them that
-        have no graph on any rank, so that they count as absent.
+    Attributes:
+        late: whether they may agree on the losses after the backward passes, with what these reach: one exchange less.
+        options: what all of them must have set alike; told in the first batch.
+        parameters: what they agreed to train in the last batch; ``None`` before the first.
+        synced: whether the network has ``SyncBatchNorm``; ``None`` until it was looked at.
     """
-    group = processes.group
-    assert group is not None
-    try:
-        parameters = check()
-        names = tuple(dict.fromkeys((*pending, *losses)))
+
+    late: bool
+    options: Numbers = ()
+    parameters: Parameters | None = None
+    synced: bool | None = None
+
+    def announce(
+        self,
+        losses: Losses,
+        parameters: Parameters,
+        pending: Sequence[str],
+        processes: Processes,
+        model: nn.Module | None,
+    ) -> Announcement:
+        """What this rank has to say of its losses; ``pending`` are the terms of earlier batches of the same step."""
+        if self.synced is None:
+            modules = () if model is None else model.modules()
+            self.synced = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
         constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
-        modules = model.modules() if constant and model is not None else ()
-        has_sync_batch_norm = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
-        mine = Announcement(names, constant, parameters, processes.averages, has_sync_batch_norm)
-    except Exception as error:
-        tell(error, group)
-        raise
-    terms, absent = agree(mine, group)
-    unknown = [name for name in absent if name not in known]
-    if unknown or len(absent) == len(terms):
-        raise ValueError(
-            f"losses[{(unknown or absent)[0]!r}] has no graph on any rank, so it reaches no parameter. Compute it"
-            " from the network's output without .detach(), .data or torch.no_grad(), or leave it out of the losses"
-            " and log it instead."
-        )
-    return terms, absent
+        options = () if self.parameters is not None else self.options
+        names, synced = tuple(dict.fromkeys((*pending, *losses))), self.synced and bool(constant)
+        return Announcement(names, constant, parameters, processes.averages, synced, options)
+
+    def agree_before(self, mine: Announcement) -> bool:
+        """Whether they must agree before the backward passes: what these send depends on it, or they wait in these."""
+        return not self.late or not mine.averages or self.parameters != mine.parameters or bool(self.synced)

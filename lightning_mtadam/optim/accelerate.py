@@ -41,7 +41,7 @@ def fused_applies(chunk: Chunk, numbers: Numbers) -> bool:
         and not chunk.packed
         and not chunk.moment_rows.largest
         and numbers.limit is None
-        and numbers.finite is None
+        and numbers.skipped is None
         and numbers.eps >= torch.finfo(chunk.gradients.dtype).tiny  # or 0 / 0 would be a nan
     )
 
@@ -106,8 +106,9 @@ class Case(NamedTuple):
     moments: tuple[int, ...]  # how many of each
     dtype: torch.dtype
     device: torch.device
-    numbers: Numbers  # with ones in place of what is free, and whether it is known to be finite
+    numbers: Numbers  # with ones in place of what is free, and whether it is known that nothing is skipped
     packed: bool
+    block: int
     threads: int
     shared: bool  # whether threads share a chunk
 
@@ -117,10 +118,10 @@ def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
     assert chunk.gradients is not None
     threads, device = torch.get_num_threads(), chunk.gradients.device
     free = [None if one is None else 1.0 for one in numbers[:5]]
-    kind = Numbers._make((*free, numbers.denominator, numbers.no_eps, numbers.finite is None))
+    kind = Numbers._make((*free, numbers.denominator, numbers.no_eps, numbers.skipped is None))
     shared = not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED
     terms, moments = len(chunk.gradients), tuple(map(len, chunk.moment_rows))
-    return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, threads, shared)
+    return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, chunk.block, threads, shared)
 
 
 @cache
@@ -130,14 +131,17 @@ def _kernel(case: Case) -> Update:
     kernel: Update = torch.compile(function, fullgraph=True, dynamic=False, options=_options(case.shared))
     wide = torch.promote_types(case.dtype, torch.float32)
 
+    blocks = () if case.block == 1 else (case.block,)
+
     def zeros(rows: int) -> tuple[Tensor, ...]:
-        made = tuple(torch.zeros(TRIAL, dtype=case.dtype, device=case.device) for _ in range(rows))
+        made = tuple(torch.zeros(TRIAL, *blocks, dtype=case.dtype, device=case.device) for _ in range(rows))
         for row in made:
             torch._dynamo.maybe_mark_dynamic(row, 0)
         return made
 
     def ones(rows: int) -> Tensor | None:
-        made = torch.ones(rows, TRIAL if case.packed else 1, dtype=wide, device=case.device)
+        shape = (TRIAL, *[1 for _ in blocks]) if case.packed else (1,)
+        made = torch.ones(rows, *shape, dtype=wide, device=case.device)
         if case.packed:
             torch._dynamo.maybe_mark_dynamic(made, 1)
         return made if rows else None
@@ -145,8 +149,8 @@ def _kernel(case: Case) -> Update:
     (first, second, largest), denominator = case.moments, case.numbers.denominator
     rows = (case.terms, second, case.terms if denominator == "own" else 1, int(denominator == "mean"), largest)
     local = Coefficients(*map(ones, rows))  # type: ignore[arg-type]
-    flag = None if case.numbers.finite else torch.ones((), dtype=torch.bool, device=case.device)
-    numbers = _as_tensors(case.numbers._replace(finite=flag), wide)
+    flag = None if case.numbers.skipped else torch.zeros((), dtype=torch.bool, device=case.device)
+    numbers = _as_tensors(case.numbers._replace(skipped=flag), wide)
     try:
         kernel(zeros(1)[0], zeros(case.terms), Moments(*map(zeros, (first, second, largest))), local, numbers, None)
     except Exception as error:

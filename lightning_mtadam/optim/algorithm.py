@@ -17,7 +17,7 @@ for results, [b] in the dtype of the arithmetic; ``None`` when compiled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,15 +33,22 @@ def update(
     """Lines 9 to 14 of all terms, in place; here ``scratch`` has two rows."""
     wide = moments.widened(local.scales.dtype)
     total = torch.empty_like(gradients[0], dtype=local.scales.dtype) if scratch is None else scratch[0]
-    spare, clip = None if scratch is None else scratch[1], None
-    if numbers.limit is not None:  # all terms take the same factor, which clamps the entries of their sum
-        size = balanced_sum(gradients, local.scales, numbers.finite).abs()
-        clip = torch.where(size > numbers.limit, numbers.limit / size, 1)
-    total.zero_()
-    for term, gradient in enumerate(gradients):
-        absorb(term, gradient, total, wide, local, numbers, spare, clip)
-    move(parameter, total, wide, local, numbers, spare)
+    spares = [None if scratch is None else scratch[1]] * len(gradients)
+    absorb_all(gradients, total.zero_(), wide, local, numbers, spares)
+    move(parameter, total, wide, local, numbers, spares[0])
     moments.keep(wide)
+
+
+def absorb_all(
+    gradients: Rows, total: Tensor, moments: Moments, local: Coefficients, numbers: Numbers, spares: Sequence[Any]
+) -> None:
+    """The parts of all terms. A gradient may be its own scratch, and the first the total: then they are used up."""
+    clip = None
+    if numbers.limit is not None:  # all terms take the same factor, which clamps the entries of their sum
+        size = balanced_sum(gradients, local.scales, numbers.skipped).abs_()
+        clip = torch.where(size > numbers.limit, numbers.limit / size, 1)
+    for term, (gradient, spare) in enumerate(zip(gradients, spares, strict=True)):
+        absorb(term, gradient, total, moments, local, numbers, spare, clip)
 
 
 def absorb(
@@ -55,15 +62,17 @@ def absorb(
     clip: Tensor | None = None,
 ) -> None:
     """One term's part: its balanced gradient enters the total, and its square the term's second moment."""
-    balanced = _balanced(gradient, local.scales[term], numbers.finite, scratch)
+    balanced = _balanced(gradient, local.scales[term], numbers.skipped, scratch)
     if clip is not None:
         balanced.mul_(clip)
+    keep = balanced is total  # which goes on without being squared
     if numbers.denominator == "own":  # m_i <- beta1 m_i + (1 - beta1) g~_i   (line 9)
         _average(moments.first[term], balanced, _unless_skipped(numbers.share, 0.0, balanced, numbers))
-    else:
+    elif not keep:
         total.add_(balanced)
     if numbers.denominator != "sum":  # v^_i <- v^_i + w_i (g~_i^2 - v^_i)   (lines 10 and 12)
-        _average(moments.second[term], balanced.mul_(balanced), local.weights[term])
+        square = balanced * balanced if keep else balanced.mul_(balanced)
+        _average(moments.second[term], square, local.weights[term])
 
 
 def forget(term: int, moments: Moments, local: Coefficients) -> None:
@@ -89,7 +98,7 @@ def move(
     if largest and local.correction is not None:  # amsgrad: of what is not corrected yet
         for row, value, correction in zip(largest, second, local.correction, strict=True):
             found = value * correction
-            row.copy_(torch.maximum(row, found if numbers.finite is None else torch.where(numbers.finite, found, 0)))
+            row.copy_(torch.maximum(row, found if numbers.skipped is None else found.masked_fill_(numbers.skipped, 0)))
         second = [row / correction for row, correction in zip(largest, local.correction, strict=True)]
     moved = parameter.to(total.dtype)
     if numbers.decay is not None:  # decoupled, as in AdamW
@@ -102,16 +111,16 @@ def move(
         parameter.copy_(moved)
 
 
-def balanced_sum(gradients: Rows, scales: Tensor, finite: Tensor | None = None) -> Tensor:
+def balanced_sum(gradients: Rows, scales: Tensor, skipped: Tensor | None = None) -> Tensor:
     """``sum_i g~_i``, [b]: what clipping looks at before any term is absorbed."""
     rows = zip(gradients, scales, strict=True)
-    return torch.stack([_balanced(gradient, scale, finite, None) for gradient, scale in rows]).sum(0)
+    return torch.stack([_balanced(gradient, scale, skipped, None) for gradient, scale in rows]).sum(0)
 
 
-def _balanced(gradient: Tensor, scale: Tensor, finite: Tensor | None, scratch: Tensor | None) -> Tensor:
+def _balanced(gradient: Tensor, scale: Tensor, skipped: Tensor | None, scratch: Tensor | None) -> Tensor:
     """``g~_i = scale_i g_i``   (line 8)."""
     balanced = torch.mul(gradient, scale, out=scratch)
-    return balanced if finite is None else torch.where(finite, balanced, 0)
+    return balanced if skipped is None else balanced.masked_fill_(skipped, 0)
 
 
 def _joined(second: Rows, reaching: Tensor | None, scratch: Tensor | None) -> Tensor:
@@ -142,6 +151,6 @@ def _subtract_quotient(parameter: Tensor, moment: Tensor, divisor: Tensor, numbe
 
 def _unless_skipped(number: float | Tensor, otherwise: float, like: Tensor, numbers: Numbers) -> float | Tensor:
     """The number; the other in a step that may change nothing."""
-    if numbers.finite is None:
+    if numbers.skipped is None:
         return number
-    return torch.where(numbers.finite, number if isinstance(number, Tensor) else like.new_full((), number), otherwise)
+    return torch.where(numbers.skipped, otherwise, number if isinstance(number, Tensor) else like.new_full((), number))

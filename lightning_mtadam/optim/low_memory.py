@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from lightning_mtadam import balancing
 from lightning_mtadam.collect import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import norm_table, norms_of
+from lightning_mtadam.collect.norms import FiniteWatch, is_host, norm_table, norms_of
 from lightning_mtadam.collect.pending import next_gradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim import algorithm
-from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments
+from lightning_mtadam.optim.chunks import Coefficients, Moments
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Gradients, check_reached, non_finite
 
@@ -27,12 +28,15 @@ class LowMemory:
     does not reach, they depend on all terms: there the gradients wait. So the anchor is one term, "unit" or ``None``.
     """
 
-    def __init__(self, updater: Updater) -> None:
-        self.updater, self.tables = updater, updater.tables
+    def __init__(self, updater: Updater, watch: FiniteWatch) -> None:
+        self.updater, self.tables, self.watch = updater, updater.tables, watch
         self._anchor: Any = balancing.reference_of(self.tables.options.anchor, self.tables.terms)
-        self._sums: list[Tensor | None] = [None] * len(self.tables.parameters)  # the balanced gradient
+        parts = list(map(sharding.local, self.tables.parameters))
+        flags = [member in self.tables.row_of for member in range(len(parts))]
+        self._sums = GradientMemory(parts, flags, self.tables.keys, 1, apart=True)  # of the balanced gradients
         self._observed: dict[str, Tensor] = {}
-        self._consumed: set[tuple[int, int]] = set()
+        self._finite: Tensor | None = None  # on an accelerator, whether all gradients so far were
+        self._reached = [[False] * len(parts) for _ in self.tables.terms]  # [I][P]
         self._late: dict[int, Gradients] = {}
 
     def absorb_all(self, batch: Batch, memory: GradientMemory | None) -> None:
@@ -45,48 +49,60 @@ class LowMemory:
         found = batch.gradients()
         try:
             for name in names:
-                self._absorb(name, _averaged(next_gradients(found, name, batch), name, batch, memory))
+                gradients = _averaged(next_gradients(found, name, batch), name, batch, memory)
+                if gradients is not None:
+                    self._absorb(name, gradients)
+                del gradients  # the next term's need the place
             next(found, None)
         finally:
             found.close()
         for column, gradients in self._late.items():
             self._consume(column, gradients)
-        for parameter, total in zip(self.tables.parameters, self._sums, strict=True):
-            parameter.grad = None if total is None else sharding.like(total, parameter)
+        for parameter, total, touched in zip(self.tables.parameters, self._sums.views[0], self._touched, strict=True):
+            parameter.grad = sharding.like(total, parameter) if total is not None and touched else None
 
-    def observe(self, *_: object) -> tuple[Tensor, None]:
-        """As of ``Updater``: they were seen already."""
-        zero = torch.zeros_like(self.tables.norms[:, 0])
-        return torch.stack([self._observed.get(term, zero) for term in self.tables.terms], 1), None
+    def observe(self, _: object, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
+        """As of ``Updater``. On the host it is known already that they are finite."""
+        tables, norms = self.tables, self._norms_so_far()
+        anchored = tables.by_parameter(tables.norms_by_layer()[0])[:, self._anchor] > 0 if self._is_anchored else None
+        return norms, watch.check(norms, tables.names, tables.terms, anchored)
 
-    def balance(self, _: object, norms: Tensor, finite: None) -> tuple[Tensor, Coefficients]:
+    def balance(self, _: object, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """As of ``Updater``."""
-        touched = self.tables.constant([self._sums[member] is not None for member in self.tables.members], torch.bool)
+        self.updater.follow_groups(finite=finite)
+        touched = self.tables.constant([self._touched[member] for member in self.tables.members], torch.bool)
         return self.tables.measured(norms, touched[:, None], self._present(), finite)
 
     def run(self, coefficients: Coefficients) -> None:
         """Update first moments and parameters."""
-        terms, numbers, chunks = self.tables.terms, self.updater.numbers_of(), self.updater.chunks_of_one
+        if self.tables.options.denominator != "sum":
+            for column, reached in enumerate(self._reached):
+                missed = [here and not now for here, now in zip(self._touched, reached, strict=True)]
+                self._forget(column, missed, coefficients)
+        chunks = self.updater.chunks_like(self._sums, self._touched)
         for chunk, local in zip(chunks, chunks.local(coefficients), strict=True):
-            (member,) = chunk.members
-            total = _piece(chunk, self._sums[member])
-            if total is None:
-                continue
-            moments, gathered = chunk.moment_rows.widened(local.scales.dtype), chunk.gathered()
+            moments, gathered = chunk.moment_rows.widened(chunk.dtype), chunk.gathered()
             flat = chunk.copied() if gathered is None else gathered
-            if self.tables.options.denominator != "sum":
-                for column in set(range(len(terms))) - {at for at, reached in self._consumed if reached == member}:
-                    algorithm.forget(column, moments, local)
-            algorithm.move(flat, total.to(local.scales.dtype), moments, local, numbers[id(chunk.group)])
+            total, scratch = chunk.row_in(self._sums).to(chunk.dtype), self.updater.scratch(chunk, chunk.dtype)
+            spare = None if scratch is None else scratch[0]
+            algorithm.move(flat, total, moments, local, self.updater.numbers_at(chunk), spare)
             chunk.moment_rows.keep(moments)
             chunk.put_back(flat)
+
+    @property
+    def _touched(self) -> list[bool]:
+        """Per parameter, whether any term reaches it."""
+        return [any(flags) for flags in zip(*self._reached, strict=True)]
 
     def _absorb(self, term: str, gradients: Gradients) -> None:
         tables, column = self.tables, self.tables.terms.index(term)
         norms = norms_of([gradients[member] for member in tables.members])
         columns = [norms if other == term else [None] * len(norms) for other in tables.terms]
         observed = sharding.join_rows(norm_table(columns, tables.norms), tables.shardings)
-        if not bool(observed.isfinite().all()):
+        finite = observed.isfinite().all()
+        if not is_host(finite.device):
+            self._finite = finite if self._finite is None else self._finite & finite
+        elif not bool(finite):
             left = "The parameters were not changed, but second moments have seen the terms before it."
             raise non_finite(observed, tables.names, tables.terms, left)
         self._observed[term] = observed[:, column]
@@ -97,60 +113,87 @@ class LowMemory:
     def _present(self) -> Tensor:
         return self.tables.constant([term in self._observed for term in self.tables.terms], torch.bool)
 
-    def _norms(self) -> tuple[Tensor, Tensor]:
-        """Norms and counts after this step, at the layers that the last term reaches: [L, I] each."""
+    def _norms_so_far(self) -> Tensor:
+        """The norms of this step's gradients, [P, I]; zero for terms that are still to come."""
+        zero = torch.zeros_like(self.tables.norms[:, 0])
+        return torch.stack([self._observed.get(term, zero) for term in self.tables.terms], 1)
+
+    def _averages(self) -> tuple[Tensor, Tensor]:
+        """The averages of the norms, and their counts, after this step, at the layers that the last term reaches."""
         everywhere = self.tables.constant([True] * len(self.tables.members), torch.bool)[:, None]
-        return self.tables.averaged(self.observe()[0], everywhere, self._present())
+        return self.tables.averaged(self._norms_so_far(), everywhere, self._present())
 
     def _ready(self) -> list[bool]:
-        """Per parameter, whether scales there depend on no term that is still to come: where the anchor has reached."""
+        """Per parameter, whether scales there depend on no term that is still to come: where the anchor has reached.
+
+        The host does not wait for an accelerator to know: it is told of the step before the last, and keeps gradients
+        until then.
+        """
         tables, flags = self.tables, [True] * len(self.tables.parameters)
-        if tables.options.anchor not in (None, "unit"):
-            reached = tables.by_parameter(self._norms()[0])[:, self._anchor] > 0
-            for member, flag in zip(tables.members, reached.tolist(), strict=True):
+        if self._is_anchored:
+            reached = [False] * len(tables.members)
+            if is_host(tables.device):
+                reached = (tables.by_parameter(self._averages()[0])[:, self._anchor] > 0).tolist()
+            elif len(self.watch.told) == len(reached) and all(group["betas"][2] > 0 for group in tables.distinct):
+                reached = self.watch.told  # no average that has once left zero comes back
+            for member, flag in zip(tables.members, reached, strict=True):
                 flags[member] = flag
         return flags
 
+    @property
+    def _is_anchored(self) -> bool:
+        return self.tables.options.anchor not in (None, "unit")
+
     def _consume(self, column: int, gradients: Gradients) -> None:
-        tables, numbers, chunks = self.tables, self.updater.numbers_of(), self.updater.chunks_of_one
-        scales = tables.by_parameter(tables.scales(*self._norms()))[:, column, None]
-        reaching = torch.zeros_like(tables.norms, dtype=torch.bool)
-        reaching[:, column] = self._observed[tables.terms[column]] > 0
-        clocks = balancing.tick(tables.clocks, reaching, torch.ones_like(reaching[:, :1]))
-        weights = tables.weights(clocks[:, 1 + column, None])
-        for member, gradient in enumerate(gradients):  # also of those that have no chunk, being empty on this process
-            if gradient is not None and self._sums[member] is None:
-                self._sums[member] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
-        for chunk, scale, weight in zip(chunks, chunks.spread(scales), chunks.spread(weights), strict=True):
-            (member,) = chunk.members
-            gradient, total = _piece(chunk, gradients[member]), _piece(chunk, self._sums[member])
-            if gradient is None or total is None:
-                continue
+        tables, updater, flags = self.tables, self.updater, [gradient is not None for gradient in gradients]
+        if not any(flags):
+            return
+        updater.follow_groups(finite=self._finite)
+        scales = tables.by_parameter(tables.scales(*self._averages()))[:, column, None]
+        chunks = self.updater.chunks_like(self._sums, flags)
+        for chunk, scale, weight in zip(
+            chunks, chunks.spread(scales), chunks.spread(self._weights(column)), strict=True
+        ):
+            gradient = chunk.elements_of([gradients[member] for member in chunk.members])
             squares = () if tables.options.denominator == "sum" else chunk.moment_rows.second[column : column + 1]
-            kept, scratch = Moments((), squares), self.updater.scratch(chunk, scale.dtype)
-            moments, local = kept.widened(scale.dtype), Coefficients(scale, weight, scale, None, None)
+            kept, scratch = Moments((), squares), updater.scratch(chunk, chunk.dtype)
+            moments, local = kept.widened(chunk.dtype), Coefficients(scale, weight, scale, None, None)
             spare = None if scratch is None else scratch[1]
-            algorithm.absorb(0, gradient, total, moments, local, numbers[id(chunk.group)], spare)
+            algorithm.absorb(0, gradient, chunk.row_in(self._sums), moments, local, updater.numbers_at(chunk), spare)
             kept.keep(moments)
-            self._consumed.add((column, member))
+        self._reached[column] = [before or now for before, now in zip(self._reached[column], flags, strict=True)]
+
+    def _weights(self, column: int) -> Tensor:
+        """The weights of a term's squares in their average after this step, [P, 1]."""
+        reaching = torch.zeros_like(self.tables.norms, dtype=torch.bool)
+        reaching[:, column] = self._observed[self.tables.terms[column]] > 0
+        clocks = balancing.tick(self.tables.clocks, reaching, torch.ones_like(reaching[:, :1]))
+        return self.tables.weights(clocks[:, 1 + column, None])
+
+    def _forget(self, column: int, flags: Sequence[bool], coefficients: Coefficients) -> None:
+        """Let the second moments of a term see zeros at the parameters that it does not reach."""
+        chunks = self.updater.chunks_like(self._sums, flags)
+        for chunk, local in zip(chunks, chunks.local(coefficients), strict=True):
+            kept = Moments((), chunk.moment_rows.second)
+            moments = kept.widened(chunk.dtype)
+            algorithm.forget(column, moments, local)
+            kept.keep(moments)
 
 
-def _piece(chunk: Chunk, whole: Tensor | None) -> Tensor | None:
-    """The chunk's elements of a tensor of its parameter's shape; a view where that is contiguous."""
-    return None if whole is None else whole.reshape(-1)[chunk.start : chunk.start + chunk.size]
-
-
-def _averaged(gradients: Gradients, name: str, batch: Batch, memory: GradientMemory | None) -> Gradients:
-    """A term's gradients, averaged over the processes where they average."""
-    averaging = batch.averaging()
+def _averaged(gradients: Gradients, name: str, batch: Batch, memory: GradientMemory | None) -> Gradients | None:
+    """A term's gradients, averaged over the processes where they average; ``None`` if it has no graph on any."""
+    averaging = batch.averaging
     if averaging is None or memory is None:
         return gradients
     views = memory.views[0]
-    for view, gradient in zip(views, gradients, strict=True):
-        if view is not None and gradient is not None:
-            view.copy_(gradient)
+    found = [(view, new) for view, new in zip(views, gradients, strict=True) if view is not None and new is not None]
+    if found:
+        torch._foreach_copy_([view for view, _ in found], [new for _, new in found])
     memory.send(0, gradients, averaging)
     averaged = [view if flag else None for view, flag in zip(views, averaging.receive()[0], strict=True)]
+    if name in averaging.absent:
+        memory.wrote(0, None)
+        return None
     check_reached(name, averaged)
     memory.wrote(0, averaged)
     return averaged

@@ -156,6 +156,13 @@ class MTAdam(TermOptimizer):
             self._count()  # line 3: t
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
+    def synchronize(self) -> None:
+        """Wait for an accelerator, and raise or warn now, as ``on_nonfinite`` says, if the last step was not finite.
+
+        The step itself does not wait. :meth:`state_dict` calls this, and Lightning's module at the end of training.
+        """
+        self._recall()
+
     def gradient_norms(self) -> dict[str, Tensor]:
         """The moving averages n_i of the terms' gradient norms, by layer: tensors [I]; zero where never reached."""
         return self._read_norms(lambda norms: norms)
@@ -208,7 +215,8 @@ class MTAdam(TermOptimizer):
             self._set_terms(self.terms)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer. The moments of small parameters, which share memory, are copied."""
+        """As of every torch optimizer. Moments that share memory are copied."""
+        self.synchronize()
         found = super().state_dict()
         states = found["state"].items()
         kept = {index: {key: one.contiguous() for key, one in state.items()} for index, state in states}

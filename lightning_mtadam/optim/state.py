@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_mtadam import checkpoint
+from lightning_mtadam.collect.memory import Place, pack_up, places_of
 from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.options import Options
@@ -43,16 +45,37 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
 def allocate(state: dict[Tensor, State], groups: Groups, held: Sequence[bool], options: Options, terms: int) -> None:
     """Make the state of parameters that are trained, or have a gradient ``held``: zeros, sharded as they are."""
     owners = [(parameter, group) for group in groups for parameter in group["params"]]
-    for (parameter, group), has_gradient in zip(owners, [*held, *[False] * len(owners)], strict=False):
-        if (has_gradient or parameter.requires_grad) and not state.get(parameter):
-            wide, device = wide_dtype([parameter]), parameter.device
-            shapes = expected_shapes(parameter, options, terms, amsgrad=group["amsgrad"])
-            state[parameter] = {
-                key: torch.zeros(shape, dtype=wide, device=device)
-                if key in BALANCE_KEYS
-                else sharding.zeros(shape, parameter.dtype, parameter)
-                for key, shape in shapes.items()
-            }
+    parameters = [parameter for parameter, _ in owners]
+    keys = [None if hasattr(parameter, "to_local") else id(group) for parameter, group in owners]
+    flags = [*held, *[False] * (len(owners) - len(held))]
+    new = [not state.get(one) and (flag or one.requires_grad) for one, flag in zip(parameters, flags, strict=True)]
+    for pack in pack_up(parameters, new, keys):
+        mine, group = [parameters[member] for member in pack], owners[pack[0]][1]
+        for parameter in mine:
+            state[parameter] = _zeros(parameter, expected_shapes(parameter, options, terms, amsgrad=group["amsgrad"]))
+        moments, places = [state[parameter] for parameter in mine], places_of(mine, keys[pack[0]])
+        for key, leading in leading_of(options, terms).items():
+            if keys[pack[0]] is not None and key in moments[0]:
+                join_moments(moments, key, leading, places)
+
+
+def leading_of(options: Options, terms: int) -> dict[str, int]:
+    """How many there are of each kind of moments, by their name in the state."""
+    first, second = options.moments(terms)
+    return {"exp_avg": first, "exp_avg_sq": second, "max_exp_avg_sq": second}
+
+
+def _zeros(parameter: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> State:
+    """A new state. Its moments take no memory before they are joined with those of others, unless they are sharded."""
+    wide, device, sharded = wide_dtype([parameter]), parameter.device, hasattr(parameter, "to_local")
+    return {
+        key: torch.zeros(shape, dtype=wide, device=device)
+        if key in BALANCE_KEYS
+        else sharding.zeros(shape, parameter.dtype, parameter)
+        if sharded
+        else torch.zeros((), dtype=parameter.dtype, device=device).expand(shape)
+        for key, shape in shapes.items()
+    }
 
 
 def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str, Any]) -> None:
@@ -71,29 +94,40 @@ def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str,
             state[parameter].setdefault(key, torch.zeros_like(state[parameter]["gradient_norm"]))
 
 
-def join_moments(states: Sequence[State], key: str, leading: int, sizes: Sequence[int]) -> Tensor:
+def join_moments(states: Sequence[State], key: str, leading: int, places: Sequence[Place]) -> Tensor:
     """One flat tensor [R, elements] of a moment of parameters that lie side by side; their states get views into it.
 
-    ``leading``: R, the moments there are of each element; ``sizes``: the parameters' numbers of elements.
+    ``leading``: R, the moments there are of each element; ``places``: of the parameters.
     """
-    if len(states) == 1:
-        states[0][key] = states[0][key].contiguous()
-        return sharding.local(states[0][key]).view(leading, sizes[0])
-    rows, width = [state[key].reshape(leading, size) for state, size in zip(states, sizes, strict=True)], sum(sizes)
-    memory, place = rows[0].untyped_storage().data_ptr(), rows[0].storage_offset()
-    for row in rows:
-        if (row.untyped_storage().data_ptr(), row.storage_offset()) != (memory, place) or (
-            leading > 1 and row.stride(0) != width
-        ):
-            break
-        place += row.shape[1]
-    else:  # they are joined already
-        whole: Tensor = rows[0].as_strided((leading, width), (width, 1))
-        return whole
-    joined = torch.cat(rows, 1)
-    for state, piece in zip(states, torch.split(joined, list(sizes), 1), strict=True):
-        state[key] = piece.view(state[key].shape)
-    return joined
+    moments, size = [state[key] for state in states], leading * sum(place.room for place in places)
+    if hasattr(moments[0], "to_local"):  # a DTensor keeps the memory it has, and shares it with no other
+        states[0][key] = moments[0].contiguous()
+        return sharding.local(states[0][key]).view(leading, -1)
+    filled = next((moment for moment in moments if moment.numel()), moments[0])  # the memory of the others is any
+    if filled.untyped_storage().nbytes() == size * filled.element_size():
+        whole: Tensor = filled.as_strided((leading, size // leading), (size // leading, 1), 0)
+        if all(map(_are_same, moments, _views(whole, places, moments))):  # they are joined already
+            return whole
+    whole = moments[0].new_zeros(leading, size // leading)
+    for state, view in zip(states, _views(whole, places, moments), strict=True):
+        view.copy_(state[key])
+        state[key] = view
+    return whole
+
+
+def _views(whole: Tensor, places: Sequence[Place], moments: Sequence[Tensor]) -> list[Tensor]:
+    """Where the moments lie in flat memory, in their shapes."""
+    starts = accumulate((place.room for place in places), initial=0)
+    views = [place.view(whole, start) for place, start in zip(places, starts, strict=False)]
+    return [view.view(moment.shape) for view, moment in zip(views, moments, strict=True)]
+
+
+def _are_same(tensor: Tensor, view: Tensor) -> bool:
+    """Whether they are the same elements of the same memory."""
+    if not tensor.numel():
+        return True
+    same_memory = tensor.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+    return same_memory and (tensor.storage_offset(), tensor.stride()) == (view.storage_offset(), view.stride())
 
 
 def check_checkpoint(

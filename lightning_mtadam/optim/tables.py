@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from math import nan
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam import balancing
+from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed import sharding
@@ -47,10 +47,11 @@ class Tables:
         self.names, self.shardings = [names[member] for member in self.members], list(map(sharding.sharding_of, mine))
         self.distinct = list({id(group): group for group in self.groups}.values())
         self.dtype, self.device = wide_dtype(mine), mine[0].device
+        self.keys = [None if hasattr(p, "to_local") else id(group) for p, group in owners]  # what share a pack
+        self.devices = list(dict.fromkeys(parameter.device for parameter in mine))
         self._uniform = all(p.device == self.device and wide_dtype([p]) == self.dtype for p in mine)
         joined = [self._join(key) for key in BALANCE_KEYS]
         self.clocks, self.norms, self.counts, self.log_scales, self.log_scale_counts = joined
-        self._constants: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
         self._every = len(mine) == len(owners)
         self._own_layers = self._every and len(layers.names) == len(owners)
         self._layer_of = layers.layer_of.to(self.device)
@@ -60,16 +61,12 @@ class Tables:
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
+        self._frozen: Tensor | None = None
         self.follow_groups()
 
     def constant(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-        """A constant beside the tables; kept, so that it travels there once."""
-        key = tuple(values), dtype or self.dtype
-        if key not in self._constants:
-            if len(self._constants) > 64:  # flags that change from step to step
-                self._constants.clear()
-            self._constants[key] = torch.tensor(values, dtype=key[1], device=self.device)
-        return self._constants[key]
+        """A constant beside the tables."""
+        return constant(values, dtype or self.dtype, self.device)
 
     def follow_groups(self) -> None:
         """Take the betas of the groups, which schedules may have changed."""
@@ -137,11 +134,17 @@ class Tables:
             correction = balancing.bias_correction(clocks, self._log_beta2)
         return torch.where(clocks > 0, self._share2 / correction, 0)
 
-    @cached_property
+    @property
     def frozen_scales(self) -> Tensor:
-        """The scales of the last measured step, [L, I], from the tables, as after a checkpoint; worked out once."""
-        self.follow_groups()
-        return self.scales(*self.norms_by_layer())
+        """The scales of the last measured step, [L, I]; after a checkpoint from the tables, which gives the same."""
+        if self._frozen is None:
+            self.follow_groups()
+            self._frozen = self.scales(*self.norms_by_layer())
+        return self._frozen
+
+    def freeze(self, scales: Tensor | None) -> None:
+        """Keep the scales of a measured step; ``None``: those that the tables give."""
+        self._frozen = scales
 
     def corrected_norms(self) -> Tensor:
         """The gradient norms n_i as the balance uses them: [L, I]."""

@@ -17,14 +17,15 @@ from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.agreement import Parameters
+from lightning_mtadam.distributed.agreement import Numbers, Parameters
+from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
-from lightning_mtadam.optim.options import Options
+from lightning_mtadam.optim.options import LayerRule, Options
 from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import allocate
 from lightning_mtadam.optim.tables import Tables
@@ -89,7 +90,7 @@ class TermOptimizer(Optimizer):
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
-        taken = collect(batch, partial(self._check, batch), self._take, self.terms, pending.terms)
+        taken = collect(batch, partial(self._check, batch), self._take, self.terms, pending.terms, self._ranks)
         pending.terms = taken.collected
         if not self.terms:
             self._set_terms(taken.terms)
@@ -145,6 +146,17 @@ class TermOptimizer(Optimizer):
         self._watch = FiniteWatch()
         self._kept: list[Any] = []  # the key of the updater, and the updater
         self._counted: dict[str, Any] = {}  # what was counted before the last step
+        self._ranks = Ranks(late=True)
+
+    def _told_options(self) -> Numbers:
+        """What must be the same on all ranks, as they tell each other."""
+        options = {**vars(self._options), "layers": _name_of(self._options.layers), "terms": self._given_terms}
+        told = [(name, repr(value)) for name, value in options.items()]
+        for index, group in enumerate(self.param_groups):
+            where = f" of group {index}" if len(self.param_groups) > 1 else ""
+            names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+            told += [(f"{name}{where}", repr(group[name])) for name in names]
+        return tuple(told)
 
     def _take(self, batch: Batch) -> None:
         pending, rows = self._pending, batch.terms
@@ -165,8 +177,8 @@ class TermOptimizer(Optimizer):
         self._set_terms(batch.terms)
         self._allocate()
         try:
-            absorbed = LowMemory(self._updater())
-            if batch.averaging() is not None:
+            absorbed = LowMemory(self._updater(), self._watch)
+            if batch.averaging is not None:
                 self._pending.memory = self._memory(1, batch)
             absorbed.absorb_all(batch, self._pending.memory)
         except BaseException:
@@ -278,6 +290,8 @@ class TermOptimizer(Optimizer):
             self._layer_names.layers(self.param_groups)
         if batch.processes.group is None:
             return ()
+        if self._ranks.parameters is None:
+            self._ranks.options = self._told_options()
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
@@ -294,3 +308,8 @@ class TermOptimizer(Optimizer):
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
                 " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
+
+
+def _name_of(rule: LayerRule) -> str:
+    """A rule by its name: what else stands for a function differs between processes."""
+    return rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)

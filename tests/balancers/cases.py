@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchjd.aggregation import GradVac, PCGrad, UPGrad
 
 from lightning_mtadam import MultiTermLightningModule
 from lightning_mtadam.balancers import (
@@ -72,10 +72,13 @@ CASES = {
         joins=False,
     ),
     "metabalance": Case(MetaBalance),
-    "torchjd, random": Case(lambda: TorchJDBalancer(PCGrad())),
-    "torchjd, weights of a solver": Case(lambda: TorchJDBalancer(UPGrad())),
-    "torchjd, with a state": Case(lambda: TorchJDBalancer(GradVac(), seed=3)),
 }
+if find_spec("torchjd"):  # a machine with a GPU may have nothing but torch and Lightning
+    from torchjd.aggregation import GradVac, PCGrad, UPGrad
+
+    CASES["torchjd, random"] = Case(lambda: TorchJDBalancer(PCGrad()))
+    CASES["torchjd, weights of a solver"] = Case(lambda: TorchJDBalancer(UPGrad()))
+    CASES["torchjd, with a state"] = Case(lambda: TorchJDBalancer(GradVac(), seed=3))
 
 
 class Balanced(MultiTermLightningModule):

@@ -33,7 +33,7 @@ def random_losses(network, x):
 def test_the_gradient_of_the_weights_equals_double_backward(alpha, seed):
     generator = torch.Generator().manual_seed(seed)
     width = int(torch.randint(2, 9, (), generator=generator))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 5), nn.Tanh(), nn.Linear(5, 2))
     shared = list(network.double()[2].parameters())

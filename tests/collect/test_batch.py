@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.distributed.joint_terms import Ranks
 
 W = torch.ones(3, requires_grad=True)
+ALONE = Ranks(late=True)
 
 
 def losses(*names):
@@ -16,7 +18,7 @@ def losses(*names):
 def collected(batch, known=(), pending=(), log=None):
     """What is taken, and in which order things are done."""
     log = [] if log is None else log
-    taken = collect(batch, lambda: log.append("check") or (), lambda found: log.append(found), known, pending)
+    taken = collect(batch, lambda: log.append("check") or (), lambda found: log.append(found), known, pending, ALONE)
     assert log == ["check", taken]
     return taken
 
@@ -58,7 +60,7 @@ def test_what_the_check_refuses_is_not_taken():
         raise ValueError("refused")
 
     with pytest.raises(ValueError, match="refused"):
-        collect(Batch(losses("a"), [W]), refuse, lambda batch: pytest.fail("it was taken"), (), ())
+        collect(Batch(losses("a"), [W]), refuse, lambda batch: pytest.fail("it was taken"), (), (), ALONE)
 
 
 def test_an_error_while_it_is_taken_is_passed_on():
@@ -66,11 +68,11 @@ def test_an_error_while_it_is_taken_is_passed_on():
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        collect(Batch(losses("a"), [W]), lambda: (), failing, (), ())
+        collect(Batch(losses("a"), [W]), lambda: (), failing, (), (), ALONE)
 
 
 def test_alone_nothing_is_averaged_and_each_loss_is_differentiated_times_its_factor():
     batch = Batch(losses("a", "b"), [W], grad_output=torch.tensor(10.0))
-    assert batch.averaging() is None
+    assert batch.averaging is None
     assert not batch.replicated
     assert {name: found[0].tolist() for name, found in batch.gradients()} == {"a": [10.0] * 3, "b": [20.0] * 3}

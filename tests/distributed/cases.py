@@ -20,7 +20,7 @@ class Branches(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             self.trunk = nn.Linear(3, 4, dtype=dtype)
             self.heads = nn.ModuleList(nn.Linear(4, 2, dtype=dtype) for _ in range(2))

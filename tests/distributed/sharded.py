@@ -27,7 +27,7 @@ class Network(nn.Module):
 
     def __init__(self, *, dtype: torch.dtype = torch.float64, checkpointed: bool = False) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.first, self.second, self.last = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 1)
         self.gain = nn.Parameter(torch.full((1,), 1.5))

@@ -245,7 +245,7 @@ def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path
 
 def announce_a_constant(rank):
     mine = agreement.Announcement(("fit",), ("fit",) if rank else (), has_sync_batch_norm=rank == 1)
-    agreement.agree(mine, dist.group.WORLD)
+    agreement.compare(agreement.hear(mine, dist.group.WORLD))
 
 
 def test_a_constant_term_beside_sync_batch_norm_raises_on_every_rank(tmp_path):

@@ -17,6 +17,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from lightning_mtadam import MTAdam
+from lightning_mtadam.collect.memory import Place
 from lightning_mtadam.optim import accelerate, algorithm, update
 from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.options import Options
@@ -32,7 +33,7 @@ LARGE = (45, 50)
 # Torch's fused Adam, one call a term
 
 
-NUMBERS = Numbers(lr=0.01, share=0.1, eps=1e-8, decay=None, limit=None, denominator="max", no_eps=False, finite=None)
+NUMBERS = Numbers(lr=0.01, share=0.1, eps=1e-8, decay=None, limit=None, denominator="max", no_eps=False, skipped=None)
 
 
 def column(values, dtype):
@@ -50,7 +51,8 @@ def random_chunk(terms, squares, reached, dtype, size, generator):
     scales = torch.rand(terms, 1, dtype=dtype, generator=generator) + 0.1
     weights = 0.001 + 0.5 * torch.rand(squares, 1, dtype=dtype, generator=generator)
     local = Coefficients(scales, weights * kept, torch.full((1, 1), 0.7, dtype=dtype), None, None)
-    return Chunk((0,), (parameter,), (size,), 0, gradients, (first, second), {}, 0, None), local
+    place = Place.of(parameter, 1)
+    return Chunk((0,), (parameter,), (place,), 0, 0, 0, size, gradients, (first, second), {}, 0, None), local
 
 
 def arguments(chunk, local, numbers):
@@ -91,7 +93,7 @@ def test_a_call_a_term_equals_operation_by_operation(seed, reached, denominator,
 
 @pytest.mark.parametrize(
     "change",
-    [{"eps": 0.0}, {"limit": 1.0}, {"finite": torch.tensor(True)}, {"denominator": "own"}, {"denominator": "mean"}],
+    [{"eps": 0.0}, {"limit": 1.0}, {"skipped": torch.tensor(False)}, {"denominator": "own"}, {"denominator": "mean"}],
     ids=lambda change: "-".join(map(str, *change.items())),
 )
 def test_what_adams_kernel_cannot_do_is_left_to_the_algorithm(change):
@@ -101,7 +103,7 @@ def test_what_adams_kernel_cannot_do_is_left_to_the_algorithm(change):
     assert accelerate.faster(chunk, NUMBERS, Options()) is accelerate.fused_update
     others = {
         "numbers": (chunk, NUMBERS._replace(**change)),
-        "pack": (replace(chunk, members=(0, 1), sizes=(1, 2)), NUMBERS),
+        "pack": (replace(chunk, members=(0, 1)), NUMBERS),
         "narrow": (replace(chunk, gradients=chunk.gradients.bfloat16()), NUMBERS),
         "elsewhere": (replace(chunk, gradients=chunk.gradients.to("meta")), NUMBERS),
         "amsgrad": (replace(chunk, moments=(*chunk.moments, chunk.moments[1])), NUMBERS),
@@ -270,7 +272,7 @@ def test_another_number_of_threads_takes_another_kernel(monkeypatch):
     for threads in (2, 1, 1, 2):
         torch.set_num_threads(threads)
         take_step(optimizer, losses_of(parameter))
-    assert asked == [2, 1, 2], "one for each change"
+    assert asked == [2, 1], "one for each number, which is kept"
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1), (1, 3000)])

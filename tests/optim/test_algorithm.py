@@ -227,7 +227,7 @@ def test_a_step_that_may_change_nothing_changes_nothing(denominator, amsgrad, dt
     before = [tensor.clone() for tensor in ours.tensors]
     local = ours.local(4, [math.nan] * TERMS)
     local = local._replace(weights=local.weights * 0, factor=local.factor * torch.inf)
-    numbers = ours.numbers._replace(finite=torch.tensor(False))
+    numbers = ours.numbers._replace(skipped=torch.tensor(True))
     rows = [torch.full((SIZE,), value).to(dtype) for value in (torch.inf, torch.nan, 1.0)]
     scratch = torch.empty(2, SIZE, dtype=ours.wide)
     algorithm.update(ours.parameter, rows, ours.moments, local, numbers, scratch)
@@ -239,7 +239,7 @@ def test_a_flag_that_is_true_changes_nothing(denominator):
     known, told = Chunk(denominator, amsgrad=True, weight_decay=0.3), Chunk(denominator, amsgrad=True, weight_decay=0.3)
     for step in range(STEPS):
         known.update(step + 1, *gradients_of(step))
-        told.update(step + 1, *gradients_of(step), numbers=told.numbers._replace(finite=torch.tensor(True)))
+        told.update(step + 1, *gradients_of(step), numbers=told.numbers._replace(skipped=torch.tensor(False)))
     for one, other in zip(known.tensors, told.tensors, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-15, atol=0)
 

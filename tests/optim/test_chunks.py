@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.collect.memory import GradientMemory, Place
 from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, Numbers
 from tests.collect.packs import networks, small_packs
 
@@ -21,17 +21,23 @@ def wholes(parameters, trained, keys):
             if view is not None:
                 view.fill_(100 * row + member)
     for place, pack in enumerate(memory.packs):
-        sizes = tuple(parameters[member].numel() for member in pack)
         gradients = memory.columns(place)
         moments = gradients[:1] + 1000, gradients + 2000
         members = tuple(parameters[member] for member in pack)
-        yield Chunk(tuple(pack), members, sizes, 0, gradients, moments, GROUP, 0, None)
+        owner = memory.places[place], place, 0, 0, gradients.shape[1]
+        yield Chunk(tuple(pack), members, *owner, gradients, moments, GROUP, 0, None)
+
+
+def sizes_of(chunk):
+    """How many elements of each of its parameters are in it."""
+    return [chunk.size] if not chunk.packed else [parameter.numel() for parameter in chunk.parameters]
 
 
 def alone(parameter, row=0):
-    """A chunk of one parameter without gradients."""
-    moments = torch.zeros(1, parameter.numel()), torch.zeros(1, parameter.numel())
-    return Chunk((row,), (parameter,), (parameter.numel(),), 0, None, moments, GROUP, row, None)
+    """A chunk of one parameter."""
+    gradients, first, second = (torch.zeros(1, parameter.numel()) for _ in range(3))
+    owner = (Place.of(parameter, 1),), 0, 0, 0, parameter.numel()
+    return Chunk((row,), (parameter,), *owner, gradients, (first, second), GROUP, row, None)
 
 
 def rows_of(trained):
@@ -55,11 +61,11 @@ def test_chunks_cover_exactly_the_wanted_members(network, wanted, limit):
     seen = {member: [] for member in range(len(parameters))}
     for whole in wholes(parameters, trained, keys):
         for chunk in whole.runs(wanted, rows_of(trained), limit):
-            assert len(chunk.members) == len(chunk.sizes) == len(chunk.parameters) > 0
-            assert sum(chunk.sizes) == chunk.size
-            assert whole.packed or 0 < chunk.size <= limit
+            assert len(chunk.members) == len(chunk.places) == len(chunk.parameters) > 0
+            assert sum(sizes_of(chunk)) == chunk.size <= limit
+            assert torch.equal(chunk.gradients, whole.gradients[:, chunk.begin : chunk.begin + chunk.size])
             begin = chunk.start
-            for member, parameter, size in zip(chunk.members, chunk.parameters, chunk.sizes, strict=True):
+            for member, parameter, size in zip(chunk.members, chunk.parameters, sizes_of(chunk), strict=True):
                 assert parameter is parameters[member]
                 seen[member] += range(begin, begin + size)
                 begin = 0
@@ -74,7 +80,7 @@ def test_chunks_cover_exactly_the_wanted_members(network, wanted, limit):
 def test_gradients_moments_and_rows_are_those_of_the_chunks_elements(network, wanted, limit):
     trained = network[1]
     for chunk in runs(network, wanted, limit):
-        members = torch.tensor(chunk.members).repeat_interleave(torch.tensor(chunk.sizes)).to(chunk.gradients.dtype)
+        members = torch.tensor(chunk.members).repeat_interleave(torch.tensor(sizes_of(chunk))).to(chunk.gradients.dtype)
         expected = torch.stack([members, members + 100])
         assert torch.equal(torch.stack(chunk.gradient_rows), expected)
         assert torch.equal(torch.stack(list(chunk.moment_rows.first)), expected[:1] + 1000)
@@ -97,7 +103,7 @@ def test_each_element_gets_the_row_of_its_parameter(network, wanted, limit):
         assert spread.dtype == torch.promote_types(chunk.gradients.dtype, torch.float32)
         assert spread.shape == (3, chunk.size if chunk.packed else 1)
         expected = [rows_of(trained)[member] for member in chunk.members]
-        sizes = torch.tensor(chunk.sizes) if chunk.packed else torch.ones(1, dtype=torch.int64)
+        sizes = torch.tensor(sizes_of(chunk)) if chunk.packed else torch.ones(1, dtype=torch.int64)
         assert torch.equal(spread, table[expected].T.repeat_interleave(sizes, dim=1).to(spread.dtype))
     assert chunks.spread(None) == [None] * len(found)
 
@@ -117,15 +123,15 @@ def test_elements_that_are_put_back_move_the_wanted_parameters_and_no_other(netw
 
 
 @pytest.mark.parametrize("limit", [1, 7, 24, 100])
-def test_a_parameter_that_is_not_contiguous_is_copied_and_put_back(limit):
+def test_a_parameter_that_is_not_contiguous_is_copied_once_and_put_back(limit):
     values = torch.arange(24.0).view(4, 6)
     parameter = values.t().contiguous().t()
     whole = alone(parameter)
-    for chunk in whole.runs([True], {0: 0}, limit):
-        assert chunk.gathered() is None
-        flat = chunk.copied()
-        assert torch.equal(flat, values.view(-1)[chunk.start : chunk.start + chunk.size])
-        chunk.put_back(flat + 100)
+    (chunk,) = whole.runs([True], {0: 0}, limit)
+    assert chunk.gathered() is None
+    flat = chunk.copied()
+    assert torch.equal(flat, values.view(-1))
+    chunk.put_back(flat + 100)
     assert torch.equal(parameter, values + 100)
     assert not parameter.is_contiguous()
 

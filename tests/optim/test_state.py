@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lightning_mtadam.collect.memory import Place
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.state import (
     AVERAGE_KEYS,
@@ -76,6 +77,10 @@ def test_a_state_that_is_there_stays():
 # Moments of small parameters lie side by side
 
 
+def places(sizes):
+    return [Place.of(torch.empty(size), 1) for size in sizes]
+
+
 def random_states(sizes, leading, *, squeezed=False):
     generator = torch.Generator().manual_seed(0)
     shape = (lambda size: (size,)) if squeezed else (lambda size: (leading, size))
@@ -87,7 +92,7 @@ def random_states(sizes, leading, *, squeezed=False):
 def test_joined_moments_are_the_states_in_order_and_share_their_memory(sizes, leading, squeezed):
     states = random_states(sizes, leading, squeezed=squeezed)
     before = copy.deepcopy(states)
-    joined = join_moments(states, "m", leading, sizes)
+    joined = join_moments(states, "m", leading, places(sizes))
     assert torch.equal(joined, torch.cat([state["m"].reshape(leading, -1) for state in before], 1))
     for state, old in zip(states, before, strict=True):
         assert torch.equal(state["m"], old["m"])
@@ -101,9 +106,9 @@ def test_joined_moments_are_the_states_in_order_and_share_their_memory(sizes, le
 @pytest.mark.parametrize("sizes", [(3, 4), (3, 0, 4), (5,)], ids=str)
 def test_what_is_joined_already_is_left_where_it_is(leading, sizes):
     states = random_states(sizes, leading)
-    first = join_moments(states, "m", leading, sizes)
+    first = join_moments(states, "m", leading, places(sizes))
     kept = [state["m"] for state in states]
-    again = join_moments(states, "m", leading, sizes)
+    again = join_moments(states, "m", leading, places(sizes))
     assert again.data_ptr() == first.data_ptr()
     assert torch.equal(again, first)
     assert all(state["m"] is one for state, one in zip(states, kept, strict=True))
@@ -122,10 +127,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_no_longer_lies_side_by_side_is_joined_anew(leading, change):
     states = random_states((3, 4, 5), leading)
-    join_moments(states, "m", leading, (3, 4, 5))
+    join_moments(states, "m", leading, places((3, 4, 5)))
     CHANGES[change](states)
     before = [state["m"].clone() for state in states]
-    joined = join_moments(states, "m", leading, [state["m"].shape[1] for state in states])
+    joined = join_moments(states, "m", leading, places(state["m"].shape[1] for state in states))
     assert torch.equal(joined, torch.cat(before, 1))
     joined.fill_(7)
     assert all(bool((state["m"] == 7).all()) for state in states)

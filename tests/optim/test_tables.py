@@ -205,13 +205,3 @@ def test_averages_are_nan_where_a_term_never_reached_and_zero_where_its_importan
     assert averages.dtype == torch.float64
     torch.testing.assert_close(averages[0], torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert averages.isnan().tolist() == [[False, False], [False, True], [True, False]]
-
-
-def test_a_constant_travels_once_and_not_all_are_kept_for_ever():
-    tables, _, _ = tables_of(parameters())
-    one = tables.constant([1, 0, 1], torch.bool)
-    assert tables.constant([True, False, True], torch.bool) is one
-    assert tables.constant([1, 0, 1]).dtype == tables.dtype
-    for number in range(200):
-        assert tables.constant([number]).tolist() == [number]
-    assert len(tables._constants) < 100
