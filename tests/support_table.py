@@ -10,6 +10,12 @@ from tests.trainer_matrix.table import REFUSED, ROWS
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- support table: python -m tests.support_table -->\n"
 END = "<!-- end of support table -->\n"
+ON_AN_ACCELERATOR = {
+    "Gradients": "stand-in",
+    "Checkpoints": "stand-in: resumed from the other device",
+    "Precision": "stand-in: 64-true, bf16-true, bf16-mixed",
+}
+"""What ran where, by group: what ``tests/accelerator/test_lightning.py`` runs. All else ran nowhere but on the CPU."""
 
 
 def support_table() -> str:
@@ -17,8 +23,11 @@ def support_table() -> str:
     features: dict[tuple[str, str], dict[str, None]] = {}
     for row in sorted(ROWS, key=lambda row: row.result == REFUSED):
         features.setdefault((row.group, row.result), {})[row.feature] = None
-    lines = [f"| {group} | {'; '.join(words)} | {result} |" for (group, result), words in features.items()]
-    return "\n".join(["| | | |", "|---|---|---|", *lines, ""])
+    lines = [
+        f"| {group} | {'; '.join(words)} | {result} | {ON_AN_ACCELERATOR.get(group, 'not run')} |"
+        for (group, result), words in features.items()
+    ]
+    return "\n".join(["| | | on the CPU | on an accelerator |", "|---|---|---|---|", *lines, ""])
 
 
 def with_table(text: str) -> str:
