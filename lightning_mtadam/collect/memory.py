@@ -99,8 +99,9 @@ class GradientMemory:
     """Kept from step to step: fresh memory for all terms would cost more in page faults than the copy.
 
     ``rows``, [R, columns] for each device and dtype, hold R gradients of each of ``packs``, and can travel to other
-    processes as they are, unless packs lie ``apart``, each in memory of its own; ``views`` [R][P] are of the parameters' shapes, ``None`` where not ``trained``. The first
-    ``active`` rows are in use: all, or one for a sum of the terms.
+    processes as they are, unless packs lie ``apart``, each in memory of its own; ``views`` [R][P] are of the
+    parameters' shapes, ``None`` where not ``trained``. The first ``active`` rows are in use: all, or one for a sum of
+    the terms.
     """
 
     def __init__(
