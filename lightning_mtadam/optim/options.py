@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
 from lightning_mtadam.balancing import NormInit
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
@@ -123,6 +126,23 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
             raise ValueError(f"{name} holds for the whole optimizer: give it to MTAdam, not to a parameter group.")
     if any(parameter.is_complex() for parameter in group["params"]):
         raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")
+    for index, parameter in enumerate(group["params"]):
+        if not is_lazy(parameter) and _overlaps(parameter):
+            raise ValueError(
+                f"Elements of parameter {index} of a group share memory: its shape is {tuple(parameter.shape)}, its"
+                f" strides are {parameter.stride()}. No step can move them apart. Train a copy,"
+                " torch.nn.Parameter(p.clone()), or what it was expanded from."
+            )
+
+
+def _overlaps(parameter: Tensor) -> bool:
+    """Whether two of its elements lie in one place."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return parameter.numel() > 0
+        reach += (size - 1) * stride
+    return False
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
