@@ -19,7 +19,7 @@ from lightning_mtadam.balancer_slot import BalancerSlot, mtadam_of
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
-from lightning_mtadam.terms import Losses, check_losses
+from lightning_mtadam.terms import Losses, check_losses, warn
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._logged: set[str] = set()
+        self._told = False  # whether it was warned of terms beside a loss
 
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined,untyped-decorator]
     def trainer(self, trainer: pl.Trainer | None) -> None:
@@ -197,6 +198,8 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         mtadam = mtadam_of(optimizer)
         if not named and (output is None or mtadam is None):
             return ClosureResult.from_training_step_output(output, accumulated)
+        if not named and isinstance(output, Mapping):
+            self._tell_of_terms_beside(output)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
         self._check(losses, mtadam or balancer)
         total = _sum(losses) if named else losses["loss"]
@@ -210,6 +213,21 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         return ClosureResult.from_training_step_output(
             {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
         )
+
+    def _tell_of_terms_beside(self, output: Mapping[str, Any]) -> None:
+        """Warn, once, if MTAdam is given one loss while what look like its terms lie beside it."""
+        terms = [
+            name
+            for name, value in output.items()
+            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
+        ]
+        if terms and not self._told:
+            self._told = True
+            warn(
+                f"training_step returned {tuple(output)}: of these Lightning trains 'loss' alone, as one term, so that"
+                f" MTAdam has nothing to balance. Return the terms by their names and leave out their sum, e.g."
+                f" {{{', '.join(f'{name!r}: {name}' for name in terms)}}}; or detach what is only to be looked at."
+            )
 
     def _check(self, losses: Losses, balancer: MTAdam | Balancer | None) -> None:
         alone = self.trainer.world_size == 1
