@@ -6,6 +6,7 @@ no accelerator is waited for, and a process that has failed can say so while the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import math
@@ -80,6 +81,9 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
     made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
+
+
+atexit.register(host_group.cache_clear)  # its threads must end before Python does
 
 
 def compare(everyone: Everyone) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -159,8 +163,8 @@ def hear(mine: Announcement, group: ProcessGroup) -> Everyone:
     except RuntimeError as lost:
         give_up(group)
         raise RankError(
-            "Another process of this training has stopped without a word, or has not come for half an hour. Look for"
-            " its own message."
+            "Another process of this training has stopped without a word, has failed and not waited, or has not come"
+            " for half an hour. Look for its own message."
         ) from lost
     return everyone
 
@@ -186,9 +190,11 @@ def _exchange(mine: Announcement, group: ProcessGroup, patience: float | None = 
     """The announcements of all ranks. If they are the same, only digests travel."""
     ranks = dist.get_process_group_ranks(group)
     digest, message = _encode(mine)
-    heads = _gather(torch.tensor([digest, len(message)], device="cpu"), group, patience)
+    heads = _gather(torch.tensor([digest, len(message), int(mine.error is not None)], device="cpu"), group, patience)
     if all(int(head[0]) == digest for head in heads):
         return dict.fromkeys(ranks, mine)
+    if any(int(head[2]) for head in heads):
+        patience = PATIENCE  # who has failed may have gone on
     longest = max(int(head[1]) for head in heads)
     padded = torch.frombuffer(bytearray(message.ljust(longest, b"\0")), dtype=torch.uint8)
     announcements = [pickle.loads(bytes(found.tolist())) for found in _gather(padded, group, patience)]

@@ -88,6 +88,7 @@ class Chunk:
     group: Mapping[str, Any]  # the parameter group
     rows: int | Tensor  # which rows of tables [P, k] are its parameters': one for all of it, or one for each block
     cut: sharding.Sharding | None  # how its parameters are sharded
+    device: torch.device = field(init=False)  # where it lies
     block: int = field(init=False)  # elements of which each parameter takes whole blocks: 1 on the host
     dtype: torch.dtype = field(init=False)  # of the arithmetic
     packed: bool = field(init=False)  # whether it is of several parameters: coefficients differ from block to block
@@ -95,17 +96,13 @@ class Chunk:
     moment_rows: Moments = field(init=False)
 
     def __post_init__(self) -> None:
-        self.__dict__.update(block=self.places[0].block, dtype=wide_dtype(self.parameters[:1]))
+        first = self.parameters[0]
+        self.__dict__.update(device=first.device, block=self.places[0].block, dtype=wide_dtype([first]))
         self.__dict__.update(
             packed=len(self.members) > 1,
             gradient_rows=() if self.gradients is None else self.in_blocks(self.gradients).unbind(),
             moment_rows=Moments(*[self.in_blocks(moments).unbind() for moments in self.moments]),
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.parameters[0].device
 
     def row_in(self, memory: GradientMemory) -> Tensor:
         """Its part of the first row of a memory that is made like its own: [b], or [b / block, block]."""

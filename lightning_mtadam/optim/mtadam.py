@@ -14,7 +14,7 @@ from lightning_mtadam import balancing
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.optim.layers import named_alike
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
-from lightning_mtadam.optim.state import check_checkpoint, restore
+from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
 
 
@@ -154,6 +154,7 @@ class MTAdam(TermOptimizer):
             scales, coefficients = updater.balance(self._pending, norms, finite)  # lines 7, 8, 11 and 12
             updater.run(coefficients)  # lines 9 to 14, chunk by chunk
             self._count()  # line 3: t
+            self._kept[::2] = [self._key(), self._moments()]  # which the first step has joined
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
     def synchronize(self) -> None:
@@ -219,7 +220,7 @@ class MTAdam(TermOptimizer):
         self.synchronize()
         found = super().state_dict()
         states = found["state"].items()
-        kept = {index: {key: one.contiguous() for key, one in state.items()} for index, state in states}
+        kept = {index: {key: own_memory(one) for key, one in state.items()} for index, state in states}
         return {**found, "state": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
 AVERAGE_KEYS = ("log_scale", "log_scale_count")  # of the scales' average; checkpoints from before it lack them
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count", *AVERAGE_KEYS)  # small, in fp32 or better
 
 
@@ -62,7 +63,7 @@ def allocate(state: dict[Tensor, State], groups: Groups, held: Sequence[bool], o
 def leading_of(options: Options, terms: int) -> dict[str, int]:
     """How many there are of each kind of moments, by their name in the state."""
     first, second = options.moments(terms)
-    return {"exp_avg": first, "exp_avg_sq": second, "max_exp_avg_sq": second}
+    return dict(zip(MOMENT_KEYS, (first, second, second), strict=True))
 
 
 def _zeros(parameter: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> State:
@@ -113,6 +114,13 @@ def join_moments(states: Sequence[State], key: str, leading: int, places: Sequen
         view.copy_(state[key])
         state[key] = view
     return whole
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """A contiguous copy if it shares its memory with others; what is saved or kept is then its own alone."""
+    if hasattr(tensor, "to_local") or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _views(whole: Tensor, places: Sequence[Place], moments: Sequence[Tensor]) -> list[Tensor]:

@@ -27,7 +27,7 @@ from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
 from lightning_mtadam.optim.options import LayerRule, Options
 from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
-from lightning_mtadam.optim.state import allocate
+from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints, warn
@@ -144,7 +144,7 @@ class TermOptimizer(Optimizer):
         self._pending = PendingGradients()
         self._last_scales: dict[str, Tensor] = {}
         self._watch = FiniteWatch()
-        self._kept: list[Any] = []  # the key of the updater, and the updater
+        self._kept: list[Any] = []  # the key of the updater, the updater, and the moments that the key names
         self._counted: dict[str, Any] = {}  # what was counted before the last step
         self._ranks = Ranks(late=True)
 
@@ -238,13 +238,18 @@ class TermOptimizer(Optimizer):
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
                 names, terms = self._layer_names.labels, self.terms
                 updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
-            self._kept[:] = [self._key(), updater]  # whose tables hold what the key names
+            self._kept[:] = [self._key(), updater, self._moments()]  # the tables hold what else the key names
         return self._kept[1]  # type: ignore[no-any-return]
 
     def _key(self) -> tuple[object, ...]:
         parameters = self._parameters()
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
-        return self._layer_names.found, self.terms, list(map(id, parameters)), list(map(id, clocks))
+        kept = [list(map(id, found)) for found in (parameters, clocks, self._moments())]
+        return self._layer_names.found, self.terms, kept
+
+    def _moments(self) -> list[Tensor | None]:
+        """All moments in the state: one that was replaced counts."""
+        return [state.get(key) for state in self.state.values() for key in MOMENT_KEYS]
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms

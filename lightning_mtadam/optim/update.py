@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Updater:
         self._steps = accelerate.CompiledTables(tables) if self.options.compile else tables
         self._prepared: dict[Any, _Prepared] = {}
         self._scratch = torch.empty(0, device="cpu")
-        self._kept: dict[tuple[bool, ...], Chunks] = {}
+        self._kept: dict[Any, Chunks] = {}
 
     def observe(self, pending: PendingGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
@@ -112,15 +113,14 @@ class Updater:
     def chunks_like(self, memory: GradientMemory, wanted: Sequence[bool]) -> Chunks:
         """The chunks over the parameters that are wanted, without gradients; kept. Memories differ from step to step.
 
-        On an accelerator each takes a part of the memory for results, of which up to four rows are in use.
+        On an accelerator each is so short that what is made of it fits the memory for results.
         """
-        if (key := tuple(wanted)) not in self._kept:
+        key = tuple(memory.places), tuple(wanted)  # a place depends on the memory format of its parameter
+        if key not in self._kept:
             if len(self._kept) > 64:  # flags that change from step to step
                 self._kept.clear()
             wholes = (replace(whole, gradients=None) for whole in self._wholes(memory))
-            self._kept[key] = self._cut(
-                wholes, wanted, lambda one: BLOCK if is_host(one.device) else SCRATCH // (4 * one.dtype.itemsize)
-            )
+            self._kept[key] = self._cut(wholes, wanted, lambda one: BLOCK if is_host(one.device) else _length(one, 4))
         return self._kept[key]
 
     def _cut(self, wholes: Iterable[Chunk], wanted: Sequence[bool], limit: Callable[[Chunk], int]) -> Chunks:
@@ -146,10 +146,12 @@ class Updater:
 
     def _update_of(self, chunk: Chunk) -> Callable[..., None] | None:
         """What updates the chunk; ``None``: the gradients' own memory serves for results."""
-        faster = accelerate.faster(chunk, self.numbers_at(chunk), self.options)
+        numbers = self.numbers_at(chunk)
+        faster = accelerate.faster(chunk, numbers, self.options)
         if faster is not None or is_host(chunk.device):
             return faster or algorithm.update
-        return None if chunk.dtype == chunk.parameters[0].dtype else _update_in_pieces
+        makes_more = _is_narrow(chunk) or numbers.limit is not None or chunk.moment_rows.largest
+        return partial(_update_in_pieces, _length(chunk, 3 * len(chunk.gradient_rows) + 4)) if makes_more else None
 
     def _use_up(self, chunk: Chunk, local: Coefficients) -> None:
         """Update a chunk of an accelerator, where kernels are few and large: memory for results would be so, too."""
@@ -166,6 +168,9 @@ class Updater:
         tables, leading = self.tables, leading_of(self.options, len(self.tables.terms))
         for index, (pack, places) in enumerate(zip(memory.packs, memory.places, strict=True)):
             states = [tables.states[tables.row_of[member]] for member in pack]
+            for key in {key for state in states for key in state if key in leading}:
+                for state in states:  # some may be from before the group had amsgrad
+                    state.setdefault(key, torch.zeros_like(state["exp_avg_sq"]))
             moments = [join_moments(states, key, many, places) for key, many in leading.items() if key in states[0]]
             row, parameters = tables.row_of[pack[0]], tuple(tables.parameters[member] for member in pack)
             gradients, owner = memory.columns(index), (tables.groups[row], row, tables.shardings[row])
@@ -176,8 +181,11 @@ class Updater:
         """By what to multiply the balanced gradient, to bring its L2 norm to ``limit``; ``scales`` are [P, I]."""
         parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.tables.shardings}
         for chunk, local in zip(self._now.chunks, self._now.chunks.spread(scales), strict=True):
-            total = algorithm.balanced_sum(chunk.gradient_rows, local)
-            parts[chunk.cut].append(torch.linalg.vector_norm(total).to(scales))
+            length = chunk.size if is_host(chunk.device) else _length(chunk, 2 * len(chunk.gradient_rows) + 1)
+            for piece in _pieces(chunk.gradient_rows[0], length // chunk.block):
+                rows = [row[piece] for row in chunk.gradient_rows]
+                total = algorithm.balanced_sum(rows, _cut_at(piece, local))
+                parts[chunk.cut].append(torch.linalg.vector_norm(total).to(scales))
         zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
         norms = [torch.linalg.vector_norm(torch.stack([zero, *mine])) for mine in parts.values()]
         joined = [sharding.join_norms(norm, cut) for norm, cut in zip(norms, parts, strict=True)]
@@ -185,18 +193,38 @@ class Updater:
         return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
 
 
+def _is_narrow(chunk: Chunk) -> bool:
+    """Whether its arithmetic is in a wider dtype than its parameters are."""
+    return chunk.dtype != chunk.parameters[0].dtype
+
+
+def _length(chunk: Chunk, rows: int) -> int:
+    """How many elements, in whole blocks, have room for so many rows of results, and for moments that are widened."""
+    rows += sum(map(len, chunk.moment_rows)) if _is_narrow(chunk) else 0
+    return max(1, SCRATCH // (rows * chunk.dtype.itemsize) // chunk.block) * chunk.block
+
+
+def _pieces(row: Tensor, length: int) -> Iterator[slice]:
+    """Of a row, [b] or [b / block, block], pieces of ``length`` along its first dimension."""
+    yield from (slice(begin, begin + length) for begin in range(0, len(row), max(1, length)))
+
+
+def _cut_at(piece: slice, coefficients: Tensor) -> Tensor:
+    """The same piece of coefficients; those that are the same for all of the chunk as they are."""
+    return coefficients if coefficients.shape[1] == 1 else coefficients[:, piece]
+
+
 def _update_in_pieces(
-    parameter: Tensor, gradients: algorithm.Rows, moments: Moments, local: Coefficients, numbers: Numbers, _: None
+    length: int,
+    parameter: Tensor,
+    gradients: algorithm.Rows,
+    moments: Moments,
+    local: Coefficients,
+    numbers: Numbers,
+    _: None,
 ) -> None:
-    """As ``algorithm.update``, of parameters in less than fp32: the arithmetic takes memory for a part of them only."""
-    wide = (len(gradients) + sum(map(len, moments)) + 4) * local.scales.element_size()
-    length = max(1, SCRATCH // (wide * max(1, parameter[:1].numel())))
-    for begin in range(0, len(parameter), length):
-        piece = slice(begin, begin + length)
-
-        def cut(rows: Any, at: slice = piece) -> Any:
-            return rows if rows is None or rows.shape[1] == 1 else rows[:, at]
-
+    """As ``algorithm.update``, where that makes more than one row of results: of ``length`` elements at a time."""
+    for piece in _pieces(parameter, length // max(1, parameter[:1].numel())):
         mine = Moments(*[[row[piece] for row in rows] for rows in moments])
-        theirs = Coefficients(*map(cut, local))
+        theirs = Coefficients(*[None if rows is None else _cut_at(piece, rows) for rows in local])  # type: ignore[arg-type]
         algorithm.update(parameter[piece], [row[piece] for row in gradients], mine, theirs, numbers, None)

@@ -120,3 +120,21 @@ def test_memory_with_low_memory_once_it_is_known_what_the_anchor_reaches():
     parameters, optimizer = settled(shapes, 3, low_memory=True)
     held = most_held(lambda: step(optimizer, losses_of(parameters, 3)), before)
     assert held <= (1 + 3 + 3) * size + SCRATCH
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_a_step_that_is_clipped(algorithm, dtype):
+    """One time the parameters, and the memory for results; not one for each term."""
+    parameters = nn.ParameterList(
+        [nn.Parameter(torch.full(shape, 0.1, device="accel", dtype=dtype)) for shape in gpt2_shapes(4)]
+    )
+    size = dtype.itemsize * sum(parameter.numel() for parameter in parameters)
+    optimizer = MTAdam(parameters.named_parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(parameters, 5))
+        optimizer.clip_gradients(0.1, algorithm)
+        with Watch() as watch:
+            optimizer.step()
+    assert watch.peak <= 1.1 * size + SCRATCH

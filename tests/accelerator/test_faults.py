@@ -289,3 +289,38 @@ def test_runs_repeat_to_the_last_digit():
         finally:
             torch.use_deterministic_algorithms(False)
     assert_same(trained(), first, tolerance=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}], ids=str)
+def test_a_change_of_the_memory_format_between_steps(options):
+    def trained(device):
+        convolution = nn.Conv2d(3, 2, 2, bias=False).double()
+        with torch.no_grad():
+            convolution.weight.copy_(torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 3, 2, 2))
+        convolution.to(device)
+        optimizer = MTAdam(convolution.named_parameters(), **options)
+        for step in range(6):
+            if step == 3:
+                convolution.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            weight = convolution.weight
+            optimizer.backward({"a": (weight - 1).square().sum(), "b": 30 * (weight * weight[0, 0, 0, 0]).sum()})
+            gradient = weight.grad.cpu()
+            optimizer.step()
+        return optimizer, gradient
+
+    (here, expected), (there, found) = trained("cpu"), trained(DEVICE)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert_same(there, here)
+
+
+def test_a_kept_checkpoint_does_not_follow_the_training_and_holds_no_others():
+    parameters, optimizer = make(DEVICE)
+    run(optimizer, parameters, range(3))
+    kept = optimizer.state_dict()["state"]
+    before = copy.deepcopy(kept)
+    run(optimizer, parameters, range(3, 5))
+    for index, state in kept.items():
+        for name, value in state.items():
+            assert torch.equal(value.cpu(), before[index][name].cpu()), name
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()

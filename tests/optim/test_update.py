@@ -218,3 +218,46 @@ def test_states_that_share_memory_are_saved_each_by_itself(tmp_path):
     read = torch.load(tmp_path / "saved", weights_only=True)["state"].values()
     for state, other in zip(saved, read, strict=True):
         assert all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"denominator": "own"}, {"low_memory": True}], ids=str)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("shape", [(3,), (70, 40)])
+def test_a_moment_that_is_replaced_counts(shape, key, options):
+    """As a user may begin anew: with another tensor in the state, or with zeros in the one that is there."""
+    found = []
+    for replaced in (False, True):
+        parameter = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).requires_grad_()
+        optimizer = MTAdam([parameter, torch.ones(2, requires_grad=True)], lr=0.1, **options)
+        for step in range(5):
+            if step == 3:
+                state = optimizer.state[parameter]
+                state[key] = torch.zeros_like(state[key]) if replaced else state[key].zero_()
+            advance(optimizer)
+        found.append(parameter.detach().clone())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_amsgrad_may_change_before_a_parameter_is_unfrozen(before):
+    parameters = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=False)]
+    optimizer = MTAdam(parameters, amsgrad=before)
+    losses = [{"fit": (parameters[0] - 2).square().sum()}, {"fit": sum((p - 2).square().sum() for p in parameters)}]
+    take_step(optimizer, losses[0])
+    optimizer.param_groups[0]["amsgrad"] = not before
+    parameters[1].requires_grad_(True)
+    for _ in range(2):
+        take_step(optimizer, {"fit": sum((p - 2).square().sum() for p in parameters)})
+    assert all("max_exp_avg_sq" in optimizer.state[p] for p in parameters)
+
+
+def test_a_kept_checkpoint_does_not_follow_the_training():
+    parameters = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    optimizer = MTAdam(parameters)  # they lie side by side, in memory that is not to be saved with each of them
+    advance(optimizer)
+    kept = optimizer.state_dict()["state"]
+    before = copy.deepcopy(kept)
+    advance(optimizer)
+    for index, state in kept.items():
+        for name, value in state.items():
+            assert torch.equal(value, before[index][name]), name
