@@ -28,7 +28,7 @@ LONG_AGO = torch.tensor(math.inf, device="cpu")  # the number of steps, as Adam 
 
 def faster(chunk: Chunk, numbers: Numbers, options: Options) -> Update | None:
     """What updates the chunk faster than ``algorithm.update``; ``None`` if nothing does. Raises if it can't compile."""
-    if options.compile and chunk.size > 1:  # a kernel whose size is free takes two and more
+    if options.compile and chunk.size > chunk.block:  # a kernel whose size is free takes two and more
         return partial(_run, _kernel(_case_of(chunk, numbers)))
     return fused_update if fused_applies(chunk, numbers) else None
 
