@@ -169,8 +169,9 @@ class Updater:
         for index, (pack, places) in enumerate(zip(memory.packs, memory.places, strict=True)):
             states = [tables.states[tables.row_of[member]] for member in pack]
             for key in {key for state in states for key in state if key in leading}:
-                for state in states:  # some may be from before the group had amsgrad
-                    state.setdefault(key, torch.zeros_like(state["exp_avg_sq"]))
+                for state in states:
+                    if key not in state:  # it is from before the group had amsgrad
+                        state[key] = torch.zeros_like(state["exp_avg_sq"])
             moments = [join_moments(states, key, many, places) for key, many in leading.items() if key in states[0]]
             row, parameters = tables.row_of[pack[0]], tuple(tables.parameters[member] for member in pack)
             gradients, owner = memory.columns(index), (tables.groups[row], row, tables.shardings[row])
