@@ -48,10 +48,10 @@ def make_network(dtype: torch.dtype = torch.float64, seed: int = 0, *, batch_nor
         return nn.Sequential(nn.Linear(3, 5), *middle, nn.Tanh(), nn.Linear(5, 2)).to(dtype)
 
 
-def three_losses(network: nn.Sequential, batch: Batch) -> dict[str, Tensor]:
-    """Terms of very different size; "decay" reaches only the first layer's weight."""
+def three_losses(network: nn.Sequential, batch: Batch, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Terms of very different size; "decay" reaches only the first layer's weight. ``model``: a wrapped network."""
     x, y = batch
-    output = network(x)
+    output = (model or network)(x)
     return {
         "fit": (output - y).square().mean(),
         "size": 300 * output.abs().mean(),

@@ -92,25 +92,22 @@ def _owners(aggregator: Aggregator) -> Iterator[tuple[str, Any]]:
         yield "aggregator", aggregator
 
 
-def _snapshot(aggregator: Aggregator) -> dict[str, Any]:
-    """All attributes: copies of numbers, tensors and arrays as tensors, the others as they are."""
-    found: dict[str, Any] = {}
+def _attributes(aggregator: Aggregator) -> Iterator[tuple[str, Any]]:
+    """All attributes and buffers, by the path to each."""
     for path, owner in _owners(aggregator):
         attributes = getattr(owner, "__dict__", {})
         for name, value in {**attributes, **attributes.get("_buffers", {})}.items():
-            found[f"{path}.{name}"] = _as_tensor(value)
-    return found
+            yield f"{path}.{name}", value
+
+
+def _snapshot(aggregator: Aggregator) -> dict[str, Any]:
+    """All attributes: copies of numbers, tensors and arrays as tensors, the others as they are."""
+    return {key: _as_tensor(value) for key, value in _attributes(aggregator)}
 
 
 def _versions(aggregator: Aggregator) -> dict[str, tuple[int, int]]:
     """Which tensors are among the attributes, and how often each was written to."""
-    found: dict[str, tuple[int, int]] = {}
-    for path, owner in _owners(aggregator):
-        attributes = getattr(owner, "__dict__", {})
-        for name, value in {**attributes, **attributes.get("_buffers", {})}.items():
-            if isinstance(value, Tensor):
-                found[f"{path}.{name}"] = id(value), value._version
-    return found
+    return {key: (id(one), one._version) for key, one in _attributes(aggregator) if isinstance(one, Tensor)}
 
 
 def _as_tensor(value: Any) -> Any:

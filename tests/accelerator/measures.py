@@ -68,6 +68,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"layers": "module"},
     {"anchor": "mean"},
     {"weight_decay": 0.1},
+    {"eps": 0.0},
     {"on_nonfinite": "skip"},
     {"balance_every": 2},
     {"balance_every": 1000},

@@ -12,22 +12,13 @@ from torch import nn
 from lightning_mtadam import MTAdam
 from tests.accelerator.device import KINDS, Watch, native
 from tests.accelerator.linear import losses_of, step
+from tests.accelerator.measures import OPTIONS, settled
 from tests.accelerator.networks import gpt2_shapes, resnet18
 
 pytestmark = pytest.mark.stand_in
 
 RESNET = [tuple(parameter.shape) for parameter in resnet18().parameters()]
 SCRATCH = 64 * 2**20  # bytes beside the multiples of the parameters
-SETTLED = 24  # steps after which nothing is new
-
-
-def settled(shapes: Sequence[tuple[int, ...]], terms: int, **options: object) -> tuple[nn.ParameterList, MTAdam]:
-    """After steps in which all is prepared."""
-    parameters = nn.ParameterList([nn.Parameter(torch.full(shape, 0.1, device="accel")) for shape in shapes])
-    optimizer = MTAdam(parameters.named_parameters(), **options)
-    for _ in range(SETTLED if options else 4):
-        step(optimizer, losses_of(parameters, terms))
-    return parameters, optimizer
 
 
 def kernels_of(parameters: nn.ParameterList, optimizer: MTAdam, terms: int) -> Watch:
@@ -39,7 +30,7 @@ def kernels_of(parameters: nn.ParameterList, optimizer: MTAdam, terms: int) -> W
 
 
 def own_kernels(shapes: Sequence[tuple[int, ...]], terms: int, backwards: int, **options: object) -> int:
-    watch = kernels_of(*settled(shapes, terms, **options), terms)
+    watch = kernels_of(*settled(shapes, "accel", terms, **options), terms)
     return watch.launches - 2 * backwards * len(shapes)  # each gradient takes two
 
 
@@ -63,26 +54,9 @@ def test_kernels_of_a_step_on_gpt2_do_not_depend_on_its_size(share):
     assert own_kernels(gpt2_shapes(share), 3, 3) <= 500
 
 
-OPTIONS = [
-    {},
-    {"denominator": "own"},
-    {"denominator": "mean"},
-    {"denominator": "sum"},
-    {"amsgrad": True},
-    {"layers": "module"},
-    {"anchor": "mean"},
-    {"weight_decay": 0.1},
-    {"eps": 0.0},
-    {"on_nonfinite": "skip"},
-    {"balance_every": 2},
-    {"balance_every": 1000},
-    {"low_memory": True},
-]
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_host_waits_for_one_event_a_step(options):
-    parameters, optimizer = settled([(30, 20), (20,), (7, 3, 2)], 3, **options)
+    parameters, optimizer = settled([(30, 20), (20,), (7, 3, 2)], "accel", 3, **options)
     for _ in range(4):  # with balance_every=2 both kinds of steps, and what is between them
         watch = kernels_of(parameters, optimizer, 3)
         assert sum(watch.waits.values()) <= 1
@@ -90,7 +64,7 @@ def test_the_host_waits_for_one_event_a_step(options):
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_the_host_does_not_wait_for_clipping(algorithm):
-    parameters, optimizer = settled([(30, 20), (20,)], 2)
+    parameters, optimizer = settled([(30, 20), (20,)], "accel", 2)
     for forbidden in ((), KINDS[:4], KINDS[:4]):
         optimizer.zero_grad()
         optimizer.backward(losses_of(parameters, 2))
@@ -111,13 +85,13 @@ def test_memory_in_multiples_of_the_parameters(options, multiple):
     """From the first step on: state, gradients, ``p.grad``, and one for a term's own gradients or for results."""
     before, shapes = native().memory()[0], gpt2_shapes(4)
     size = 4 * sum(map(math.prod, shapes))
-    assert most_held(lambda: settled(shapes, 3, **options), before) <= (1 + multiple) * size + SCRATCH
+    assert most_held(lambda: settled(shapes, "accel", 3, **options), before) <= (1 + multiple) * size + SCRATCH
 
 
 def test_memory_with_low_memory_once_it_is_known_what_the_anchor_reaches():
     before, shapes = native().memory()[0], gpt2_shapes(4)
     size = 4 * sum(map(math.prod, shapes))
-    parameters, optimizer = settled(shapes, 3, low_memory=True)
+    parameters, optimizer = settled(shapes, "accel", 3, low_memory=True)
     held = most_held(lambda: step(optimizer, losses_of(parameters, 3)), before)
     assert held <= (1 + 3 + 3) * size + SCRATCH
 

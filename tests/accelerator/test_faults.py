@@ -199,21 +199,25 @@ def test_backward_and_step_within_autocast(dtype, options):
     assert_same(trained(True), expected, tolerance=0.05)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_a_default_device_changes_nothing(options):
-    here, expected = make("cpu", **OPTIONS[options])
-    run(expected, here, STEPS)
-    torch.set_default_device(DEVICE)
-    parameters = nn.ParameterList([nn.Parameter(one.detach().cpu()) for one in here])
-    with torch.device("cpu"):
-        parameters = network("cpu")
-    optimizer = MTAdam(groups_of(parameters), lr=1e-2, terms=TERMS, **OPTIONS[options])
+def run_beside_the_default(optimizer, parameters):
+    """Train while the default device is another; only the losses are drawn on the host."""
     for step in STEPS:
         with torch.device("cpu"):
             losses = losses_of(step, parameters)
         optimizer.zero_grad()
         optimizer.backward(losses)
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_default_device_changes_nothing(options):
+    here, expected = make("cpu", **OPTIONS[options])
+    run(expected, here, STEPS)
+    torch.set_default_device(DEVICE)
+    with torch.device("cpu"):
+        parameters = network("cpu")
+    optimizer = MTAdam(groups_of(parameters), lr=1e-2, terms=TERMS, **OPTIONS[options])
+    run_beside_the_default(optimizer, parameters)
     optimizer.layer_sizes()
     assert_same(optimizer, expected, tolerance=0)
 
@@ -226,14 +230,7 @@ def test_a_default_device_that_is_not_the_parameters(options):
     torch.set_default_device(SECOND)
     with torch.device("cpu"):
         there, optimizer = make(FIRST, **options)
-        losses = [losses_of(step, there) for step in STEPS]
-    del losses
-    for step in STEPS:
-        with torch.device("cpu"):
-            found = losses_of(step, there)
-        optimizer.zero_grad()
-        optimizer.backward(found)
-        optimizer.step()
+    run_beside_the_default(optimizer, there)
     assert_same(optimizer, expected, tolerance=0)
 
 

@@ -47,7 +47,7 @@ def trained(rank, options, way):
             sent.clear()
             x, y = batches[rank]
             optimizer.zero_grad()
-            optimizer.backward(losses_of(wrapped, network, (x.to(device), y.to(device))), model=wrapped)
+            optimizer.backward(three_losses(network, (x.to(device), y.to(device)), wrapped), model=wrapped)
             optimizer.step()
         numbers = [parameter.detach().cpu() for parameter in network.parameters()]
     return numbers, list(sent)
@@ -62,16 +62,6 @@ def trained_alone(rank, options):
         optimizer.backward(three_losses(network, batch), model=network)
         optimizer.step()
     return [parameter.detach() for parameter in network.parameters()]
-
-
-def losses_of(wrapped, network, batch):
-    x, y = batch
-    output = wrapped(x)
-    return {
-        "fit": (output - y).square().mean(),
-        "size": 300 * output.abs().mean(),
-        "decay": 1e-2 * network[0].weight.square().sum(),
-    }
 
 
 @pytest.mark.parametrize("way", ["early", "late"])
@@ -96,7 +86,7 @@ def watched(rank, options):
         for index, batches in enumerate(rounds(2, 30, torch.float64)):
             x, y = (one.to(device) for one in batches[rank])
             optimizer.zero_grad()
-            losses = losses_of(wrapped, network, (x, y))
+            losses = three_losses(network, (x, y), wrapped)
             with Watch() as watch:
                 optimizer.backward(losses, model=wrapped)
                 optimizer.step()

@@ -13,19 +13,9 @@ from lightning_mtadam.distributed import agreement, averaging
 from lightning_mtadam.distributed.agreement import RankError
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import rounds
-from tests.lightning_models import make_network
+from tests.lightning_models import make_network, three_losses
 
 STEPS = 9
-
-
-def losses_of(model, network, batch):
-    x, y = batch
-    output = model(x)
-    return {
-        "fit": (output - y).square().mean(),
-        "size": 300 * output.abs().mean(),
-        "decay": 1e-2 * network[0].weight.square().sum(),
-    }
 
 
 def batches_of(rank, ranks=2):
@@ -45,7 +35,7 @@ def exchanges(rank, options):
         calls = []
         agreement._exchange = lambda *arguments, of=calls: of.append(1) or real(*arguments)
         optimizer.zero_grad()
-        optimizer.backward(losses_of(model, network, batch), model=model)
+        optimizer.backward(three_losses(network, batch, model), model=model)
         optimizer.step()
         counted.append(len(calls))
     return counted
@@ -99,7 +89,7 @@ def catching(rank, ranks, spoil, at, options):
     caught = []
     for step, batch in enumerate(batches_of(rank, ranks)):
         optimizer.zero_grad()
-        losses = losses_of(model, network, batch)
+        losses = three_losses(network, batch, model)
         if step == at and rank == ranks - 1:
             losses = spoil(losses, network)
         try:
@@ -120,7 +110,7 @@ def leaving_out(rank, ranks, at, options):
     for step, batch in enumerate(batches_of(rank, ranks)):
         if step != at:
             optimizer.zero_grad()
-            optimizer.backward(losses_of(model, network, batch), model=model)
+            optimizer.backward(three_losses(network, batch, model), model=model)
             optimizer.step()
     return [parameter.detach() for parameter in network.parameters()]
 
@@ -159,7 +149,7 @@ def too_late(rank):
     caught = []
     for step, batch in enumerate(batches_of(rank)[:5]):
         optimizer.zero_grad()
-        losses = losses_of(model, network, batch)
+        losses = three_losses(network, batch, model)
         if step == 2:
             losses = no_scalar(losses, network) if rank else slow(losses)
         try:
@@ -197,7 +187,7 @@ def with_options(rank, options):
     optimizer = MTAdam(network.named_parameters(), **options(rank))
     for batch in batches_of(rank):
         optimizer.zero_grad()
-        optimizer.backward(losses_of(model, network, batch), model=model)
+        optimizer.backward(three_losses(network, batch, model), model=model)
         optimizer.step()
 
 
@@ -229,7 +219,7 @@ def with_balancer(rank, make):
     balancer = make(rank)
     for batch in batches_of(rank):
         optimizer.zero_grad()
-        balancer.backward(losses_of(model, network, batch), optimizer, model=model)
+        balancer.backward(three_losses(network, batch, model), optimizer, model=model)
         optimizer.step()
 
 
