@@ -18,7 +18,6 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 Losses: TypeAlias = Mapping[str, Tensor]
 """One scalar tensor with a graph per term, in the order of the terms."""
@@ -156,27 +155,6 @@ def check_reached(name: str, gradients: Gradients) -> None:
             f"losses[{name!r}] reaches no parameter of the optimizer. Compute it from the output of the network that"
             " is trained, give the network's parameters to the optimizer, or leave the term out of the losses."
         )
-
-
-def refuse_reentrant_checkpoints(losses: Losses) -> None:
-    """Raise ``ValueError`` if a loss passes through reentrant activation checkpointing.
-
-    Its part of the graph is built during ``backward()`` only: per-term gradients would silently stop there.
-    """
-    seen = set[Node]()
-    for name, loss in losses.items():
-        waiting = [loss.grad_fn]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError(
-                    f"losses[{name!r}] passes through reentrant activation checkpointing, where the gradients of single"
-                    " terms cannot be taken. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-                )
-            waiting += [following for following, _ in node.next_functions]
 
 
 def non_finite(

@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.collect.constants import constant
+from lightning_mtadam.collect.first_look import look_at
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import is_host, norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
+from lightning_mtadam.collect.shown import run_hooks
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.terms import PLACEHOLDER, clean_names, non_finite, refuse_reentrant_checkpoints
+from lightning_mtadam.terms import PLACEHOLDER, clean_names, non_finite
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,6 @@ class GradientBalancer(Balancer):
     def __init__(self, terms: Iterable[str] | None = None) -> None:
         super().__init__(terms)
         self._pending = PendingGradients()
-        self._graph_checked = False
         self._others: list[Tensor | None] = []  # what was in .grad when the step began
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,13 +142,6 @@ class GradientBalancer(Balancer):
             One gradient for each parameter of the optimizer; those of parameters that no term reaches are not used.
         """
 
-    def check(self, batch: Batch, optimizer: Optimizer) -> None:
-        """As of every balancer."""
-        super().check(batch, optimizer)
-        if not self._graph_checked:  # a walk over the whole graph
-            refuse_reentrant_checkpoints(batch.losses)
-            self._graph_checked = True
-
     def pending_terms(self) -> tuple[str, ...]:
         """As of every balancer."""
         return tuple(self._pending.gradients)
@@ -168,6 +161,7 @@ class GradientBalancer(Balancer):
             raise
         for parameter, gradient, other in zip(batch.parameters, combined, self._others, strict=True):
             parameter.grad = other if gradient is None else gradient if other is None else other + gradient
+        run_hooks(batch.parameters)
 
     def _combined(self, batch: Batch) -> list[Tensor | None]:
         """The gradient to step on, times the loss scale, one per parameter; ``None`` where no term reaches it."""
@@ -179,6 +173,7 @@ class GradientBalancer(Balancer):
         memory = GradientMemory.fitting(pending.memory, parameters, trained, keys, len(batch.terms))
         pending.use(memory, batch.terms)
         with as_fabric_backward():
+            look_at(batch, pending.seen)
             pending.add(batch, batch.terms)
         step = self._observe(batch, memory)
         if batch.loss_scale is None and is_host(step.norms.device) and not bool(step.finite):

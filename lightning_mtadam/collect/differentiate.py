@@ -43,6 +43,9 @@ def term_gradients(
     if not trainable:
         raise ValueError("No parameter of the optimizer requires a gradient, so there is nothing to train.")
     inputs = [parameters[index] for index in trainable]
+    before = [parameter.grad for parameter in inputs]
+    for parameter in inputs:
+        parameter.grad = None  # what a backward pass in a backward pass leaves there is the term's
     last = ([None, *[name for name, loss in losses.items() if loss.requires_grad]])[-1]
     try:
         for name, loss in losses.items():
@@ -53,6 +56,7 @@ def term_gradients(
             elif loss.requires_grad:
                 factor = None if grad_output is None else grad_output.to(loss)
                 found = torch.autograd.grad(loss, inputs, factor, retain_graph=name != last, allow_unused=True)
+                found = [_with_inner(gradient, parameter) for gradient, parameter in zip(found, inputs, strict=True)]
             gradients: list[Tensor | None] = [None] * len(parameters)
             for index, gradient in zip(trainable, found, strict=True):
                 if gradient is not None and gradient.layout != torch.strided:
@@ -67,3 +71,11 @@ def term_gradients(
     finally:
         if network is not None:
             network.restore()
+        for parameter, gradient in zip(inputs, before, strict=True):
+            parameter.grad = gradient
+
+
+def _with_inner(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient, and what the backward pass of a function within, as of offloaded checkpoints, left in ``.grad``."""
+    inner, parameter.grad = parameter.grad, None
+    return gradient if inner is None else inner if gradient is None else gradient + inner

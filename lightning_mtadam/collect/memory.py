@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -138,6 +139,13 @@ class GradientMemory:
             kept = cls(parameters, *others)
             kept.key = key
         return kept
+
+    def beside(self) -> GradientMemory:
+        """Fresh memory for one gradient of each parameter, where all lies as here."""
+        made = copy(self)
+        made.rows, made.active = [torch.empty_like(rows[:1]) for rows in self.rows], 1
+        made.views = [made.shaped([rows[0] for rows in made.rows])]
+        return made
 
     def send(self, row: int, gradients: Gradients, averaging: Averaging) -> None:
         """Let a row be averaged over the processes: zero where there is no gradient."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch import Tensor
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import is_host, wide_dtype
-from lightning_mtadam.distributed import sharding
+from lightning_mtadam.collect.shown import Shown, Spent
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
-
-ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 
 CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
 
@@ -32,20 +30,22 @@ class PendingGradients:
     memory: GradientMemory | None = None  # what holds the gradients; None before the first backward pass
     light: bool = False  # whether they are of one weighted sum of the losses, as in most steps with balance_every
     absorbed: Any = None  # what has consumed the gradients already, with low_memory
-    clip: tuple[ClipAlgorithm, float] | None = None  # how the balanced gradient is to be clipped in the next step
+    shown: Shown | None = None  # the balanced gradient, in p.grad; None if nothing is pending
+    spent: Spent = field(default_factory=Spent)  # what the last step has left in p.grad
     skip: bool = False  # whether the next step is to do nothing
+    seen: set[str] = field(default_factory=set)  # the terms whose graphs were looked at
     warned: bool = False  # whether it was said that a step was skipped
     probed: bool = False  # whether torch.distributed.checkpoint has called step before the terms were known
 
     def clear(self) -> None:
         """Forget everything but the memory."""
         self.drop_gradients()
-        self.clip, self.skip = None, False
+        self.skip = False
 
     def drop_gradients(self) -> None:
         """Forget the gradients."""
         self.gradients, self.norms, self.terms = {}, {}, ()
-        self.light, self.absorbed = False, None
+        self.light, self.absorbed, self.shown = False, None, None
 
     @property
     def touched(self) -> list[bool]:
@@ -98,29 +98,22 @@ class PendingGradients:
         for row, name in enumerate(rows):
             memory.wrote(row, gradients.get(name))
 
-    def start_anew_if_reset(self, parameters: Sequence[Tensor]) -> None:
-        """Drop what is pending if ``p.grad`` was reset behind the optimizer's back, as ``model.zero_grad()`` does."""
-        if self.gradients or self.absorbed is not None:
-            reset = all(parameter.grad is None for parameter in parameters)
-            if reset and (self.absorbed is not None or any(self.touched)):
-                self.drop_gradients()
+    def drop(self, indices: Sequence[int]) -> None:
+        """Forget the gradients of some parameters; all, if no other has any."""
+        for index in indices:
+            for gradients in self.gradients.values():
+                gradient, gradients[index] = gradients[index], None
+                if gradient is not None:
+                    gradient.zero_()  # what comes is added to it
+            for norms in self.norms.values():
+                norms[index] = None
+        if indices and not any(self.touched):
+            self.drop_gradients()
 
     def extend(self, count: int) -> None:
         """Note that there are more parameters, without gradients."""
         for gradients in (*self.gradients.values(), *self.norms.values()):
             gradients += [None] * count
-
-    def show_sum(self, parameters: Sequence[Tensor], loss_scale: Tensor | None) -> None:
-        """Set ``p.grad`` to the sum over the terms, times the loss scale, for whoever looks at it."""
-        assert self.memory is not None
-        totals = [rows[: self.memory.active].sum(0, dtype=rows.dtype) for rows in self.memory.rows]  # also in autocast
-        if loss_scale is not None:
-            totals = [total.mul_(loss_scale.to(total)) for total in totals]
-        shaped = self.memory.shaped(totals)
-        for parameter, total, touched in zip(parameters, shaped, self.touched, strict=True):
-            if total is not None and hasattr(parameter, "to_local"):  # sharded
-                total = sharding.like(total, parameter)
-            parameter.grad = total if touched else None
 
     def _keep(self, name: str, views: Gradients, found: Found, batch: Batch) -> list[Tensor | None]:
         """Take a term's next gradients, and add them to what is pending or copy them to the memory, ``views``.

@@ -23,6 +23,7 @@ Update: TypeAlias = Callable[..., None]  # as algorithm.update, but gradients ma
 
 TRIAL = 67  # elements of the chunk on which a kernel is compiled; those of later chunks are free, above one
 SHARED = 1 << 15  # elements of a chunk that threads share, by a kernel of its own: torch would decide by the trial's
+STANDING = 1 - 2**-53  # the decay of an average that stands still: with one itself, Adam would divide by zero
 LONG_AGO = torch.tensor(math.inf, device="cpu")  # the number of steps, as Adam is told: it finds no bias to correct
 
 
@@ -40,43 +41,48 @@ def fused_applies(chunk: Chunk, numbers: Numbers) -> bool:
         _suits_fused(numbers.denominator, chunk.gradients.device, chunk.gradients.dtype)
         and not chunk.packed
         and not chunk.moment_rows.largest
-        and numbers.limit is None
         and numbers.skipped is None
         and numbers.eps >= torch.finfo(chunk.gradients.dtype).tiny  # or 0 / 0 would be a nan
     )
 
 
 def fused_update(
-    parameter: Tensor, gradients: Rows, moments: Moments, local: Coefficients, numbers: Numbers, scratch: Tensor
+    parameter: Tensor,
+    total: Tensor,
+    gradients: Rows,
+    moments: Moments,
+    local: Coefficients,
+    numbers: Numbers,
+    scratch: Tensor,
 ) -> None:
-    """As ``algorithm.update``, by torch's fused Adam, one call for each term.
+    """As ``algorithm.update``, by torch's fused Adam: one call for each term, and one that moves the parameters.
 
-    What Adam's kernel does for the gradient of one term is nearly MTAdam's share of that term:
+    What Adam's kernel does for the gradient of one term is MTAdam's share of that term, but for the first moment:
 
     - its average of the squares, with the decay ``1 - w`` in place of beta2, is the term's ``v^_i``;
     - its amsgrad, over memory that begins at zero, keeps the largest of the averages of the terms so far;
-    - its first moment moves a part of the way to each gradient in turn, and parts can be chosen such that all
-      gradients end with the same part of it;
-    - with a learning rate of zero it leaves the parameters where they are, until the last term has been seen.
+    - with a learning rate of zero it leaves a parameter where it is; it works on memory for results.
+
+    In the last call ``total`` is the gradient, and what is kept of those squares does not move any more.
     """
-    squares, part = moments.second, numbers.share / len(moments.second)
-    balanced = _balanced(gradients, local.scales[:, 0], numbers.denominator, scratch[1])
-    found = zip(balanced, squares, local.weights[:, 0].tolist(), strict=True)
-    terms = [one for one in found if one[2] > 0]  # else neither gradient nor moment was ever anything but zero
-    if len(terms) < len(squares):  # fewer parts are taken of M than beta1 leaves room for
-        moments.first[0].mul_((1 - numbers.share) / (1 - len(terms) * part))
-    largest = [scratch[0].zero_()] if len(terms) > 1 else []
-    lr, weight_decay = 0.0, 0.0
-    for to_come, ((gradient, divisor), square, weight) in zip(range(len(terms))[::-1], terms, strict=True):
-        if to_come == 0:
-            lr = numbers.lr / float(local.factor)
-            weight_decay = (1 - numbers.decay) / lr if lr and numbers.decay is not None else 0.0
-        betas = {"beta1": 1 - part / (1 - to_come * part), "beta2": 1 - weight}
-        rest = {"weight_decay": weight_decay, "eps": numbers.eps, "amsgrad": bool(largest), "maximize": False}
-        lists = ([parameter], [gradient], [moments.first[0]], [square], largest, [LONG_AGO])
-        torch._fused_adamw_(*lists, lr=lr, grad_scale=divisor, **betas, **rest)  # type: ignore[call-overload]
-    if not terms and numbers.decay is not None:
-        parameter.mul_(numbers.decay)
+    largest, spare = scratch
+    decays = [1 - weight for weight in local.weights[:, 0].tolist()]
+    divisors, rest = moments.second, {"eps": numbers.eps, "maximize": False}
+    if numbers.denominator == "max":
+        largest.zero_()
+        spare.zero_()
+        for (gradient, divisor), square, beta2 in zip(_balanced(gradients, local), moments.second, decays, strict=True):
+            if beta2 < 1:  # else neither gradient nor moment was ever anything but zero
+                lists = ([spare], [gradient], [spare], [square], [largest], [LONG_AGO])
+                none = {"lr": 0.0, "beta1": 0.0, "beta2": beta2, "weight_decay": 0.0, "amsgrad": True, **rest}
+                torch._fused_adamw_(*lists, grad_scale=divisor, **none)  # type: ignore[call-overload]
+        divisors, decays = [largest], [STANDING]
+        total = torch.div(total, len(gradients), out=spare)
+    lr = numbers.lr / float(local.factor)
+    decay = (1 - numbers.decay) / lr if lr and numbers.decay is not None else 0.0
+    lists = ([parameter], [total], [moments.first[0]], divisors, [], [LONG_AGO])
+    betas = {"beta1": 1 - numbers.share, "beta2": decays[0]}
+    torch._fused_adamw_(*lists, lr=lr, weight_decay=decay, amsgrad=False, **betas, **rest)  # type: ignore[call-overload]
 
 
 def _suits_fused(denominator: Denominator, device: torch.device, dtype: torch.dtype) -> bool:
@@ -84,16 +90,9 @@ def _suits_fused(denominator: Denominator, device: torch.device, dtype: torch.dt
     return denominator in ("max", "sum") and norms.is_host(device) and dtype in (torch.float32, torch.float64)
 
 
-def _balanced(gradients: Rows, scales: Tensor, denominator: Denominator, total: Tensor) -> Iterable[Any]:
-    """The balanced gradients, [b] each, with what the kernel is still to divide them by: it does so in fp32 only.
-
-    With denominator "sum" there is one, of the sum, written to ``total``. ``scales`` is [I].
-    """
-    if denominator == "sum":
-        torch.mul(gradients[0], scales[0], out=total)
-        for gradient, scale in zip(gradients[1:], scales[1:], strict=True):
-            total.addcmul_(gradient, scale)
-        return [(total, None)]
+def _balanced(gradients: Rows, local: Coefficients) -> Iterable[Any]:
+    """The balanced gradients, [b] each, with what the kernel is still to divide them by: it does so in fp32 only."""
+    scales = local.scales[:, 0]
     if scales.dtype != torch.float32:
         return [(gradient.mul_(scale), None) for gradient, scale in zip(gradients, scales, strict=True)]
     return zip(gradients, scales.reciprocal(), strict=True)
@@ -102,7 +101,7 @@ def _balanced(gradients: Rows, scales: Tensor, denominator: Denominator, total: 
 class Case(NamedTuple):
     """What tells one compiled kernel from another; all other numbers are free."""
 
-    terms: int
+    terms: int  # whose gradients it takes
     moments: tuple[int, ...]  # how many of each
     dtype: torch.dtype
     device: torch.device
@@ -117,10 +116,11 @@ def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
     """The case of a chunk; those that come later must lie in the same memory."""
     assert chunk.gradients is not None
     threads, device = torch.get_num_threads(), chunk.gradients.device
-    free = [None if one is None else 1.0 for one in numbers[:5]]
+    free = [None if one is None else 1.0 for one in numbers[:4]]
     kind = Numbers._make((*free, numbers.denominator, numbers.no_eps, numbers.skipped is None))
     shared = not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED
-    terms, moments = len(chunk.gradients), tuple(map(len, chunk.moment_rows))
+    terms = 0 if numbers.denominator == "sum" else len(chunk.gradients)
+    moments = tuple(map(len, chunk.moment_rows))
     return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, chunk.block, threads, shared)
 
 
@@ -152,24 +152,31 @@ def _kernel(case: Case) -> Update:
     flag = None if case.numbers.skipped else torch.zeros((), dtype=torch.bool, device=case.device)
     numbers = _as_tensors(case.numbers._replace(skipped=flag), wide)
     try:
-        kernel(zeros(1)[0], zeros(case.terms), Moments(*map(zeros, (first, second, largest))), local, numbers, None)
+        kernel(*zeros(2), zeros(case.terms), Moments(*map(zeros, (first, second, largest))), local, numbers, None)
     except Exception as error:
         raise _refusal(case.device, error) from error
     return kernel
 
 
 def _run(
-    kernel: Update, parameter: Tensor, gradients: Rows, moments: Moments, local: Coefficients, numbers: Numbers, _: None
+    kernel: Update,
+    parameter: Tensor,
+    total: Tensor,
+    gradients: Rows,
+    moments: Moments,
+    local: Coefficients,
+    numbers: Numbers,
+    _: None,
 ) -> None:
     used = local if moments.largest else local._replace(correction=None)
     contiguous = Coefficients(*[None if one is None else one.contiguous() for one in used])  # type: ignore[arg-type]
-    kernel(parameter, gradients, moments, contiguous, _as_tensors(numbers, local.scales.dtype), None)
+    kernel(parameter, total, gradients, moments, contiguous, _as_tensors(numbers, local.weights.dtype), None)
 
 
 def _as_tensors(numbers: Numbers, dtype: torch.dtype) -> Numbers:
     """As tensors, so that another learning rate is no reason to compile anew; on the host, where they are known."""
-    lr, share, eps, decay, limit = _scalars(numbers[:5], dtype)
-    return numbers._replace(lr=lr, share=share, eps=eps, decay=decay, limit=limit)
+    lr, share, eps, decay = _scalars(numbers[:4], dtype)
+    return numbers._replace(lr=lr, share=share, eps=eps, decay=decay)
 
 
 @lru_cache(maxsize=64)  # they are the same for all chunks of a group
@@ -185,9 +192,10 @@ def _options(shared: bool) -> dict[str, Any]:
 
 
 class CompiledTables:
-    """What a step does to the tables, as one call in place of some hundred operations, compiled when it first comes."""
+    """What a step does to the tables, as few calls in place of some hundred operations, compiled when they first come."""
 
     def __init__(self, tables: Tables) -> None:
+        self.weighed = _compiled(tables, Tables.weighed)
         self.measured = _compiled(tables, Tables.measured)
         self.light = _compiled(tables, Tables.light)
 

@@ -1,8 +1,9 @@
-"""Algorithm 1 of the paper, lines 9 to 14, on one chunk: ``b`` elements that lie side by side.
+"""Algorithm 1 of the paper, lines 8 to 14, on one chunk: ``b`` elements that lie side by side.
 
-Every term is absorbed, then the parameters move. By default both happen in ``step``; with ``low_memory`` each term is
-absorbed as soon as its gradient is there; with ``compile=True`` this same code becomes one kernel. Lines 7 and 8, which
-are per layer, are in ``balancing.py``; ``scale`` below is their result.
+``backward`` leaves the balanced gradient in ``p.grad``: the sum over the terms, each times its scale. ``step`` takes it
+from there: every term is absorbed, then the parameters move. With ``low_memory`` each term is absorbed as soon as its
+gradient is there; with ``compile=True`` this same code becomes one kernel. Line 7 and the scales of line 8, which are
+per layer, are in ``balancing.py``.
 
 Two things are written otherwise than in the paper, and give the same numbers. All terms share the denominator of line
 14 and the bias correction of line 11, so that the sum of their first moments is all that is used: one first moment
@@ -17,7 +18,7 @@ for results, [b] in the dtype of the arithmetic; ``None`` when compiled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,52 +28,44 @@ from lightning_mtadam.optim.chunks import Coefficients, Moments, Numbers
 Rows: TypeAlias = Sequence[Tensor]
 
 
+def balance(gradients: Rows, scales: Rows | Tensor, total: Tensor) -> Tensor:
+    """``sum_i g~_i`` with ``g~_i = scale_i g_i``   (line 8), written to the total."""
+    torch.mul(gradients[0], scales[0], out=total)
+    for gradient, scale in zip(gradients[1:], scales[1:], strict=True):
+        total.addcmul_(gradient, scale)
+    return total
+
+
 def update(
-    parameter: Tensor, gradients: Rows, moments: Moments, local: Coefficients, numbers: Numbers, scratch: Tensor | None
-) -> None:
-    """Lines 9 to 14 of all terms, in place; here ``scratch`` has two rows."""
-    wide = moments.widened(local.scales.dtype)
-    total = torch.empty_like(gradients[0], dtype=local.scales.dtype) if scratch is None else scratch[0]
-    spares = [None if scratch is None else scratch[1]] * len(gradients)
-    absorb_all(gradients, total.zero_(), wide, local, numbers, spares)
-    move(parameter, total, wide, local, numbers, spares[0])
-    moments.keep(wide)
-
-
-def absorb_all(
-    gradients: Rows, total: Tensor, moments: Moments, local: Coefficients, numbers: Numbers, spares: Sequence[Any]
-) -> None:
-    """The parts of all terms. A gradient may be its own scratch, and the first the total: then they are used up."""
-    clip = None
-    if numbers.limit is not None:  # all terms take the same factor, which clamps the entries of their sum
-        size = balanced_sum(gradients, local.scales, numbers.skipped).abs_()
-        clip = torch.where(size > numbers.limit, numbers.limit / size, 1)
-    for term, (gradient, spare) in enumerate(zip(gradients, spares, strict=True)):
-        absorb(term, gradient, total, moments, local, numbers, spare, clip)
-
-
-def absorb(
-    term: int,
-    gradient: Tensor,
+    parameter: Tensor,
     total: Tensor,
+    gradients: Rows,
     moments: Moments,
     local: Coefficients,
     numbers: Numbers,
-    scratch: Tensor | None = None,
-    clip: Tensor | None = None,
+    scratch: Tensor | None,
 ) -> None:
-    """One term's part: its balanced gradient enters the total, and its square the term's second moment."""
-    balanced = _balanced(gradient, local.scales[term], numbers.skipped, scratch)
-    if clip is not None:
-        balanced.mul_(clip)
-    keep = balanced is total  # which goes on without being squared
+    """Lines 9 to 14 of all terms, in place, from the balanced gradient, ``total``, and the terms' own."""
+    wide = moments.widened(local.weights.dtype)
+    for term, gradient in enumerate(gradients):
+        absorb(term, scaled(term, gradient, local, numbers, scratch), wide, local, numbers)
+    move(parameter, total, wide, local, numbers, scratch)
+    moments.keep(wide)
+
+
+def scaled(term: int, gradient: Tensor, local: Coefficients, numbers: Numbers, scratch: Tensor | None) -> Tensor:
+    """``g~_i = scale_i g_i``   (line 8). A gradient may be its own scratch."""
+    assert local.scales is not None
+    balanced = torch.mul(gradient, local.scales[term], out=scratch)
+    return balanced if numbers.skipped is None else balanced.masked_fill_(numbers.skipped, 0)
+
+
+def absorb(term: int, balanced: Tensor, moments: Moments, local: Coefficients, numbers: Numbers) -> None:
+    """One term's part: the square of its balanced gradient, which is used up, enters its second moment."""
     if numbers.denominator == "own":  # m_i <- beta1 m_i + (1 - beta1) g~_i   (line 9)
         _average(moments.first[term], balanced, _unless_skipped(numbers.share, 0.0, balanced, numbers))
-    elif not keep:
-        total.add_(balanced)
-    if numbers.denominator != "sum":  # v^_i <- v^_i + w_i (g~_i^2 - v^_i)   (lines 10 and 12)
-        square = balanced * balanced if keep else balanced.mul_(balanced)
-        _average(moments.second[term], square, local.weights[term])
+    # v^_i <- v^_i + w_i (g~_i^2 - v^_i)   (lines 10 and 12)
+    _average(moments.second[term], balanced.mul_(balanced), local.weights[term])
 
 
 def forget(term: int, moments: Moments, local: Coefficients) -> None:
@@ -91,36 +84,28 @@ def move(
     """What is done once for all terms: the merged first moment, and the step."""
     first, second, largest = moments
     if numbers.denominator != "own":  # M <- beta1 M + (1 - beta1) / V sum_i g~_i   (line 9)
-        mean = total if len(second) == 1 else torch.div(total, len(second), out=scratch)
-        _average(first[0], mean, _unless_skipped(numbers.share, 0.0, total, numbers))
-    if numbers.denominator == "sum":  # v^ <- v^ + w ((sum_i g~_i)^2 - v^)   (lines 10 and 12, as in Adam)
-        _average(second[0], torch.mul(total, total, out=scratch), local.weights[0])
+        mean = total.to(local.weights.dtype)
+        if len(second) > 1 or numbers.skipped is not None:
+            mean = torch.div(mean, len(second), out=scratch)
+        if numbers.skipped is not None:
+            mean.masked_fill_(numbers.skipped, 0)
+        _average(first[0], mean, _unless_skipped(numbers.share, 0.0, mean, numbers))
+        if numbers.denominator == "sum":  # v^ <- v^ + w ((sum_i g~_i)^2 - v^)   (lines 10 and 12, as in Adam)
+            _average(second[0], torch.mul(mean, mean, out=scratch), local.weights[0])
     if largest and local.correction is not None:  # amsgrad: of what is not corrected yet
         for row, value, correction in zip(largest, second, local.correction, strict=True):
             found = value * correction
             row.copy_(torch.maximum(row, found if numbers.skipped is None else found.masked_fill_(numbers.skipped, 0)))
         second = [row / correction for row, correction in zip(largest, local.correction, strict=True)]
-    moved = parameter.to(total.dtype)
+    moved = parameter.to(local.weights.dtype)
     if numbers.decay is not None:  # decoupled, as in AdamW
-        moved.mul_(_unless_skipped(numbers.decay, 1.0, total, numbers))
+        moved.mul_(_unless_skipped(numbers.decay, 1.0, moved, numbers))
     # theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)   (lines 11 and 14; the factor is M's bias correction)
     squares = second if numbers.denominator == "own" else [_joined(second, local.reaching, scratch)]
     for moment, square, factor in zip(first, squares, local.factor, strict=True):
         _subtract_quotient(moved, moment, torch.sqrt(square, out=scratch).add_(numbers.eps).mul_(factor), numbers)
     if moved is not parameter:
         parameter.copy_(moved)
-
-
-def balanced_sum(gradients: Rows, scales: Tensor, skipped: Tensor | None = None) -> Tensor:
-    """``sum_i g~_i``, [b]: what clipping looks at before any term is absorbed."""
-    rows = zip(gradients, scales, strict=True)
-    return torch.stack([_balanced(gradient, scale, skipped, None) for gradient, scale in rows]).sum(0)
-
-
-def _balanced(gradient: Tensor, scale: Tensor, skipped: Tensor | None, scratch: Tensor | None) -> Tensor:
-    """``g~_i = scale_i g_i``   (line 8)."""
-    balanced = torch.mul(gradient, scale, out=scratch)
-    return balanced if skipped is None else balanced.masked_fill_(skipped, 0)
 
 
 def _joined(second: Rows, reaching: Tensor | None, scratch: Tensor | None) -> Tensor:

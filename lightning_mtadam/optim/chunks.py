@@ -28,24 +28,23 @@ class Numbers(NamedTuple):
     share: Any  # 1 - beta1
     eps: Any
     decay: Any  # 1 - lr * weight_decay; None without weight decay
-    limit: Any  # of the entries of the balanced gradient, where it is clipped by value
     denominator: Denominator
     no_eps: bool  # whether eps is zero
     skipped: Tensor | None  # a boolean scalar: where it is true nothing may change; None: it is known to be false
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], denominator: Denominator, limit: float | None, skipped: Tensor | None) -> Any:
+    def of(cls, group: Mapping[str, Any], denominator: Denominator, skipped: Tensor | None) -> Any:
         """The numbers of a group as they are now."""
         lr, eps = float(group["lr"]), float(group["eps"])
         decay = 1 - lr * group["weight_decay"] if group["weight_decay"] else None
         share = 1 - float(group["betas"][0])
-        return cls(-lr if group["maximize"] else lr, share, eps, decay, limit, denominator, eps == 0, skipped)
+        return cls(-lr if group["maximize"] else lr, share, eps, decay, denominator, eps == 0, skipped)
 
 
 class Coefficients(NamedTuple):
     """What differs between layers and terms: [I, b] of a chunk, or [I, 1]; of all parameters together [P, I]."""
 
-    scales: Tensor  # importance_i n_anchor / n_i   (Alg. 1, line 8)
+    scales: Tensor | None  # importance_i n_anchor / n_i   (Alg. 1, line 8); None with denominator "sum"
     weights: Tensor  # of V second moments, (1 - beta2) / (1 - beta2^t); zero where the term has not reached
     factor: Tensor  # one, or one per term with "own": (1 - beta1^t) / V, times the terms that reach with update="mean"
     reaching: Tensor | None  # one: the number of terms that reach, at least 1; with denominator "mean" only

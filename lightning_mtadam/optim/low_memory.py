@@ -33,14 +33,14 @@ class LowMemory:
         self._anchor: Any = balancing.reference_of(self.tables.options.anchor, self.tables.terms)
         parts = list(map(sharding.local, self.tables.parameters))
         flags = [member in self.tables.row_of for member in range(len(parts))]
-        self._sums = GradientMemory(parts, flags, self.tables.keys, 1, apart=True)  # of the balanced gradients
+        self.sums = GradientMemory(parts, flags, self.tables.keys, 1, apart=True)  # of the balanced gradients
         self._observed: dict[str, Tensor] = {}
         self._finite: Tensor | None = None  # on an accelerator, whether all gradients so far were
         self._reached = [[False] * len(parts) for _ in self.tables.terms]  # [I][P]
         self._late: dict[int, Gradients] = {}
 
     def absorb_all(self, batch: Batch, memory: GradientMemory | None) -> None:
-        """Differentiate and consume the terms, the anchor first; ``p.grad`` is then the balanced gradient.
+        """Differentiate and consume the terms, the anchor first; ``sums`` are then the balanced gradients.
 
         ``memory`` is for one term's gradients, while they are averaged. Gradients that are not finite raise.
         """
@@ -58,8 +58,6 @@ class LowMemory:
             found.close()
         for column, gradients in self._late.items():
             self._consume(column, gradients)
-        for parameter, total, touched in zip(self.tables.parameters, self._sums.views[0], self._touched, strict=True):
-            parameter.grad = sharding.like(total, parameter) if total is not None and touched else None
 
     def observe(self, _: object, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """As of ``Updater``. On the host it is known already that they are finite."""
@@ -70,27 +68,34 @@ class LowMemory:
     def balance(self, _: object, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """As of ``Updater``."""
         self.updater.follow_groups(finite=finite)
-        touched = self.tables.constant([self._touched[member] for member in self.tables.members], torch.bool)
-        return self.tables.measured(norms, touched[:, None], self._present(), finite)
+        touched = self.tables.constant([self.touched[member] for member in self.tables.members], torch.bool)[:, None]
+        weighed = self.tables.weighed(norms, touched, self._present())
+        return weighed.scales, self.tables.measured(norms, touched, weighed, finite)
 
     def run(self, coefficients: Coefficients) -> None:
         """Update first moments and parameters."""
         if self.tables.options.denominator != "sum":
             for column, reached in enumerate(self._reached):
-                missed = [here and not now for here, now in zip(self._touched, reached, strict=True)]
+                missed = [here and not now for here, now in zip(self.touched, reached, strict=True)]
                 self._forget(column, missed, coefficients)
-        chunks = self.updater.chunks_like(self._sums, self._touched)
+        chunks = self.updater.chunks_like(self.sums, self.touched)
         for chunk, local in zip(chunks, chunks.local(coefficients), strict=True):
             moments, gathered = chunk.moment_rows.widened(chunk.dtype), chunk.gathered()
             flat = chunk.copied() if gathered is None else gathered
-            total, scratch = chunk.row_in(self._sums).to(chunk.dtype), self.updater.scratch(chunk, chunk.dtype)
+            total, scratch = chunk.row_in(self.sums), self.updater.scratch(chunk, chunk.dtype)
             spare = None if scratch is None else scratch[0]
             algorithm.move(flat, total, moments, local, self.updater.numbers_at(chunk), spare)
             chunk.moment_rows.keep(moments)
             chunk.put_back(flat)
 
+    def drop(self, indices: Sequence[int]) -> None:
+        """Leave some parameters alone; second moments must not have seen their gradients."""
+        for reached in self._reached:
+            for index in indices:
+                reached[index] = False
+
     @property
-    def _touched(self) -> list[bool]:
+    def touched(self) -> list[bool]:
         """Per parameter, whether any term reaches it."""
         return [any(flags) for flags in zip(*self._reached, strict=True)]
 
@@ -150,7 +155,7 @@ class LowMemory:
             return
         updater.follow_groups(finite=self._finite)
         scales = tables.by_parameter(tables.scales(*self._averages()))[:, column, None]
-        chunks = self.updater.chunks_like(self._sums, flags)
+        chunks = self.updater.chunks_like(self.sums, flags)
         for chunk, scale, weight in zip(
             chunks, chunks.spread(scales), chunks.spread(self._weights(column)), strict=True
         ):
@@ -158,9 +163,12 @@ class LowMemory:
             squares = () if tables.options.denominator == "sum" else chunk.moment_rows.second[column : column + 1]
             kept, scratch = Moments((), squares), updater.scratch(chunk, chunk.dtype)
             moments, local = kept.widened(chunk.dtype), Coefficients(scale, weight, scale, None, None)
-            spare = None if scratch is None else scratch[1]
-            algorithm.absorb(0, gradient, chunk.row_in(self._sums), moments, local, updater.numbers_at(chunk), spare)
-            kept.keep(moments)
+            spare, numbers = None if scratch is None else scratch[1], updater.numbers_at(chunk)
+            balanced = algorithm.scaled(0, gradient, local, numbers, spare)
+            chunk.row_in(self.sums).add_(balanced)
+            if squares:
+                algorithm.absorb(0, balanced, moments, local, numbers)
+                kept.keep(moments)
         self._reached[column] = [before or now for before, now in zip(self._reached[column], flags, strict=True)]
 
     def _weights(self, column: int) -> Tensor:
@@ -172,7 +180,7 @@ class LowMemory:
 
     def _forget(self, column: int, flags: Sequence[bool], coefficients: Coefficients) -> None:
         """Let the second moments of a term see zeros at the parameters that it does not reach."""
-        chunks = self.updater.chunks_like(self._sums, flags)
+        chunks = self.updater.chunks_like(self.sums, flags)
         for chunk, local in zip(chunks, chunks.local(coefficients), strict=True):
             kept = Moments((), chunk.moment_rows.second)
             moments = kept.widened(chunk.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
+from lightning_mtadam.collect.shown import Spent
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.optim.layers import named_alike
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
@@ -136,10 +137,13 @@ class MTAdam(TermOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._pending.gradients or self._pending.absorbed is not None:
+        collected = self._pending.shown is not None
+        self._meet_edits(goes_on=False)
+        if self._pending.shown is not None:
             self._update()
-        else:
-            self._check_nothing_to_do(skipped=closure is not None and loss is None)
+            self._pending.spent = Spent(self._parameters())
+        else:  # a closure may reset all gradients to skip the step
+            self._check_nothing_to_do(skipped=closure is not None and (loss is None or collected))
         self._pending.clear()
         return loss
 
@@ -147,11 +151,10 @@ class MTAdam(TermOptimizer):
     def _update(self) -> None:
         """Algorithm 1, for the gradients that are pending."""
         self._recall()
-        self._allocate()
         updater = self._pending.absorbed or self._updater()
         with self._skipping_nonfinite():
-            norms, finite = updater.observe(self._pending, self._watch)  # lines 5 to 7: g and ||g||
-            scales, coefficients = updater.balance(self._pending, norms, finite)  # lines 7, 8, 11 and 12
+            norms, finite = updater.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
+            scales, coefficients = updater.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             updater.run(coefficients)  # lines 9 to 14, chunk by chunk
             self._count()  # line 3: t
             self._kept[::2] = [self._key(), self._moments()]  # which the first step has joined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.schedule import decay_of_norms
 from lightning_mtadam.optim.state import BALANCE_KEYS, State
+
+
+class Weighed(NamedTuple):
+    """What the gradients of a step make of the norms, and of the scales: [L, I] each."""
+
+    norms: Tensor
+    counts: Tensor
+    scales: Tensor
 
 
 class Tables:
@@ -87,31 +95,32 @@ class Tables:
             columns.append(norms if self._every else [norms[member] for member in self.members])
         return sharding.join_rows(norm_table(columns, self.norms, uniform=self._uniform), self.shardings)
 
-    def measured(
-        self, observed: Tensor, touched: Tensor, present: Tensor, finite: Tensor | None
-    ) -> tuple[Tensor, Coefficients]:
-        """What a step with the gradients of every term does to the tables   (Alg. 1, lines 7 and 8).
+    def weighed(self, observed: Tensor, touched: Tensor, present: Tensor) -> Weighed:
+        """The norms after a step with the gradients of every term, and the scales by them   (Alg. 1, lines 7 and 8).
 
         ``observed`` [P, I] are the norms of the gradients, ``touched`` [P, 1] whether any term's graph reached the
-        parameter, ``present`` [I] whether the term is in this step's losses; where ``finite`` is false nothing changes.
-        Gives the scales, [L, I], and the coefficients of all parameters.
+        parameter, ``present`` [I] whether the term is in this step's losses. The tables are as before.
         """
         norms, counts = self.averaged(observed, touched, present)
-        changes = [(self.norms, self.by_parameter(norms)), (self.counts, self.by_parameter(counts))]
+        return Weighed(norms, counts, self.scales(norms, counts))
+
+    def measured(self, observed: Tensor, touched: Tensor, weighed: Weighed, finite: Tensor | None) -> Coefficients:
+        """What that step does to the tables; where ``finite`` is false nothing changes.
+
+        Gives the coefficients of all parameters.
+        """
+        changes = [(self.norms, self.by_parameter(weighed.norms)), (self.counts, self.by_parameter(weighed.counts))]
         changes.append((self.clocks, balancing.tick(self.clocks, observed > 0, touched)))
         for kept, moved in changes:
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
-        scales = self.scales(*self.norms_by_layer())
-        return scales, self._coefficients(scales, scales, finite)
+        scales = weighed.scales if finite is None else torch.where(finite, weighed.scales, 0)
+        return self._coefficients(scales, finite)
 
-    def light(
-        self, observed: Tensor, touched: Tensor, frozen: Tensor, finite: Tensor | None
-    ) -> tuple[Tensor, Coefficients]:
-        """As ``measured``, with the gradient of one sum of the terms, times their ``frozen`` scales: it gives ones."""
+    def light(self, observed: Tensor, touched: Tensor, frozen: Tensor, finite: Tensor | None) -> Coefficients:
+        """As ``measured``, with the gradient of one sum of the terms, times their ``frozen`` scales."""
         clocks = balancing.tick(self.clocks, torch.zeros_like(observed, dtype=torch.bool), touched)
         self.clocks.copy_(clocks if finite is None else torch.where(finite, clocks, self.clocks))
-        scales = torch.ones_like(frozen[:, :1])
-        return scales, self._coefficients(scales, frozen, finite)
+        return self._coefficients(frozen, finite)
 
     def averaged(self, observed: Tensor, touched: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """The layers' norms and counts after a step, [L, I] each; the arguments are those of ``measured``."""
@@ -169,12 +178,12 @@ class Tables:
         """Give each parameter the row of its layer: [L, k] -> [P, k]."""
         return rows if self._own_layers else rows[self._layer_of]
 
-    def _coefficients(self, scales: Tensor, recorded: Tensor, finite: Tensor | None) -> Coefficients:
+    def _coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
         """The coefficients of all parameters, from scales [L, I] or [L, 1] and the clocks   (Alg. 1, lines 11, 12)."""
         balancing.record_scales(
             self.log_scales,
             self.log_scale_counts,
-            recorded if len(recorded) == 1 else self.by_parameter(recorded),
+            scales if len(scales) == 1 else self.by_parameter(scales),
             finite,
         )
         shared, own, denominator = self.clocks[:, :1], self.clocks[:, 1:], self.options.denominator
@@ -191,7 +200,7 @@ class Tables:
         if finite is not None:
             weights, factor = torch.where(finite, weights, 0), torch.where(finite, factor, torch.inf)
         return Coefficients(
-            scales=self.by_parameter(scales),
+            scales=None if denominator == "sum" else self.by_parameter(scales),
             weights=weights,
             factor=factor,
             reaching=reaching if denominator == "mean" else None,

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.collect.first_look import look_at
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
-from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
+from lightning_mtadam.collect.pending import PendingGradients
+from lightning_mtadam.collect.shown import ClipAlgorithm, Shown, run_hooks
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Numbers, Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
@@ -23,6 +25,7 @@ from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
+from lightning_mtadam.optim import edits
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
 from lightning_mtadam.optim.options import LayerRule, Options
@@ -30,7 +33,7 @@ from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints, warn
+from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, warn
 
 
 class TermOptimizer(Optimizer):
@@ -65,8 +68,10 @@ class TermOptimizer(Optimizer):
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
-        ``p.grad`` gets the sum over the terms, for whoever looks at it. Gradients add up over several calls until
-        :meth:`step` consumes them, or :meth:`zero_grad` drops them.
+        ``p.grad`` is then the balanced gradient, the sum over the terms as scaled, from which :meth:`step` takes the
+        first moment: what is done to it counts. Gradients add up over several calls until :meth:`step` consumes them,
+        or :meth:`zero_grad` drops them. Leaves of the graph that are not the optimizer's get no gradient. A hook of
+        ``p.register_hook`` sees the gradient of each term, one of ``p.register_post_accumulate_grad_hook`` ``p.grad``.
 
         Args:
             losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
@@ -84,16 +89,17 @@ class TermOptimizer(Optimizer):
             RuntimeError: another process has failed.
         """
         parameters, pending = self._parameters(), self._pending
-        pending.start_anew_if_reset(parameters)
+        others = {} if pending.shown else pending.spent.others(parameters)
+        self._meet_edits(goes_on=True)
         if loss_scale is not None:
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
-        taken = collect(batch, partial(self._check, batch), self._take, self.terms, pending.terms, self._ranks)
+        take = partial(self._take, others=others)
+        taken = collect(batch, partial(self._check, batch), take, self.terms, pending.terms, self._ranks)
         pending.terms = taken.collected
-        if not self.terms:
-            self._set_terms(taken.terms)
+        run_hooks(parameters)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the collected gradients, and reset ``p.grad``; ``model.zero_grad()`` does so too, unless to zeros."""
@@ -112,17 +118,19 @@ class TermOptimizer(Optimizer):
         self._pending.skip = True
 
     def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
-        """Clip the balanced gradient, the sum over the terms, in the next :meth:`step`; not ``p.grad``.
+        """Clip the balanced gradient, the sum over the terms, that :meth:`backward` has left in ``p.grad``.
 
-        ``limit`` is the largest L2 norm over all parameters ("norm"), or magnitude of an entry ("value"). All terms
-        take the same factor, so that clipping does not disturb the balance.
+        ``limit`` is the largest L2 norm over all parameters ("norm"), or magnitude of an entry ("value"), without the
+        loss scale. All terms take the same factor, so that clipping does not disturb the balance.
         """
         if algorithm not in ("norm", "value"):
             raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
         if not limit > 0:
             raise ValueError(f"limit must be above 0, but got {limit!r}.")
         self._refuse_with_low_memory("clipping")
-        self._pending.clip = (algorithm, float(limit))
+        if self._pending.shown is not None:
+            clip = self._pending.shown.shorten if algorithm == "norm" else self._pending.shown.clamp
+            clip(self._parameters(), float(limit))
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
@@ -158,35 +166,89 @@ class TermOptimizer(Optimizer):
             told += [(f"{name}{where}", repr(group[name])) for name in names]
         return tuple(told)
 
-    def _take(self, batch: Batch) -> None:
-        pending, rows = self._pending, batch.terms
+    def _take(self, batch: Batch, others: Mapping[int, Tensor]) -> None:
+        """Differentiate the losses, and show the balanced gradient; ``others`` were in ``p.grad`` before."""
+        pending, known = self._pending, self.terms
         factors = self._factors(batch)
-        if factors is not None:
-            batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
-        with as_fabric_backward():
-            if self._options.low_memory:
-                self._absorb(batch)
-                return
-            pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
-            pending.add(batch, rows)
-        pending.light = factors is not None
-        pending.show_sum(batch.parameters, batch.loss_scale)
-
-    def _absorb(self, batch: Batch) -> None:
-        known = self.terms
-        self._set_terms(batch.terms)
-        self._allocate()
         try:
-            absorbed = LowMemory(self._updater(), self._watch)
-            if batch.averaging is not None:
-                self._pending.memory = self._memory(1, batch)
-            absorbed.absorb_all(batch, self._pending.memory)
+            with as_fabric_backward():
+                look_at(batch, pending.seen)
+                if self._options.low_memory:
+                    memory, touched = self._absorb(batch)
+                else:
+                    memory, touched = self._collect(batch, factors)
+            if batch.loss_scale is not None:
+                for rows in memory.rows:
+                    rows.mul_(batch.loss_scale.to(rows))
+            watched = are_on_host(batch.parameters) and (self._refuses_edits or batch.processes.sharded)
+            pending.shown = Shown(memory, batch.parameters, touched, batch.loss_scale, watched=watched)
         except BaseException:
+            pending.clear()
             if not known:  # nor are the terms now
                 self.state.clear()
                 self._set_terms(())
             raise
+        pending.shown.add(batch.parameters, others)
+
+    def _collect(self, batch: Batch, factors: Mapping[str, Tensor] | None) -> tuple[GradientMemory, list[bool]]:
+        """Hold the gradients of the losses, or of their sum times these factors; give the balanced gradient."""
+        pending, rows = self._pending, batch.terms
+        if factors is not None:
+            batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
+        pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
+        pending.add(batch, rows)
+        pending.light = factors is not None
+        self._prepare_state(batch.terms)
+        return self._updater().show(pending), pending.touched
+
+    def _absorb(self, batch: Batch) -> tuple[GradientMemory, list[bool]]:
+        """Consume the gradients of the losses; give the balanced gradient."""
+        self._prepare_state(batch.terms)
+        absorbed = LowMemory(self._updater(), self._watch)
+        if batch.averaging is not None:
+            self._pending.memory = self._memory(1, batch)
+        absorbed.absorb_all(batch, self._pending.memory)
         self._pending.absorbed = absorbed
+        return absorbed.sums, absorbed.touched
+
+    def _prepare_state(self, terms: tuple[str, ...]) -> None:
+        if not self.terms:
+            self._set_terms(terms)
+        self._allocate()
+
+    @property
+    def _refuses_edits(self) -> bool:
+        """Whether there is more in a step than the balanced gradient and what can still follow it."""
+        denominator = self._options.denominator
+        return denominator == "own" or (self._options.low_memory and denominator != "sum")
+
+    def _meet_edits(self, *, goes_on: bool) -> None:
+        """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed.
+
+        ``goes_on``: whether another batch comes to it, so that no gradient scaler has divided yet.
+        """
+        pending, parameters, shown = self._pending, self._parameters(), self._pending.shown
+        if shown is None:
+            return
+        missing = shown.missing(parameters)
+        if len(missing) == len(shown):
+            pending.drop_gradients()
+            return
+        if pending.absorbed is not None and goes_on:
+            return  # what comes is refused
+        shown.let_go(missing)
+        shown.take_back(parameters, scaled=goes_on)
+        labels = self._layer_names.labels
+        changed = shown.edited.union(missing if pending.absorbed is not None else ())
+        if changed and self._refuses_edits:
+            edits.refuse([labels[index] for index in sorted(changed)], self._options)
+        if not goes_on:
+            edits.refuse_unreached([labels[index] for index in shown.beside(parameters)])
+        if pending.absorbed is not None:
+            pending.absorbed.drop(missing)
+        else:
+            pending.drop(missing)
+            self._updater().follow_edits(pending, goes_on=goes_on)
 
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
@@ -288,9 +350,8 @@ class TermOptimizer(Optimizer):
     def _check(self, batch: Batch) -> Parameters:
         finite = batch.loss_scale is None and self._options.on_nonfinite == "raise" and are_on_host(batch.parameters)
         check_losses(batch.losses, self.terms or None, finite=finite, graph=not batch.replicated)
-        if not self._last_scales:  # what holds for the first step holds for all; and the last walks the whole graph
+        if not self._last_scales:  # what holds for the first step holds for all
             self._options.check_terms(self.terms or tuple(batch.losses))
-            refuse_reentrant_checkpoints(batch.losses)
         if self._layer_names.found is None:
             self._layer_names.layers(self.param_groups)
         if batch.processes.group is None:

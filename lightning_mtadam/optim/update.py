@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import FiniteWatch, is_host
+from lightning_mtadam.collect.norms import FiniteWatch, is_host, norms_of
 from lightning_mtadam.collect.pending import PendingGradients
-from lightning_mtadam.distributed import sharding
-from lightning_mtadam.optim import accelerate, algorithm
+from lightning_mtadam.optim import accelerate, algorithm, edits
 from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import join_moments, leading_of
-from lightning_mtadam.optim.tables import Tables
+from lightning_mtadam.optim.tables import Tables, Weighed
 
 BLOCK = 1 << 18  # elements of a chunk of the host: calls cost little, and what all terms share stays in its cache
 SCRATCH = 1 << 26  # bytes of memory for results on an accelerator, beside one time the parameters
@@ -30,8 +29,8 @@ class _Prepared(NamedTuple):
 
     memory: GradientMemory
     chunks: Chunks
-    jobs: list[tuple[Chunk, Callable[..., None] | None]]  # with what updates each
     touched: Tensor  # [P, 1], whether any term's graph reaches the parameter
+    jobs: dict[Any, list[tuple[Chunk, Callable[..., None] | None]]]  # with what updates each, by kinds of numbers
 
 
 class Updater:
@@ -43,57 +42,101 @@ class Updater:
         self._prepared: dict[Any, _Prepared] = {}
         self._scratch = torch.empty(0, device="cpu")
         self._kept: dict[Any, Chunks] = {}
+        self._weighed: tuple[Tensor, Tensor, Weighed | None] | None = None  # norms of what is pending, and what follows
+
+    def show(self, pending: PendingGradients) -> GradientMemory:
+        """The balanced gradient of what is pending: the sum over the terms, each times its scale."""
+        assert pending.memory is not None
+        *_, weighed = self._weighed = self._weigh(pending)
+        shown = pending.memory.beside()
+        if weighed is None:
+            for mine, rows in zip(shown.rows, pending.memory.rows, strict=True):
+                mine.copy_(rows[:1])
+            return shown
+        chunks = self._prepare(pending).chunks
+        for chunk, scales in zip(chunks, chunks.spread(self.tables.by_parameter(weighed.scales)), strict=True):
+            total, rows = chunk.row_in(shown), chunk.gradient_rows
+            length = BLOCK if is_host(chunk.device) else _length(chunk, 1) if _is_narrow(chunk) else WHOLE
+            for piece in _pieces(total, length // chunk.block):
+                _balance([row[piece] for row in rows], _cut_at(piece, scales), total[piece])
+        return shown
+
+    def follow_edits(self, pending: PendingGradients, *, goes_on: bool) -> None:
+        """Let the terms' gradients follow what users have made of ``p.grad``, where more than that is looked at.
+
+        ``goes_on``: whether gradients of another batch come to it.
+        """
+        shown, sole = pending.shown, self.options.denominator == "sum" and not goes_on
+        if shown is None or sole or not shown.changed:
+            return
+        *_, weighed = self._weighed or self._weigh(pending)
+        for index in shown.changed:
+            names = [name for name, gradients in pending.gradients.items() if gradients[index] is not None]
+            rows = [pending.gradients[name][index] for name in names]
+            if weighed is None:
+                rows[0].copy_(shown.memory.views[0][index])
+            else:
+                scales = self.tables.by_parameter(weighed.scales)[self.tables.row_of[index]]
+                edits.share(shown, index, rows, scales[[self.tables.terms.index(name) for name in names]])
+            for name, norm in zip(names, norms_of(rows), strict=True):
+                pending.norms[name][index] = norm
 
     def observe(self, pending: PendingGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
-        rows = (SUM,) if pending.light else self.tables.terms
-        norms = self.tables.observe(pending, rows)
-        return norms, watch.check(norms, self.tables.names, rows)
+        if self._weighed is None:  # the updater is new since
+            self._weighed = self._weigh(pending)
+        norms = self._weighed[0]
+        return norms, watch.check(norms, self.tables.names, _rows_of(pending, self.tables))
 
     def balance(self, pending: PendingGradients, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """Let norms, scales and clocks see the step; what cannot be compiled raises before.
 
         Gives what multiplies the terms' gradients, [L, I], and the coefficients of all parameters.
         """
-        tables, (kind, limit) = self.tables, pending.clip or (None, None)
-        self.follow_groups(limit if kind == "value" else None, finite)
-        self._prepare(pending)
-        if pending.light:
-            frozen = tables.frozen_scales
-            scales, coefficients = self._steps.light(norms, self._now.touched, frozen, finite)
+        assert self._weighed is not None
+        assert pending.shown is not None
+        (_, touched, weighed), self._weighed, tables = self._weighed, None, self.tables
+        self.follow_groups(finite=finite)
+        self._shown, self._now = pending.shown.memory, self._prepare(pending)
+        self._jobs = self._find_jobs()
+        if weighed is not None and self._now.touched is not touched:  # some gradients were taken away
+            weighed = self._steps.weighed(norms, self._now.touched, self._present(pending))
+        if weighed is None:
+            scales = tables.frozen_scales
+            coefficients = self._steps.light(norms, self._now.touched, scales, finite)
         else:
-            present = tables.constant([term in pending.gradients for term in tables.terms], torch.bool)
-            scales, coefficients = self._steps.measured(norms, self._now.touched, present, finite)
+            scales = weighed.scales
+            coefficients = self._steps.measured(norms, self._now.touched, weighed, finite)
             tables.freeze(None if self.options.compile else scales)  # compiled, the last digit may be another
-        if limit is not None and kind == "norm":
-            factor = self._clip_factor(coefficients.scales, limit)
-            scales, coefficients = scales * factor, coefficients._replace(scales=coefficients.scales * factor)
-        return (frozen * scales if pending.light else scales), coefficients
+        factor = pending.shown.factor
+        if factor is None:
+            return scales, coefficients
+        shortened = None if coefficients.scales is None else coefficients.scales * factor
+        return scales * factor, coefficients._replace(scales=shortened)
 
     def run(self, coefficients: Coefficients) -> None:
         """Update moments and parameters."""
         # To gather elements between updates, which flush the cache, would take longer; but what is scattered is copied.
-        early = [None if update is None else chunk.gathered() for chunk, update in self._now.jobs]
-        for (chunk, update), held, local in zip(
-            self._now.jobs, early, self._now.chunks.local(coefficients), strict=True
-        ):
+        early = [None if update is None else chunk.gathered() for chunk, update in self._jobs]
+        for (chunk, update), held, local in zip(self._jobs, early, self._now.chunks.local(coefficients), strict=True):
             if update is None:
                 self._use_up(chunk, local)
                 continue
-            flat, scratch = chunk.copied() if held is None else held, self.scratch(chunk, local.scales.dtype)
-            update(flat, chunk.gradient_rows, chunk.moment_rows, local, self.numbers_at(chunk), scratch)
+            flat, scratch = chunk.copied() if held is None else held, self.scratch(chunk, chunk.dtype)
+            moments, numbers = chunk.moment_rows, self.numbers_at(chunk)
+            update(flat, chunk.row_in(self._shown), self._rows_of(chunk), moments, local, numbers, scratch)
             if held is None:
                 chunk.put_back(flat)
-        for (chunk, _), held in zip(self._now.jobs, early, strict=True):
+        for (chunk, _), held in zip(self._jobs, early, strict=True):
             if held is not None and (chunk.packed or chunk.block > 1):
                 chunk.put_back(held)
 
-    def follow_groups(self, limit: float | None = None, finite: Tensor | None = None) -> None:
+    def follow_groups(self, finite: Tensor | None = None) -> None:
         """Take the numbers of the groups as they are now. ``finite``: as of :meth:`observe`."""
         self.tables.follow_groups()
         skipped, denominator = None if finite is None else ~finite, self.options.denominator
         groups = self.tables.distinct
-        self._numbers = {id(group): Numbers.of(group, denominator, limit, skipped) for group in groups}
+        self._numbers = {id(group): Numbers.of(group, denominator, skipped) for group in groups}
         self._flags = {} if skipped is None else {device: skipped.to(device) for device in self.tables.devices}
 
     def numbers_at(self, chunk: Chunk) -> Numbers:
@@ -128,38 +171,58 @@ class Updater:
         rows = self.tables.row_of
         return Chunks((part for whole in wholes for part in whole.runs(wanted, rows, limit(whole))), self.tables.device)
 
-    def _prepare(self, pending: PendingGradients) -> None:
-        """Find the chunks over the parameters that have gradients, and what updates each, unless they are as before."""
+    def _weigh(self, pending: PendingGradients) -> tuple[Tensor, Tensor, Weighed | None]:
+        """The norms of the gradients, [P, I], what they reach, and what follows; nothing from those of a sum."""
+        self.tables.follow_groups()
+        norms, touched = self.tables.observe(pending, _rows_of(pending, self.tables)), self._prepare(pending).touched
+        light = pending.light
+        return norms, touched, None if light else self._steps.weighed(norms, touched, self._present(pending))
+
+    def _present(self, pending: PendingGradients) -> Tensor:
+        return self.tables.constant([term in pending.gradients for term in self.tables.terms], torch.bool)
+
+    def _prepare(self, pending: PendingGradients) -> _Prepared:
+        """Find the chunks over the parameters that have gradients, unless they are as before."""
         memory, tables, touched = pending.memory, self.tables, pending.touched
         assert memory is not None
-        kinds = [(one.no_eps, one.limit is None, one.skipped is None, one.eps) for one in self._numbers.values()]
-        key = (memory, memory.active, tuple(touched), tuple(kinds), torch.get_num_threads())
+        key = memory, memory.active, tuple(touched)
         if key not in self._prepared:
             if len(self._prepared) > 8 or any(kept.memory is not memory for kept in self._prepared.values()):
                 self._prepared.clear()
             wholes, compiled = self._wholes(memory), self.options.compile
             chunks = self._cut(wholes, touched, lambda one: BLOCK if is_host(one.device) and not compiled else WHOLE)
-            jobs = [(chunk, self._update_of(chunk)) for chunk in chunks]
             flags = tables.constant([touched[member] for member in tables.members], torch.bool)[:, None]
-            self._prepared[key] = _Prepared(memory, chunks, jobs, flags)
-        self._now = self._prepared[key]
+            self._prepared[key] = _Prepared(memory, chunks, flags, {})
+        return self._prepared[key]
+
+    def _find_jobs(self) -> list[tuple[Chunk, Callable[..., None] | None]]:
+        """What updates each chunk, unless numbers are of other kinds than before."""
+        kinds = [(one.no_eps, one.decay is None, one.skipped is None, one.eps) for one in self._numbers.values()]
+        key, jobs = (tuple(kinds), torch.get_num_threads()), self._now.jobs
+        if key not in jobs:
+            jobs[key] = [(chunk, self._update_of(chunk)) for chunk in self._now.chunks]
+        return jobs[key]
 
     def _update_of(self, chunk: Chunk) -> Callable[..., None] | None:
         """What updates the chunk; ``None``: the gradients' own memory serves for results."""
-        numbers = self.numbers_at(chunk)
-        faster = accelerate.faster(chunk, numbers, self.options)
+        faster = accelerate.faster(chunk, self.numbers_at(chunk), self.options)
         if faster is not None or is_host(chunk.device):
-            return faster or algorithm.update
-        makes_more = _is_narrow(chunk) or numbers.limit is not None or chunk.moment_rows.largest
-        return partial(_update_in_pieces, _length(chunk, 3 * len(chunk.gradient_rows) + 4)) if makes_more else None
+            return faster or _update_with_scratch
+        many = 3 * len(chunk.gradient_rows) + 4
+        return partial(_update_in_pieces, _length(chunk, many)) if _is_narrow(chunk) or chunk.moment_rows.largest else None
+
+    def _rows_of(self, chunk: Chunk) -> algorithm.Rows:
+        """The terms' gradients, as far as the update looks at them."""
+        return () if self.options.denominator == "sum" else chunk.gradient_rows
 
     def _use_up(self, chunk: Chunk, local: Coefficients) -> None:
         """Update a chunk of an accelerator, where kernels are few and large: memory for results would be so, too."""
         rows, moments, numbers = chunk.gradient_rows, chunk.moment_rows, self.numbers_at(chunk)
-        algorithm.absorb_all(rows, rows[0], moments, local, numbers, rows)
+        for term, row in enumerate(self._rows_of(chunk)):
+            algorithm.absorb(term, algorithm.scaled(term, row, local, numbers, row), moments, local, numbers)
         held = chunk.gathered()
         flat = chunk.copied() if held is None else held
-        algorithm.move(flat, rows[0], moments, local, numbers, rows[0])
+        algorithm.move(flat, chunk.row_in(self._shown), moments, local, numbers, rows[0])
         chunk.put_back(flat)
         self._now.memory.used_up = True
 
@@ -178,20 +241,24 @@ class Updater:
             lies = places, index, 0, 0, gradients.shape[1]
             yield Chunk(tuple(pack), parameters, *lies, gradients, tuple(moments), *owner)
 
-    def _clip_factor(self, scales: Tensor, limit: float) -> Tensor:
-        """By what to multiply the balanced gradient, to bring its L2 norm to ``limit``; ``scales`` are [P, I]."""
-        parts: dict[sharding.Sharding | None, list[Tensor]] = {cut: [] for cut in self.tables.shardings}
-        for chunk, local in zip(self._now.chunks, self._now.chunks.spread(scales), strict=True):
-            length = chunk.size if is_host(chunk.device) else _length(chunk, 2 * len(chunk.gradient_rows) + 1)
-            for piece in _pieces(chunk.gradient_rows[0], length // chunk.block):
-                rows = [row[piece] for row in chunk.gradient_rows]
-                total = algorithm.balanced_sum(rows, _cut_at(piece, local))
-                parts[chunk.cut].append(torch.linalg.vector_norm(total).to(scales))
-        zero = torch.zeros_like(scales[0, 0])  # this process's part of a tensor may be empty
-        norms = [torch.linalg.vector_norm(torch.stack([zero, *mine])) for mine in parts.values()]
-        joined = [sharding.join_norms(norm, cut) for norm, cut in zip(norms, parts, strict=True)]
-        factor: Tensor = limit / (torch.linalg.vector_norm(torch.stack(joined)) + 1e-6)
-        return factor.clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
+
+def _rows_of(pending: PendingGradients, tables: Tables) -> tuple[str, ...]:
+    """What the rows of the gradients' memory are called."""
+    return (SUM,) if pending.light else tables.terms
+
+
+def _balance(gradients: algorithm.Rows, scales: Tensor, total: Tensor) -> None:
+    """The balanced gradient; a narrow dtype saturates, unless a gradient is not finite."""
+    if total.dtype == scales.dtype:
+        algorithm.balance(gradients, scales, total)
+    else:
+        most, wide = torch.finfo(total.dtype).max, torch.empty_like(total, dtype=scales.dtype)
+        total.copy_(algorithm.balance(gradients, scales, wide).clamp_(-most, most))
+
+
+def _update_with_scratch(*arguments: Any) -> None:
+    """As ``algorithm.update``, which takes one of the two rows of results."""
+    algorithm.update(*arguments[:-1], arguments[-1][0])
 
 
 def _is_narrow(chunk: Chunk) -> bool:
@@ -218,6 +285,7 @@ def _cut_at(piece: slice, coefficients: Tensor) -> Tensor:
 def _update_in_pieces(
     length: int,
     parameter: Tensor,
+    total: Tensor,
     gradients: algorithm.Rows,
     moments: Moments,
     local: Coefficients,
@@ -228,4 +296,5 @@ def _update_in_pieces(
     for piece in _pieces(parameter, length // max(1, parameter[:1].numel())):
         mine = Moments(*[[row[piece] for row in rows] for rows in moments])
         theirs = Coefficients(*[None if rows is None else _cut_at(piece, rows) for rows in local])  # type: ignore[arg-type]
-        algorithm.update(parameter[piece], [row[piece] for row in gradients], mine, theirs, numbers, None)
+        rows = [row[piece] for row in gradients]
+        algorithm.update(parameter[piece], total[piece], rows, mine, theirs, numbers, None)

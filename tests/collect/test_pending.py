@@ -110,24 +110,17 @@ def test_gradients_are_views_into_the_memory_whose_other_places_hold_zeros():
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**-10])
-def test_a_loss_scale_is_divided_out_of_the_gradients_and_shown(scale):
+def test_a_loss_scale_is_divided_out_of_the_gradients(scale):
     model = network()
     factor = torch.tensor(scale, dtype=torch.float64)
     pending = collected(model, losses_of(model), grad_output=factor / 2, loss_scale=factor)
     halves = {name: loss / 2 for name, loss in losses_of(model).items()}
     assert_equal(pending.gradients, expected(model, halves))
-    pending.show_sum(list(model.parameters()), factor)
-    totals = expected(model, {"sum": sum(halves.values())})["sum"]
-    for parameter, total in zip(model.parameters(), totals, strict=True):
-        torch.testing.assert_close(parameter.grad, total * scale, rtol=1e-14, atol=1e-16)
 
 
-def test_what_no_term_reaches_shows_no_gradient():
+def test_what_no_term_reaches_is_not_touched():
     model = network()
-    pending = collected(model, losses_of(model, X, ("size",)))
-    assert pending.touched == [True, True, False, False]
-    pending.show_sum(list(model.parameters()), None)
-    assert [parameter.grad is None for parameter in model.parameters()] == [False, False, True, True]
+    assert collected(model, losses_of(model, X, ("size",))).touched == [True, True, False, False]
 
 
 def test_nothing_is_touched_where_nothing_is_pending():
@@ -149,31 +142,32 @@ def test_what_is_pending_moves_to_another_memory():
     assert pending.touched == [True] * 6
 
 
-@pytest.mark.parametrize("reset", [True, False])
-def test_gradients_that_were_reset_behind_its_back_are_dropped(reset):
+def test_dropped_gradients_are_gone_and_what_comes_begins_anew():
     model = network()
     pending, parameters = collected(model, losses_of(model)), list(model.parameters())
-    pending.show_sum(parameters, None)
-    if reset:
-        model.zero_grad()
-    pending.start_anew_if_reset(parameters)
-    assert bool(pending.gradients) is not reset
+    pending.drop([0, 1])
+    assert pending.touched == [False, False, True, True]
+    pending.add(Batch(losses_of(model), parameters, terms=TERMS), TERMS)
+    alone = expected(model, losses_of(model))
+    for name, gradients in pending.gradients.items():
+        assert_equal({name: gradients[:2]}, {name: alone[name][:2]})
+    pending.drop(range(4))
+    assert pending == PendingGradients(memory=pending.memory, spent=pending.spent)
 
 
 def test_a_term_that_fails_drops_all_that_was_pending():
     model = network()
     pending = collected(model, losses_of(model))
-    pending.clip = ("norm", 1.0)
     elsewhere = {**losses_of(model), "size": nn.Linear(3, 1).double()(X).mean()}
     with pytest.raises(ValueError, match=r"losses\['size'\] reaches no parameter"):
         pending.add(Batch(elsewhere, list(model.parameters()), terms=TERMS), TERMS)
-    assert (pending.gradients, pending.norms, pending.memory, pending.clip) == ({}, {}, None, None)
+    assert (pending.gradients, pending.norms, pending.memory) == ({}, {}, None)
 
 
 def test_clearing_forgets_all_but_the_memory_and_what_was_said():
     model = network()
     pending = collected(model, losses_of(model))
-    pending.clip, pending.skip, pending.light, pending.warned = ("norm", 1.0), True, True, True
+    pending.skip, pending.light, pending.warned = True, True, True
     memory = pending.memory
     pending.clear()
-    assert pending == PendingGradients(memory=memory, warned=True)
+    assert pending == PendingGradients(memory=memory, spent=pending.spent, warned=True)

@@ -25,8 +25,8 @@ def gradients_of(step):
 class NaiveAlgorithm:
     """Lines 9 to 14 as the paper has them, with a first moment for each term and moments that are not corrected."""
 
-    def __init__(self, denominator, amsgrad=False, maximize=False, weight_decay=0.0, limit=None):
-        self.denominator, self.amsgrad, self.limit = denominator, amsgrad, limit
+    def __init__(self, denominator, amsgrad=False, maximize=False, weight_decay=0.0):
+        self.denominator, self.amsgrad = denominator, amsgrad
         self.sign, self.weight_decay = -1.0 if maximize else 1.0, weight_decay
         self.parameter = np.linspace(-1, 1, SIZE)
         self.m, self.v, self.largest = (np.zeros((TERMS, SIZE)) for _ in range(3))
@@ -37,9 +37,6 @@ class NaiveAlgorithm:
         for element in range(SIZE):
             balanced = [scales[i] * gradients[i][element] for i in range(TERMS)]
             total = sum(balanced)
-            if self.limit is not None and abs(total) > self.limit:
-                balanced = [value * self.limit / abs(total) for value in balanced]
-                total = math.copysign(self.limit, total)
             roots = []
             for i in range(TERMS):
                 self.m[i, element] = BETA1 * self.m[i, element] + (1 - BETA1) * balanced[i]
@@ -63,7 +60,7 @@ class NaiveAlgorithm:
 class Chunk:
     """What the optimizer holds of such a chunk, and its coefficients in a step."""
 
-    def __init__(self, denominator, amsgrad=False, maximize=False, weight_decay=0.0, limit=None, dtype=torch.float64):
+    def __init__(self, denominator, amsgrad=False, maximize=False, weight_decay=0.0, dtype=torch.float64):
         self.denominator, self.amsgrad, self.dtype = denominator, amsgrad, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         self.first_count = TERMS if denominator == "own" else 1
@@ -72,7 +69,7 @@ class Chunk:
         self.parameter = torch.linspace(-1, 1, SIZE, dtype=torch.float64).to(dtype)
         self.moments = Moments(*[[torch.zeros(SIZE, dtype=dtype) for _ in range(count)] for count in counts])
         lr, decay = -LR if maximize else LR, 1 - LR * weight_decay if weight_decay else None
-        self.numbers = Numbers(lr, 1 - BETA1, EPS, decay, limit, denominator, False, None)
+        self.numbers = Numbers(lr, 1 - BETA1, EPS, decay, denominator, False, None)
 
     def local(self, t, scales, columns=1):
         """The coefficients, one for the chunk or one for each of its elements."""
@@ -82,7 +79,7 @@ class Chunk:
 
         second, first = 1 - BETA2**t, (1 - BETA1**t) * self.first_count / self.second_count
         return Coefficients(
-            rows(scales),
+            None if self.denominator == "sum" else rows(scales),
             rows([(1 - BETA2) / second] * self.second_count),
             rows([first] * self.first_count),
             rows([TERMS]) if self.denominator == "mean" else None,
@@ -93,9 +90,16 @@ class Chunk:
         return [torch.tensor(row).to(self.dtype) for row in gradients]
 
     def update(self, t, gradients, scales, *, columns=1, scratch=True, numbers=None):
-        spare = torch.full((2, SIZE), torch.nan, dtype=self.wide) if scratch else None
-        local, rows = self.local(t, scales, columns), self.held(gradients)
-        algorithm.update(self.parameter, rows, self.moments, local, numbers or self.numbers, spare)
+        spare = torch.full((SIZE,), torch.nan, dtype=self.wide) if scratch else None
+        local = self.local(t, scales, columns)
+        given = self.given(gradients, scales)
+        algorithm.update(self.parameter, *given, self.moments, local, numbers or self.numbers, spare)
+
+    def given(self, gradients, scales):
+        """The balanced gradient, and the terms' own where they are looked at."""
+        rows, factors = self.held(gradients), [torch.tensor([scale], dtype=self.wide) for scale in scales]
+        total = algorithm.balance(rows, factors, torch.empty(SIZE, dtype=self.wide)).to(self.dtype)
+        return total, [] if self.denominator == "sum" else rows
 
     @property
     def tensors(self):
@@ -111,7 +115,6 @@ VARIANTS = {
     "amsgrad": {"amsgrad": True},
     "maximize": {"maximize": True},
     "weight decay": {"weight_decay": 0.3},
-    "clipping by value": {"limit": 0.5},
 }
 
 
@@ -152,17 +155,12 @@ def test_terms_absorbed_at_different_times_equal_one_update(denominator):
         gradients[[not flag for flag in PRESENT[step]]] = 0
         naive.step(step + 1, gradients, scales)
         whole.update(step + 1, gradients, scales)
-        rows, total, local = (
-            parts.held(gradients),
-            torch.zeros(SIZE, dtype=torch.float64),
-            parts.local(step + 1, scales),
-        )
-        for term in (2, 0, 1):
-            if PRESENT[step][term]:
-                algorithm.absorb(term, rows[term], total, parts.moments, local, parts.numbers)
-            elif denominator == "own":
-                algorithm.absorb(term, torch.zeros(SIZE), total, parts.moments, local, parts.numbers)
-            elif denominator != "sum":
+        (total, rows), local = parts.given(gradients, scales), parts.local(step + 1, scales)
+        for term in (2, 0, 1) if rows else ():
+            if PRESENT[step][term] or denominator == "own":
+                balanced = algorithm.scaled(term, rows[term], local, parts.numbers, None)
+                algorithm.absorb(term, balanced, parts.moments, local, parts.numbers)
+            else:
                 algorithm.forget(term, parts.moments, local)
         algorithm.move(parts.parameter, total, parts.moments, local, parts.numbers)
         close(parts.parameter, naive.parameter)
@@ -182,11 +180,13 @@ def test_scratch_memory_and_what_was_in_it_change_nothing(denominator):
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_gradients_are_left_as_they_are(denominator):
-    ours, gradients = Chunk(denominator, limit=0.5), gradients_of(0)[0]
-    rows = ours.held(gradients)
-    scratch = torch.empty(2, SIZE, dtype=torch.float64)
-    algorithm.update(ours.parameter, rows, ours.moments, ours.local(1, np.ones(TERMS)), ours.numbers, scratch)
-    assert all(torch.equal(row, torch.tensor(kept)) for row, kept in zip(rows, gradients, strict=True))
+    ours, gradients = Chunk(denominator), gradients_of(0)[0]
+    total, rows = ours.given(gradients, np.ones(TERMS))
+    kept, scratch = [one.clone() for one in (total, *rows)], torch.empty(SIZE, dtype=torch.float64)
+    local = ours.local(1, np.ones(TERMS))
+    for numbers in (ours.numbers, ours.numbers._replace(skipped=torch.tensor(False))):
+        algorithm.update(ours.parameter, total, rows, ours.moments, local, numbers, scratch)
+        assert all(torch.equal(one, before) for one, before in zip((total, *rows), kept, strict=True))
 
 
 NARROW = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 5e-3}
@@ -220,17 +220,17 @@ def test_moments_of_a_narrow_dtype_saturate_and_go_on():
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_a_step_that_may_change_nothing_changes_nothing(denominator, amsgrad, dtype):
     """The coefficients are those of ``Tables`` in such a step: weights of zero, an infinite factor."""
-    options = {"amsgrad": amsgrad, "weight_decay": 0.3, "limit": 0.5, "dtype": dtype}
+    options = {"amsgrad": amsgrad, "weight_decay": 0.3, "dtype": dtype}
     ours = Chunk(denominator, **options)
     for step in range(3):
         ours.update(step + 1, *gradients_of(step))
     before = [tensor.clone() for tensor in ours.tensors]
-    local = ours.local(4, [math.nan] * TERMS)
+    local, nan = ours.local(4, [math.nan] * TERMS), torch.full((SIZE,), torch.nan, dtype=dtype)
     local = local._replace(weights=local.weights * 0, factor=local.factor * torch.inf)
     numbers = ours.numbers._replace(skipped=torch.tensor(True))
     rows = [torch.full((SIZE,), value).to(dtype) for value in (torch.inf, torch.nan, 1.0)]
-    scratch = torch.empty(2, SIZE, dtype=ours.wide)
-    algorithm.update(ours.parameter, rows, ours.moments, local, numbers, scratch)
+    rows, scratch = [] if denominator == "sum" else rows, torch.empty(SIZE, dtype=ours.wide)
+    algorithm.update(ours.parameter, nan, rows, ours.moments, local, numbers, scratch)
     assert all(torch.equal(one, other) for one, other in zip(before, ours.tensors, strict=True))
 
 
@@ -247,9 +247,9 @@ def test_a_flag_that_is_true_changes_nothing(denominator):
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_numbers_as_tensors_are_the_same_numbers(denominator):
     """As they are given to what is compiled."""
-    floats, tensors = Chunk(denominator, weight_decay=0.3, limit=0.5), Chunk(denominator, weight_decay=0.3, limit=0.5)
-    wrapped = [torch.tensor(value, dtype=torch.float64) for value in tensors.numbers[:5]]
-    numbers = Numbers(*wrapped, *tensors.numbers[5:])
+    floats, tensors = Chunk(denominator, weight_decay=0.3), Chunk(denominator, weight_decay=0.3)
+    wrapped = [torch.tensor(value, dtype=torch.float64) for value in tensors.numbers[:4]]
+    numbers = Numbers(*wrapped, *tensors.numbers[4:])
     for step in range(STEPS):
         floats.update(step + 1, *gradients_of(step))
         tensors.update(step + 1, *gradients_of(step), numbers=numbers)
@@ -270,14 +270,10 @@ def test_with_eps_zero_an_element_without_a_gradient_stays_and_the_others_take_w
     torch.testing.assert_close(ours.parameter[1:], before[1:] - step, rtol=1e-12, atol=0)
 
 
-def test_the_balanced_sum_is_what_all_terms_add_to_the_total():
+def test_the_balanced_gradient_is_the_sum_over_the_scaled_terms():
     ours, (gradients, scales) = Chunk("max"), gradients_of(0)
-    total, local = torch.zeros(SIZE, dtype=torch.float64), ours.local(1, scales)
-    for term, row in enumerate(ours.held(gradients)):
-        algorithm.absorb(term, row, total, ours.moments, local, ours.numbers)
-    found = algorithm.balanced_sum(ours.held(gradients), local.scales)
-    close(found, (scales[:, None] * gradients).sum(0))
-    torch.testing.assert_close(found, total)
+    total, _ = ours.given(gradients, scales)
+    close(total, (scales[:, None] * gradients).sum(0))
 
 
 def test_with_a_constant_gradient_every_step_is_the_learning_rate():

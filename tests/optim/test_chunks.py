@@ -146,10 +146,10 @@ def test_elements_of_one_contiguous_parameter_are_a_view():
 
 def test_numbers_are_those_of_the_group_as_it_is_now():
     group = {**GROUP, "lr": 0.5, "betas": (0.75, 0.9, 0.9)}
-    assert Numbers.of(group, "max", None, None) == Numbers(0.5, 0.25, 1e-8, None, None, "max", False, None)
+    assert Numbers.of(group, "max", None) == Numbers(0.5, 0.25, 1e-8, None, "max", False, None)
     group.update(weight_decay=0.5, maximize=True, eps=0, lr=torch.tensor(0.5))
     flag = torch.tensor(True)
-    assert Numbers.of(group, "own", 2.0, flag) == Numbers(-0.5, 0.25, 0.0, 0.75, 2.0, "own", True, flag)
+    assert Numbers.of(group, "own", flag) == Numbers(-0.5, 0.25, 0.0, 0.75, "own", True, flag)
 
 
 def test_coefficients_of_all_parameters_become_those_of_each_chunk():

@@ -37,7 +37,8 @@ def parameters(*dtypes):
 def measured(tables, observed, touched=None, present=(True, True), finite=None):
     observed = torch.tensor(observed, dtype=tables.dtype)
     touched = torch.tensor([True] * len(observed) if touched is None else touched)[:, None]
-    return tables.measured(observed, touched, torch.tensor(present), finite)
+    weighed = tables.weighed(observed, touched, torch.tensor(present))
+    return weighed.scales, tables.measured(observed, touched, weighed, finite)
 
 
 def snapshot(tables):
@@ -126,7 +127,7 @@ def test_a_step_that_is_not_finite_changes_no_table_and_no_moment(kind):
         _, coefficients = measured(tables, [[math.nan, math.inf]] * 3, finite=no)
     else:
         touched, bad = torch.ones(3, 1, dtype=torch.bool), torch.full((3, 1), math.nan, dtype=torch.float64)
-        _, coefficients = tables.light(bad, touched, tables.frozen_scales, no)
+        coefficients = tables.light(bad, touched, tables.frozen_scales, no)
     for name, value in before.items():
         assert torch.equal(getattr(tables, name), value), name
     assert not coefficients.weights.any()
@@ -137,14 +138,13 @@ def test_a_light_step_leaves_the_norms_and_records_the_frozen_scales():
     tables, _, _ = tables_of(parameters(), denominator="sum", layers="global", balance_every=3)
     measured(tables, OBSERVED)
     before, frozen = snapshot(tables), tables.frozen_scales
-    scales, coefficients = tables.light(
+    coefficients = tables.light(
         torch.ones(3, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.bool), frozen, None
     )
     assert torch.equal(tables.norms, before["norms"])
     assert torch.equal(tables.counts, before["counts"])
     assert tables.clocks[:, 0].tolist() == [2, 2, 2]
-    assert torch.equal(scales, torch.ones(1, 1, dtype=torch.float64))
-    assert torch.equal(coefficients.scales, torch.ones(3, 1, dtype=torch.float64))
+    assert coefficients.scales is None
     assert tables.log_scale_counts.tolist() == [[2, 2]] * 3
     torch.testing.assert_close(tables.average_scales(), frozen)
 

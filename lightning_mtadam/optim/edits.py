@@ -1,0 +1,104 @@
+"""What users make of ``p.grad`` between ``backward`` and ``step`` counts for the moments, or is refused.
+
+The first moment is taken from ``p.grad`` itself, so that every edit counts there. The second moments are those of the
+terms' gradients. A mask or a factor is the same for all terms. What is neither, such as noise, or a gradient that was
+added, is counted as the first term's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtadam.collect.shown import Shown
+from lightning_mtadam.optim import algorithm
+from lightning_mtadam.optim.options import Options
+
+
+PIECE = 1 << 20  # elements that are looked at together
+
+
+def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor) -> None:
+    """Change the terms' gradients of a parameter such that they add up to what is in ``p.grad``.
+
+    ``gradients`` are of the terms that reach it, ``scales`` [n] what multiplies them. The host reads nothing.
+    """
+    view = shown.memory.views[0][index]
+    if view is None or not view.numel():
+        return
+    scales = scales if shown.factor is None else scales * shown.factor.to(scales)
+    pieces = list(_pieces([view, *gradients]))
+    looked = [_compare(edited.to(scales), _whole(rows, scales), _tolerance(view)) for edited, *rows in pieces]
+    told = _are_told(torch.stack(looked), _tolerance(view))
+    for edited, *rows in pieces:
+        whole = _whole(rows, scales)
+        ratio = torch.where(told & (whole != 0), edited / whole, 1)
+        for row in rows:
+            row.mul_(ratio)
+        rows[0].add_(torch.where(~told & (scales[0] > 0), (edited - whole) / scales[0], 0))
+
+
+def _whole(gradients: Sequence[Tensor], scales: Tensor) -> Tensor:
+    return algorithm.balance(gradients, scales, torch.empty_like(gradients[0], dtype=scales.dtype))
+
+
+def _tolerance(view: Tensor) -> float:
+    return 8 * max(torch.finfo(view.dtype).eps, torch.finfo(torch.float32).eps)  # a gradient scaler's factors are fp32
+
+
+def _compare(edited: Tensor, whole: Tensor, tolerance: float) -> Tensor:
+    """What the ratios of an edited gradient to what it was are like.
+
+    Gives whether there is one everywhere, whether all are from 0 to 1, and of those that are not 0 the largest size,
+    the smallest, and how many: [5].
+    """
+    ratio = torch.where(whole != 0, edited / whole, 1)
+    sound = ((whole != 0) | (edited == 0)).all()
+    shrunk = ((ratio >= 0) & (ratio <= 1 + tolerance)).all()
+    kept, size = (ratio != 0) & (whole != 0), ratio.abs()
+    most, least = torch.where(kept, size, 0).amax(), torch.where(kept, size, torch.inf).amin()
+    return torch.stack([one.to(whole) for one in (sound, shrunk, most, least, kept.sum())])
+
+
+def _are_told(looked: Tensor, tolerance: float) -> Tensor:
+    """Whether the ratios say what was done, a boolean scalar; of n pieces, [n, 5].
+
+    They do where every entry was only made smaller, as by masks and by clipping, or all by one factor.
+    """
+    sound, shrunk, _, least, _ = looked.amin(0)
+    most, many = looked[:, 2].amax(), looked[:, 4].sum()
+    alike = (most - least <= tolerance * most) & (many > 1)
+    return sound.bool() & (shrunk.bool() | alike)
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The same pieces of tensors of one shape, along their first dimension."""
+    tensors = [tensor if tensor.dim() else tensor[None] for tensor in tensors]
+    length = max(1, PIECE * len(tensors[0]) // tensors[0].numel())
+    for begin in range(0, len(tensors[0]), length):
+        yield [tensor[begin : begin + length] for tensor in tensors]
+
+
+def refuse(names: Iterable[str], options: Options) -> None:
+    """Raise ``RuntimeError`` for edits of ``p.grad`` that cannot count."""
+    why = (
+        "with low_memory=True second moments have seen the terms' gradients already"
+        if options.low_memory
+        else "with denominator='own' each term is divided by itself, so that no step is taken on their sum"
+    )
+    raise RuntimeError(
+        f"p.grad of {', '.join(map(repr, names))} was changed between backward() and step(), but {why}. No parameter"
+        " was changed. Change the gradients of the terms instead: what p.register_hook(lambda gradient: ...) returns"
+        " takes the place of the gradient of each term. Or use another denominator, and no low_memory."
+    )
+
+
+def refuse_unreached(names: Sequence[str]) -> None:
+    """Raise ``RuntimeError`` for a gradient where no term has one, so that there is nothing to divide it by."""
+    if names:
+        raise RuntimeError(
+            f"p.grad of {', '.join(map(repr, names))} holds a gradient, but no loss of this step reaches"
+            f" {'it' if len(names) == 1 else 'them'}. Return what it comes from as one of the losses."
+        )
