@@ -19,9 +19,10 @@ from tests.lightning_models import QUIET, make_trainer
 PACKAGE = Path(lightning_mtadam.__file__).parent
 ROOT = "lightning_mtadam"
 FLOORS = (
-    {"terms", "balancing", "checkpoint", "coupling", "lightning_internals"},
+    {"terms", "balancing", "checkpoint", "coupling", "graphs", "lightning_internals"},
     {"distributed"},
     {"collect", "partition"},
+    {"edits"},
     {"optim", "balancers"},
     {"export"},
     {"balancer_slot", "guard", "module", "callbacks", "metrics", "__init__"},

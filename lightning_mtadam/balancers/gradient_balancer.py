@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.collect.constants import constant
-from lightning_mtadam.collect.first_look import look_at
+from lightning_mtadam.collect.differentiate import run_hooks
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import is_host, norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
-from lightning_mtadam.collect.shown import run_hooks
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
+from lightning_mtadam.graphs import look_at
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.terms import PLACEHOLDER, clean_names, non_finite
 
@@ -173,7 +173,7 @@ class GradientBalancer(Balancer):
         memory = GradientMemory.fitting(pending.memory, parameters, trained, keys, len(batch.terms))
         pending.use(memory, batch.terms)
         with as_fabric_backward():
-            look_at(batch, pending.seen)
+            look_at(batch.losses, pending.seen, parameters)
             pending.add(batch, batch.terms)
         step = self._observe(batch, memory)
         if batch.loss_scale is None and is_host(step.norms.device) and not bool(step.finite):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +58,9 @@ def term_gradients(
             elif loss.requires_grad:
                 factor = None if grad_output is None else grad_output.to(loss)
                 found = torch.autograd.grad(loss, inputs, factor, retain_graph=name != last, allow_unused=True)
-                found = [_with_inner(gradient, parameter) for gradient, parameter in zip(found, inputs, strict=True)]
+                inner = [parameter.grad for parameter in inputs]
+                if not all(map(is_, inner, repeat(None))):
+                    found = [_with_inner(*pair) for pair in zip(found, inputs, strict=True)]
             gradients: list[Tensor | None] = [None] * len(parameters)
             for index, gradient in zip(trainable, found, strict=True):
                 if gradient is not None and gradient.layout != torch.strided:
@@ -79,3 +83,11 @@ def _with_inner(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     """The gradient, and what the backward pass of a function within, as of offloaded checkpoints, left in ``.grad``."""
     inner, parameter.grad = parameter.grad, None
     return gradient if inner is None else inner if gradient is None else gradient + inner
+
+
+def run_hooks(parameters: Sequence[Tensor]) -> None:
+    """Call the hooks of ``register_post_accumulate_grad_hook``, now that the gradients are there."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+                hook(parameter)

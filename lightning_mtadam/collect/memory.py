@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from copy import copy
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -117,14 +116,14 @@ class GradientMemory:
         self.active, self.trained = count, list(trained)
         self.packs = pack_up(parameters, trained, keys)
         self.places: list[tuple[Place, ...]] = []  # of each pack's parameters
-        self._begins: list[tuple[int, int]] = []  # of each pack: in which rows, and where
+        self._bounds: list[tuple[int, int, int]] = []  # of each pack: in which rows, from where to where
         widths: dict[tuple[torch.device, torch.dtype, int], int] = {}
         for index, pack in enumerate(self.packs):
             kind = parameters[pack[0]].device, parameters[pack[0]].dtype, index if apart else 0
             self.places.append(places_of([parameters[member] for member in pack], keys[pack[0]]))
             begin = widths.setdefault(kind, 0)
-            self._begins.append((list(widths).index(kind), begin))
             widths[kind] += sum(place.room for place in self.places[-1])
+            self._bounds.append((list(widths).index(kind), begin, widths[kind]))
         kinds = widths.items()
         self.rows = [torch.zeros(count, width, dtype=dtype, device=device) for (device, dtype, _), width in kinds]
         self.views = [self.shaped([rows[index] for rows in self.rows]) for index in range(count)]
@@ -163,16 +162,16 @@ class GradientMemory:
 
     def columns(self, pack: int) -> Tensor:
         """A pack's gradients, of all rows in use: [R, elements]."""
-        which, begin = self._begins[pack]
-        return self.rows[which][: self.active, begin : begin + sum(place.room for place in self.places[pack])]
+        which, begin, end = self._bounds[pack]
+        return self.rows[which][: self.active, begin:end]
 
     def shaped(self, flats: Sequence[Tensor]) -> list[Tensor | None]:
         """Views of the parameters' shapes into one flat tensor for each device and dtype."""
         views: list[Tensor | None] = [None] * len(self.trained)
-        for pack, places, (which, begin) in zip(self.packs, self.places, self._begins, strict=True):
-            starts = accumulate((place.room for place in places), initial=begin)
-            for member, place, start in zip(pack, places, starts, strict=False):
+        for pack, places, (which, start, _) in zip(self.packs, self.places, self._bounds, strict=True):
+            for member, place in zip(pack, places, strict=True):
                 views[member] = place.view(flats[which], start)
+                start += place.room
         return views
 
     def wrote(self, row: int, gradients: Gradients | None) -> None:

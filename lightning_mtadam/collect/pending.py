@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import is_host, wide_dtype
-from lightning_mtadam.collect.shown import Shown, Spent
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
 
 CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
@@ -30,8 +29,6 @@ class PendingGradients:
     memory: GradientMemory | None = None  # what holds the gradients; None before the first backward pass
     light: bool = False  # whether they are of one weighted sum of the losses, as in most steps with balance_every
     absorbed: Any = None  # what has consumed the gradients already, with low_memory
-    shown: Shown | None = None  # the balanced gradient, in p.grad; None if nothing is pending
-    spent: Spent = field(default_factory=Spent)  # what the last step has left in p.grad
     skip: bool = False  # whether the next step is to do nothing
     seen: set[str] = field(default_factory=set)  # the terms whose graphs were looked at
     warned: bool = False  # whether it was said that a step was skipped
@@ -45,7 +42,7 @@ class PendingGradients:
     def drop_gradients(self) -> None:
         """Forget the gradients."""
         self.gradients, self.norms, self.terms = {}, {}, ()
-        self.light, self.absorbed, self.shown = False, None, None
+        self.light, self.absorbed = False, None
 
     @property
     def touched(self) -> list[bool]:
@@ -97,18 +94,6 @@ class PendingGradients:
         self.gradients, self.skip = gradients, False
         for row, name in enumerate(rows):
             memory.wrote(row, gradients.get(name))
-
-    def drop(self, indices: Sequence[int]) -> None:
-        """Forget the gradients of some parameters; all, if no other has any."""
-        for index in indices:
-            for gradients in self.gradients.values():
-                gradient, gradients[index] = gradients[index], None
-                if gradient is not None:
-                    gradient.zero_()  # what comes is added to it
-            for norms in self.norms.values():
-                norms[index] = None
-        if indices and not any(self.touched):
-            self.drop_gradients()
 
     def extend(self, count: int) -> None:
         """Note that there are more parameters, without gradients."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
-from lightning_mtadam.collect.shown import Spent
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
+from lightning_mtadam.edits.shown import Spent
 from lightning_mtadam.optim.layers import named_alike
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
@@ -137,27 +137,28 @@ class MTAdam(TermOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        collected = self._pending.shown is not None
-        self._meet_edits(goes_on=False)
+        parameters, collected = self._parameters(), self._pending.shown is not None
+        self._meet_edits(parameters, goes_on=False)
         if self._pending.shown is not None:
-            self._update()
-            self._pending.spent = Spent(self._parameters())
+            self._update(parameters)
+            self._pending.spent = Spent(parameters)
         else:  # a closure may reset all gradients to skip the step
             self._check_nothing_to_do(skipped=closure is not None and (loss is None or collected))
         self._pending.clear()
         return loss
 
     @uninterrupted()
-    def _update(self) -> None:
+    def _update(self, parameters: list[Tensor]) -> None:
         """Algorithm 1, for the gradients that are pending."""
         self._recall()
-        updater = self._pending.absorbed or self._updater()
+        updater = self._updater(parameters)
+        stepper = self._pending.absorbed or updater
         with self._skipping_nonfinite():
-            norms, finite = updater.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
-            scales, coefficients = updater.balance(self._pending, norms, finite)  # lines 7, 11 and 12
-            updater.run(coefficients)  # lines 9 to 14, chunk by chunk
+            norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
+            scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
+            stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
             self._count()  # line 3: t
-            self._kept[::2] = [self._key(), self._moments()]  # which the first step has joined
+            self._note_joined(updater, parameters)
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
     def synchronize(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_mtadam.balancing import NormInit
+from lightning_mtadam.distributed.agreement import Numbers
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
 
@@ -89,6 +90,22 @@ class Options:
         for name in self.importance:
             if name not in terms:
                 raise ValueError(unknown_name_message("importance", name, terms))
+
+    @property
+    def fixes_squares(self) -> bool:
+        """Whether second moments cannot follow what is made of the balanced gradient after ``backward``."""
+        return self.denominator == "own" or (self.low_memory and self.denominator != "sum")
+
+    def told(self, groups: Sequence[Mapping[str, Any]], terms: tuple[str, ...]) -> Numbers:
+        """What must be the same on all ranks, as they tell each other; a function by its name."""
+        rule: Any = self.layers
+        named = rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)
+        told = [(name, repr(value)) for name, value in {**vars(self), "layers": named, "terms": terms}.items()]
+        for index, group in enumerate(groups):
+            where = f" of group {index}" if len(groups) > 1 else ""
+            names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+            told += [(f"{name}{where}", repr(group[name])) for name in names]
+        return tuple(told)
 
     @property
     def averages_squares(self) -> bool:

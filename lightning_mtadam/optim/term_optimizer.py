@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam.collect import Batch, collect
-from lightning_mtadam.collect.first_look import look_at
+from lightning_mtadam.collect.differentiate import run_hooks
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
-from lightning_mtadam.collect.pending import PendingGradients
-from lightning_mtadam.collect.shown import ClipAlgorithm, Shown, run_hooks
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.agreement import Numbers, Parameters
+from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
+from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients
+from lightning_mtadam.graphs import look_at
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.optim import edits
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
-from lightning_mtadam.optim.options import LayerRule, Options
+from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
@@ -90,7 +89,7 @@ class TermOptimizer(Optimizer):
         """
         parameters, pending = self._parameters(), self._pending
         others = {} if pending.shown else pending.spent.others(parameters)
-        self._meet_edits(goes_on=True)
+        self._meet_edits(parameters, goes_on=True)
         if loss_scale is not None:
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
@@ -149,22 +148,12 @@ class TermOptimizer(Optimizer):
         self._reset_transient()
 
     def _reset_transient(self) -> None:
-        self._pending = PendingGradients()
+        self._pending = ShownGradients(fixed=self._options.fixes_squares)
         self._last_scales: dict[str, Tensor] = {}
         self._watch = FiniteWatch()
         self._kept: list[Any] = []  # the key of the updater, the updater, and the moments that the key names
         self._counted: dict[str, Any] = {}  # what was counted before the last step
         self._ranks = Ranks(late=True)
-
-    def _told_options(self) -> Numbers:
-        """What must be the same on all ranks, as they tell each other."""
-        options = {**vars(self._options), "layers": _name_of(self._options.layers), "terms": self._given_terms}
-        told = [(name, repr(value)) for name, value in options.items()]
-        for index, group in enumerate(self.param_groups):
-            where = f" of group {index}" if len(self.param_groups) > 1 else ""
-            names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-            told += [(f"{name}{where}", repr(group[name])) for name in names]
-        return tuple(told)
 
     def _take(self, batch: Batch, others: Mapping[int, Tensor]) -> None:
         """Differentiate the losses, and show the balanced gradient; ``others`` were in ``p.grad`` before."""
@@ -172,7 +161,8 @@ class TermOptimizer(Optimizer):
         factors = self._factors(batch)
         try:
             with as_fabric_backward():
-                look_at(batch, pending.seen)
+                if not pending.seen.issuperset(batch.losses):
+                    look_at(batch.losses, pending.seen, batch.parameters, sharded=batch.processes.sharded)
                 if self._options.low_memory:
                     memory, touched = self._absorb(batch)
                 else:
@@ -180,7 +170,7 @@ class TermOptimizer(Optimizer):
             if batch.loss_scale is not None:
                 for rows in memory.rows:
                     rows.mul_(batch.loss_scale.to(rows))
-            watched = are_on_host(batch.parameters) and (self._refuses_edits or batch.processes.sharded)
+            watched = pending.fixed or batch.processes.sharded
             pending.shown = Shown(memory, batch.parameters, touched, batch.loss_scale, watched=watched)
         except BaseException:
             pending.clear()
@@ -198,57 +188,36 @@ class TermOptimizer(Optimizer):
         pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
         pending.add(batch, rows)
         pending.light = factors is not None
-        self._prepare_state(batch.terms)
-        return self._updater().show(pending), pending.touched
+        updater = self._prepare_updater(batch)
+        memory = updater.show(pending)
+        self._note_joined(updater, batch.parameters)
+        return memory, pending.touched
 
     def _absorb(self, batch: Batch) -> tuple[GradientMemory, list[bool]]:
         """Consume the gradients of the losses; give the balanced gradient."""
-        self._prepare_state(batch.terms)
-        absorbed = LowMemory(self._updater(), self._watch)
+        updater = self._prepare_updater(batch)
+        absorbed = LowMemory(updater, self._watch)
         if batch.averaging is not None:
             self._pending.memory = self._memory(1, batch)
         absorbed.absorb_all(batch, self._pending.memory)
+        self._note_joined(updater, batch.parameters)
         self._pending.absorbed = absorbed
         return absorbed.sums, absorbed.touched
 
-    def _prepare_state(self, terms: tuple[str, ...]) -> None:
+    def _prepare_updater(self, batch: Batch) -> Updater:
         if not self.terms:
-            self._set_terms(terms)
-        self._allocate()
+            self._set_terms(batch.terms)
+        if len(self.state) < len(batch.parameters):
+            self._allocate()
+        return self._updater(batch.parameters)
 
-    @property
-    def _refuses_edits(self) -> bool:
-        """Whether there is more in a step than the balanced gradient and what can still follow it."""
-        denominator = self._options.denominator
-        return denominator == "own" or (self._options.low_memory and denominator != "sum")
+    def _meet_edits(self, parameters: list[Tensor], *, goes_on: bool) -> None:
+        """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed."""
+        if self._pending.meet_edits(parameters, self._labels, goes_on=goes_on):
+            self._updater(parameters).follow_edits(self._pending, goes_on=goes_on)
 
-    def _meet_edits(self, *, goes_on: bool) -> None:
-        """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed.
-
-        ``goes_on``: whether another batch comes to it, so that no gradient scaler has divided yet.
-        """
-        pending, parameters, shown = self._pending, self._parameters(), self._pending.shown
-        if shown is None:
-            return
-        missing = shown.missing(parameters)
-        if len(missing) == len(shown):
-            pending.drop_gradients()
-            return
-        if pending.absorbed is not None and goes_on:
-            return  # what comes is refused
-        shown.let_go(missing)
-        shown.take_back(parameters, scaled=goes_on)
-        labels = self._layer_names.labels
-        changed = shown.edited.union(missing if pending.absorbed is not None else ())
-        if changed and self._refuses_edits:
-            edits.refuse([labels[index] for index in sorted(changed)], self._options)
-        if not goes_on:
-            edits.refuse_unreached([labels[index] for index in shown.beside(parameters)])
-        if pending.absorbed is not None:
-            pending.absorbed.drop(missing)
-        else:
-            pending.drop(missing)
-            self._updater().follow_edits(pending, goes_on=goes_on)
+    def _labels(self, indices: Iterable[int]) -> list[str]:
+        return [self._layer_names.labels[index] for index in sorted(indices)]
 
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
@@ -293,21 +262,27 @@ class TermOptimizer(Optimizer):
         for group in self.param_groups:
             group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
 
-    def _updater(self) -> Updater:
+    def _updater(self, parameters: list[Tensor] | None = None) -> Updater:
         """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
-        if not self._kept or self._kept[0] != self._key():
+        parameters = self._parameters() if parameters is None else parameters
+        if not self._kept or self._kept[0] != self._key(parameters):
             layers = self._layer_names.layers(self.param_groups)
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
                 names, terms = self._layer_names.labels, self.terms
                 updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
-            self._kept[:] = [self._key(), updater, self._moments()]  # the tables hold what else the key names
+            self._kept[:] = [self._key(parameters), updater, self._moments()]  # the tables hold what else the key names
         return self._kept[1]  # type: ignore[no-any-return]
 
-    def _key(self) -> tuple[object, ...]:
-        parameters = self._parameters()
+    def _note_joined(self, updater: Updater, parameters: list[Tensor]) -> None:
+        """Note that moments lie elsewhere now, if the updater has joined some."""
+        if updater.joined:
+            updater.joined = False
+            self._kept[::2] = [self._key(parameters), self._moments()]
+
+    def _key(self, parameters: list[Tensor]) -> tuple[object, ...]:
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
-        kept = [list(map(id, found)) for found in (parameters, clocks, self._moments())]
-        return self._layer_names.found, self.terms, kept
+        kept = list(map(id, parameters)), list(map(id, clocks)), list(map(id, self._moments()))
+        return self._layer_names.found, self.param_groups[0]["terms"], kept
 
     def _moments(self) -> list[Tensor | None]:
         """All moments in the state: one that was replaced counts."""
@@ -357,7 +332,7 @@ class TermOptimizer(Optimizer):
         if batch.processes.group is None:
             return ()
         if self._ranks.parameters is None:
-            self._ranks.options = self._told_options()
+            self._ranks.options = self._options.told(self.param_groups, self._given_terms)
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
@@ -374,8 +349,3 @@ class TermOptimizer(Optimizer):
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
                 " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
-
-
-def _name_of(rule: LayerRule) -> str:
-    """A rule by its name: what else stands for a function differs between processes."""
-    return rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)

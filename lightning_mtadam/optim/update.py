@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, is_host, norms_of
-from lightning_mtadam.collect.pending import PendingGradients
-from lightning_mtadam.optim import accelerate, algorithm, edits
+from lightning_mtadam.edits.sharing import share
+from lightning_mtadam.edits.shown import ShownGradients
+from lightning_mtadam.optim import accelerate, algorithm
 from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import join_moments, leading_of
@@ -42,9 +43,10 @@ class Updater:
         self._prepared: dict[Any, _Prepared] = {}
         self._scratch = torch.empty(0, device="cpu")
         self._kept: dict[Any, Chunks] = {}
+        self.joined = False  # whether moments of several parameters were brought together since this was noted
         self._weighed: tuple[Tensor, Tensor, Weighed | None] | None = None  # norms of what is pending, and what follows
 
-    def show(self, pending: PendingGradients) -> GradientMemory:
+    def show(self, pending: ShownGradients) -> GradientMemory:
         """The balanced gradient of what is pending: the sum over the terms, each times its scale."""
         assert pending.memory is not None
         *_, weighed = self._weighed = self._weigh(pending)
@@ -56,39 +58,44 @@ class Updater:
         chunks = self._prepare(pending).chunks
         for chunk, scales in zip(chunks, chunks.spread(self.tables.by_parameter(weighed.scales)), strict=True):
             total, rows = chunk.row_in(shown), chunk.gradient_rows
-            length = BLOCK if is_host(chunk.device) else _length(chunk, 1) if _is_narrow(chunk) else WHOLE
+            if total.dtype == scales.dtype and not (self.options.compile and is_host(chunk.device)):
+                algorithm.balance(rows, scales, total)
+                continue
+            length = BLOCK if is_host(chunk.device) else _length(chunk, 1)
             for piece in _pieces(total, length // chunk.block):
                 _balance([row[piece] for row in rows], _cut_at(piece, scales), total[piece])
         return shown
 
-    def follow_edits(self, pending: PendingGradients, *, goes_on: bool) -> None:
+    def follow_edits(self, pending: ShownGradients, *, goes_on: bool) -> None:
         """Let the terms' gradients follow what users have made of ``p.grad``, where more than that is looked at.
 
         ``goes_on``: whether gradients of another batch come to it.
         """
-        shown, sole = pending.shown, self.options.denominator == "sum" and not goes_on
-        if shown is None or sole or not shown.changed:
+        shown = pending.shown
+        assert shown is not None
+        if self.options.denominator == "sum" and not goes_on:
             return
         *_, weighed = self._weighed or self._weigh(pending)
         for index in shown.changed:
-            names = [name for name, gradients in pending.gradients.items() if gradients[index] is not None]
-            rows = [pending.gradients[name][index] for name in names]
+            found = {name: gradients[index] for name, gradients in pending.gradients.items()}
+            rows = {name: gradient for name, gradient in found.items() if gradient is not None}
             if weighed is None:
-                rows[0].copy_(shown.memory.views[0][index])
+                rows[SUM].copy_(shown.gradient(index))
             else:
                 scales = self.tables.by_parameter(weighed.scales)[self.tables.row_of[index]]
-                edits.share(shown, index, rows, scales[[self.tables.terms.index(name) for name in names]])
-            for name, norm in zip(names, norms_of(rows), strict=True):
+                columns = [self.tables.terms.index(name) for name in rows]
+                share(shown, index, list(rows.values()), scales[columns], algorithm.balance)
+            for name, norm in zip(rows, norms_of(list(rows.values())), strict=True):
                 pending.norms[name][index] = norm
 
-    def observe(self, pending: PendingGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
+    def observe(self, pending: ShownGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
         if self._weighed is None:  # the updater is new since
             self._weighed = self._weigh(pending)
         norms = self._weighed[0]
         return norms, watch.check(norms, self.tables.names, _rows_of(pending, self.tables))
 
-    def balance(self, pending: PendingGradients, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
+    def balance(self, pending: ShownGradients, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """Let norms, scales and clocks see the step; what cannot be compiled raises before.
 
         Gives what multiplies the terms' gradients, [L, I], and the coefficients of all parameters.
@@ -124,7 +131,7 @@ class Updater:
                 continue
             flat, scratch = chunk.copied() if held is None else held, self.scratch(chunk, chunk.dtype)
             moments, numbers = chunk.moment_rows, self.numbers_at(chunk)
-            update(flat, chunk.row_in(self._shown), self._rows_of(chunk), moments, local, numbers, scratch)
+            update(flat, chunk.row_in(self._shown), self._looked_at(chunk), moments, local, numbers, scratch)
             if held is None:
                 chunk.put_back(flat)
         for (chunk, _), held in zip(self._jobs, early, strict=True):
@@ -171,17 +178,17 @@ class Updater:
         rows = self.tables.row_of
         return Chunks((part for whole in wholes for part in whole.runs(wanted, rows, limit(whole))), self.tables.device)
 
-    def _weigh(self, pending: PendingGradients) -> tuple[Tensor, Tensor, Weighed | None]:
+    def _weigh(self, pending: ShownGradients) -> tuple[Tensor, Tensor, Weighed | None]:
         """The norms of the gradients, [P, I], what they reach, and what follows; nothing from those of a sum."""
         self.tables.follow_groups()
         norms, touched = self.tables.observe(pending, _rows_of(pending, self.tables)), self._prepare(pending).touched
         light = pending.light
         return norms, touched, None if light else self._steps.weighed(norms, touched, self._present(pending))
 
-    def _present(self, pending: PendingGradients) -> Tensor:
+    def _present(self, pending: ShownGradients) -> Tensor:
         return self.tables.constant([term in pending.gradients for term in self.tables.terms], torch.bool)
 
-    def _prepare(self, pending: PendingGradients) -> _Prepared:
+    def _prepare(self, pending: ShownGradients) -> _Prepared:
         """Find the chunks over the parameters that have gradients, unless they are as before."""
         memory, tables, touched = pending.memory, self.tables, pending.touched
         assert memory is not None
@@ -209,16 +216,18 @@ class Updater:
         if faster is not None or is_host(chunk.device):
             return faster or _update_with_scratch
         many = 3 * len(chunk.gradient_rows) + 4
-        return partial(_update_in_pieces, _length(chunk, many)) if _is_narrow(chunk) or chunk.moment_rows.largest else None
+        return (
+            partial(_update_in_pieces, _length(chunk, many)) if _is_narrow(chunk) or chunk.moment_rows.largest else None
+        )
 
-    def _rows_of(self, chunk: Chunk) -> algorithm.Rows:
+    def _looked_at(self, chunk: Chunk) -> algorithm.Rows:
         """The terms' gradients, as far as the update looks at them."""
         return () if self.options.denominator == "sum" else chunk.gradient_rows
 
     def _use_up(self, chunk: Chunk, local: Coefficients) -> None:
         """Update a chunk of an accelerator, where kernels are few and large: memory for results would be so, too."""
         rows, moments, numbers = chunk.gradient_rows, chunk.moment_rows, self.numbers_at(chunk)
-        for term, row in enumerate(self._rows_of(chunk)):
+        for term, row in enumerate(self._looked_at(chunk)):
             algorithm.absorb(term, algorithm.scaled(term, row, local, numbers, row), moments, local, numbers)
         held = chunk.gathered()
         flat = chunk.copied() if held is None else held
@@ -228,6 +237,7 @@ class Updater:
 
     def _wholes(self, memory: GradientMemory) -> Iterator[Chunk]:
         """A chunk for each pack of the memory."""
+        self.joined = True
         tables, leading = self.tables, leading_of(self.options, len(self.tables.terms))
         for index, (pack, places) in enumerate(zip(memory.packs, memory.places, strict=True)):
             states = [tables.states[tables.row_of[member]] for member in pack]
@@ -242,23 +252,21 @@ class Updater:
             yield Chunk(tuple(pack), parameters, *lies, gradients, tuple(moments), *owner)
 
 
-def _rows_of(pending: PendingGradients, tables: Tables) -> tuple[str, ...]:
+def _rows_of(pending: ShownGradients, tables: Tables) -> tuple[str, ...]:
     """What the rows of the gradients' memory are called."""
     return (SUM,) if pending.light else tables.terms
 
 
 def _balance(gradients: algorithm.Rows, scales: Tensor, total: Tensor) -> None:
     """The balanced gradient; a narrow dtype saturates, unless a gradient is not finite."""
-    if total.dtype == scales.dtype:
-        algorithm.balance(gradients, scales, total)
-    else:
-        most, wide = torch.finfo(total.dtype).max, torch.empty_like(total, dtype=scales.dtype)
-        total.copy_(algorithm.balance(gradients, scales, wide).clamp_(-most, most))
+    most, wide = torch.finfo(total.dtype).max, torch.empty_like(total, dtype=scales.dtype)
+    total.copy_(algorithm.balance(gradients, scales, wide).clamp_(-most, most))
 
 
 def _update_with_scratch(*arguments: Any) -> None:
     """As ``algorithm.update``, which takes one of the two rows of results."""
-    algorithm.update(*arguments[:-1], arguments[-1][0])
+    *others, scratch = arguments
+    algorithm.update(*others, scratch[0])
 
 
 def _is_narrow(chunk: Chunk) -> bool:

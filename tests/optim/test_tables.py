@@ -138,9 +138,7 @@ def test_a_light_step_leaves_the_norms_and_records_the_frozen_scales():
     tables, _, _ = tables_of(parameters(), denominator="sum", layers="global", balance_every=3)
     measured(tables, OBSERVED)
     before, frozen = snapshot(tables), tables.frozen_scales
-    coefficients = tables.light(
-        torch.ones(3, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.bool), frozen, None
-    )
+    coefficients = tables.light(torch.ones(3, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.bool), frozen, None)
     assert torch.equal(tables.norms, before["norms"])
     assert torch.equal(tables.counts, before["counts"])
     assert tables.clocks[:, 0].tolist() == [2, 2, 2]

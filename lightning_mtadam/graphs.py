@@ -1,28 +1,30 @@
-"""What is looked at when a term comes for the first time: whether its graph can be differentiated term by term."""
+"""What can be seen in the graphs of losses, when a term comes for the first time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.terms import Losses, warn
 
 
-def look_at(batch: Batch, seen: set[str]) -> None:
+def look_at(losses: Losses, seen: set[str], parameters: Sequence[Tensor], *, sharded: bool = False) -> None:
     """Raise for a graph that hides a part from the gradients of single terms; warn if it adds what is no term's.
 
-    ``seen``: the terms that were looked at before; these losses' names are added.
+    ``seen`` are the terms that were looked at before; the names of these are added.
 
     Raises:
         ValueError: a loss passes through reentrant activation checkpointing. Its part of the graph is built during
             ``backward()`` only: the gradients of single terms would stop there.
     """
-    new = {name: loss for name, loss in batch.losses.items() if name not in seen}
+    new = {name: loss for name, loss in losses.items() if name not in seen}
     custom = [name for name, loss in new.items() if _has_custom_function(name, loss.grad_fn)]
     seen.update(new)
-    if custom and len(batch.losses) > 1 and not batch.processes.sharded and _adds_gradients(batch):
+    if custom and len(losses) > 1 and not sharded and _adds_gradients(losses, parameters):
         warn(
             f"The backward pass of losses[{custom[0]!r}] adds a gradient that does not come from the loss, such as that"
             " of an auxiliary loss: it is there even if the loss is multiplied by zero. As there is a backward pass for"
@@ -49,9 +51,11 @@ def _has_custom_function(name: str, root: Node | None) -> bool:
     return found
 
 
-def _adds_gradients(batch: Batch) -> bool:
+def _adds_gradients(losses: Losses, parameters: Sequence[Tensor]) -> bool:
     """Whether there is a gradient of losses that are multiplied by zero."""
-    losses = [loss for loss in batch.losses.values() if loss.requires_grad]
-    inputs, zeros = [one for one in batch.parameters if one.requires_grad], [torch.zeros_like(loss) for loss in losses]
-    found = torch.autograd.grad(losses, inputs, zeros, retain_graph=True, allow_unused=True)
-    return any(gradient is not None and bool((gradient.abs() > 0).any()) for gradient in found)  # nan may be 0 times inf
+    found = [loss for loss in losses.values() if loss.requires_grad]
+    inputs, zeros = [one for one in parameters if one.requires_grad], [torch.zeros_like(loss) for loss in found]
+    gradients = torch.autograd.grad(found, inputs, zeros, retain_graph=True, allow_unused=True)
+    return any(
+        one is not None and bool((one.abs() > 0).any()) for one in gradients
+    )  # not nan, which may be 0 times inf

@@ -7,41 +7,49 @@ added, is counted as the first term's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.collect.shown import Shown
-from lightning_mtadam.optim import algorithm
-from lightning_mtadam.optim.options import Options
-
+from lightning_mtadam.edits.shown import Shown
 
 PIECE = 1 << 20  # elements that are looked at together
 
 
-def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor) -> None:
+AddUp: TypeAlias = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
+
+
+def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor, add_up: AddUp) -> None:
     """Change the terms' gradients of a parameter such that they add up to what is in ``p.grad``.
 
-    ``gradients`` are of the terms that reach it, ``scales`` [n] what multiplies them. The host reads nothing.
+    The host reads nothing.
+
+    Args:
+        shown: holds what is in ``p.grad``.
+        index: of the parameter.
+        gradients: of the n terms that reach it.
+        scales: what multiplies them, [n].
+        add_up: makes their sum from gradients, scales and memory for it, as it was made before.
     """
-    view = shown.memory.views[0][index]
-    if view is None or not view.numel():
+    view = shown.gradient(index)
+    if not view.numel():
         return
     scales = scales if shown.factor is None else scales * shown.factor.to(scales)
     pieces = list(_pieces([view, *gradients]))
-    looked = [_compare(edited.to(scales), _whole(rows, scales), _tolerance(view)) for edited, *rows in pieces]
+
+    def whole_of(rows: Sequence[Tensor]) -> Tensor:
+        return add_up(rows, scales, torch.empty_like(rows[0], dtype=scales.dtype))
+
+    looked = [_compare(edited.to(scales), whole_of(rows), _tolerance(view)) for edited, *rows in pieces]
     told = _are_told(torch.stack(looked), _tolerance(view))
     for edited, *rows in pieces:
-        whole = _whole(rows, scales)
+        whole = whole_of(rows)
         ratio = torch.where(told & (whole != 0), edited / whole, 1)
         for row in rows:
             row.mul_(ratio)
         rows[0].add_(torch.where(~told & (scales[0] > 0), (edited - whole) / scales[0], 0))
-
-
-def _whole(gradients: Sequence[Tensor], scales: Tensor) -> Tensor:
-    return algorithm.balance(gradients, scales, torch.empty_like(gradients[0], dtype=scales.dtype))
 
 
 def _tolerance(view: Tensor) -> float:
@@ -67,7 +75,7 @@ def _are_told(looked: Tensor, tolerance: float) -> Tensor:
 
     They do where every entry was only made smaller, as by masks and by clipping, or all by one factor.
     """
-    sound, shrunk, _, least, _ = looked.amin(0)
+    sound, shrunk, _, least, _ = looked.amin(0).unbind()
     most, many = looked[:, 2].amax(), looked[:, 4].sum()
     alike = (most - least <= tolerance * most) & (many > 1)
     return sound.bool() & (shrunk.bool() | alike)
@@ -79,26 +87,3 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     length = max(1, PIECE * len(tensors[0]) // tensors[0].numel())
     for begin in range(0, len(tensors[0]), length):
         yield [tensor[begin : begin + length] for tensor in tensors]
-
-
-def refuse(names: Iterable[str], options: Options) -> None:
-    """Raise ``RuntimeError`` for edits of ``p.grad`` that cannot count."""
-    why = (
-        "with low_memory=True second moments have seen the terms' gradients already"
-        if options.low_memory
-        else "with denominator='own' each term is divided by itself, so that no step is taken on their sum"
-    )
-    raise RuntimeError(
-        f"p.grad of {', '.join(map(repr, names))} was changed between backward() and step(), but {why}. No parameter"
-        " was changed. Change the gradients of the terms instead: what p.register_hook(lambda gradient: ...) returns"
-        " takes the place of the gradient of each term. Or use another denominator, and no low_memory."
-    )
-
-
-def refuse_unreached(names: Sequence[str]) -> None:
-    """Raise ``RuntimeError`` for a gradient where no term has one, so that there is nothing to divide it by."""
-    if names:
-        raise RuntimeError(
-            f"p.grad of {', '.join(map(repr, names))} holds a gradient, but no loss of this step reaches"
-            f" {'it' if len(names) == 1 else 'them'}. Return what it comes from as one of the losses."
-        )

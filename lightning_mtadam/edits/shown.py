@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import are_on_host, is_host, norm_table, norms_of, wide_dtype
+from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.edits.refusing import refuse, refuse_unreached
 
+Labels: TypeAlias = Callable[[Iterable[int]], list[str]]
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 
 
@@ -20,13 +24,14 @@ class Spent:
     """The gradients that a step has used up: they are no part of the next one, unless they were changed since."""
 
     def __init__(self, parameters: Sequence[Tensor] = ()) -> None:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self._known = {id(gradient): (weakref.ref(gradient), gradient._version) for gradient in gradients}
+        self._known = {
+            id(one.grad): (weakref.ref(one.grad), one.grad._version) for one in parameters if one.grad is not None
+        }
 
     def others(self, parameters: Sequence[Tensor]) -> dict[int, Tensor]:
         """What lies in ``p.grad`` beside them, by the parameter's index."""
-        found = {index: parameter.grad for index, parameter in enumerate(parameters) if parameter.grad is not None}
-        return {index: gradient for index, gradient in found.items() if not self._holds(gradient)}
+        found = {at: one.grad for at, one in enumerate(parameters) if one.grad is not None}
+        return {at: gradient for at, gradient in found.items() if not self._holds(gradient)} if found else found
 
     def _holds(self, gradient: Tensor) -> bool:
         reference, version = self._known.get(id(gradient), (None, 0))
@@ -46,6 +51,7 @@ class Shown:
     Attributes:
         edited: the indices of those that were changed by others.
         factor: by what :meth:`shorten` has multiplied all of them; ``None`` if it has not.
+        clamped: whether :meth:`clamp` was called.
     """
 
     def __init__(
@@ -60,13 +66,15 @@ class Shown:
         self.memory, self.edited, self._loss_scale, self._watched = memory, set[int](), loss_scale, watched
         self.factor: Tensor | None = None
         self._held: dict[int, Tensor] = {}
+        self._versions: dict[int, int] = {}
         for index, (parameter, flag, view) in enumerate(zip(parameters, touched, memory.views[0], strict=True)):
             parameter.grad = None
             if flag and view is not None:
-                parameter.grad = self._held[index] = sharding.like(view.data, parameter)
-        self._versions = {index: held._version for index, held in self._held.items()}
+                whole = sharding.like(view.data, parameter) if hasattr(parameter, "to_local") else view.data
+                parameter.grad = self._held[index] = whole
+                self._versions[index] = whole._version
         self._norms = self._norms_now() if watched or loss_scale is not None else {}  # with the loss scale
-        self._clamped = False
+        self.clamped = False
 
     def __len__(self) -> int:
         return len(self._held)
@@ -74,7 +82,13 @@ class Shown:
     @property
     def changed(self) -> list[int]:
         """The indices of those that are not what they were, but for a factor that all have."""
-        return list(self._held) if self._clamped else sorted(self.edited)
+        return list(self._held) if self.clamped else sorted(self.edited)
+
+    def gradient(self, index: int) -> Tensor:
+        """What lies in the memory for a parameter that was shown, in its shape."""
+        view = self.memory.views[0][index]
+        assert view is not None
+        return view
 
     def add(self, parameters: Sequence[Tensor], others: Mapping[int, Tensor]) -> None:
         """Add gradients that were in ``p.grad`` before, by index: an edit. Where nothing is shown they come back."""
@@ -85,20 +99,25 @@ class Shown:
             else:
                 parameters[index].grad = other
 
-    def missing(self, parameters: Sequence[Tensor]) -> list[int]:
-        """The indices of those that are gone: set to ``None``, as ``model.zero_grad()`` does."""
-        return [index for index in self._held if parameters[index].grad is None]
-
-    def beside(self, parameters: Sequence[Tensor]) -> list[int]:
-        """The indices of other parameters that have a gradient now; on the host, one that is not zero."""
-        found = [(index, one.grad) for index, one in enumerate(parameters) if index not in self._held]
-        return [at for at, one in found if one is not None and (not is_host(one.device) or bool(one.any()))]
-
     def let_go(self, indices: Sequence[int]) -> None:
         """Forget some of them."""
         for index in indices:
             self.edited.discard(index)
             del self._held[index]
+
+    def look(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        """The indices of those that are gone, set to ``None``, and of others that have come; both only where known.
+
+        On the host a gradient of zeros has not come.
+        """
+        gone, come = list[int](), list[int]()
+        for index, parameter in enumerate(parameters):
+            gradient = parameter.grad
+            if gradient is None and index in self._held:
+                gone.append(index)
+            elif gradient is not None and index not in self._held and (not is_host(gradient.device) or gradient.any()):
+                come.append(index)
+        return gone, come
 
     def take_back(self, parameters: Sequence[Tensor], *, scaled: bool) -> None:
         """Bring what is in ``p.grad`` to the memory, without the loss scale, and find out what was ``edited``.
@@ -107,9 +126,10 @@ class Shown:
         ``.data``; the norms tell. An accelerator, which the host is not to wait for, is asked for the scale only.
         """
         self._bring(parameters)
-        scale, self._loss_scale = self._loss_scale, self._loss_scale if scaled else self._scale()
-        if scale is not None and self._loss_scale is not None:
-            self._multiply(self._loss_scale.reciprocal())
+        scale = self._loss_scale
+        if scale is not None:
+            left = scale if scaled else self._scale()
+            self._multiply((scale if left is None else left).reciprocal())
             self._loss_scale, self._norms = None, {index: norm / scale.to(norm) for index, norm in self._norms.items()}
         if self._watched and are_on_host(self.memory.rows):
             kinds = [rows.dtype for rows in self.memory.rows]
@@ -124,8 +144,8 @@ class Shown:
         shardings = [sharding.sharding_of(parameters[index]) for index in self._held]
         wide = self.memory.rows[0].new_empty(0, dtype=wide_dtype(self.memory.rows))
         norms = sharding.join_rows(norm_table([list(self._norms_now().values())], wide), shardings)
-        scale = self._scale()
-        norm = torch.linalg.vector_norm(norms) / (1 if scale is None else scale.to(norms))
+        scale, norm = self._scale(), torch.linalg.vector_norm(norms)
+        norm = norm if scale is None else norm / scale.to(norm)
         factor = (limit / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
         self._multiply(factor)
         self._norms = {index: norm * factor.to(norm) for index, norm in self._norms.items()}
@@ -136,13 +156,16 @@ class Shown:
         self._bring(parameters)
         scale = self._scale()
         for rows in self.memory.rows:
-            most = rows.new_full((), limit) if scale is None else scale.to(rows) * limit
-            rows.clamp_(-most, most)
-        self._clamped, self._norms = True, self._norms_now() if self._norms else {}
+            if scale is None:
+                rows.clamp_(-limit, limit)
+            else:
+                rows.clamp_(-limit * scale.to(rows), limit * scale.to(rows))
+        self.clamped, self._norms = True, self._norms_now() if self._norms else {}
 
     def _scale(self) -> Tensor | None:
         """The loss scale that is still in what was not edited, which may be one; if all was, a scaler has divided."""
-        scale, now = self._loss_scale, {at: norm for at, norm in self._norms_now().items() if at not in self.edited}
+        scale = self._loss_scale
+        now = {} if scale is None else {at: norm for at, norm in self._norms_now().items() if at not in self.edited}
         if scale is None or not now:
             return None if scale is None else torch.ones_like(scale)
         found, whole = (torch.stack([norms[at].to(scale) for at in now]).sum() for norms in (now, self._norms))
@@ -151,13 +174,15 @@ class Shown:
     def _bring(self, parameters: Sequence[Tensor]) -> None:
         """Note what was changed, and take what has replaced ours."""
         for index, held in self._held.items():
-            parameter, part = parameters[index], sharding.local_gradient(parameters[index])
-            if part is not None and parameter.grad is not held:
+            gradient = parameters[index].grad
+            if gradient is held and held._version == self._versions[index]:
+                continue
+            self.edited.add(index)
+            if gradient is not held:
+                part = sharding.local_gradient(parameters[index])
+                assert part is not None
                 sharding.local(held).copy_(part)
-                parameter.grad = held
-                self.edited.add(index)
-            elif held._version != self._versions[index]:
-                self.edited.add(index)
+                parameters[index].grad = held
 
     def _multiply(self, factor: Tensor) -> None:
         for rows in self.memory.rows:
@@ -168,9 +193,59 @@ class Shown:
         return {index: norm for index, norm in zip(self._held, found, strict=True) if norm is not None}
 
 
-def run_hooks(parameters: Sequence[Tensor]) -> None:
-    """Call the hooks of ``register_post_accumulate_grad_hook``, now that the gradients are there."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
-                hook(parameter)
+@dataclass
+class ShownGradients(PendingGradients):
+    """The gradients of the terms, and what is made of them in ``p.grad``."""
+
+    fixed: bool = False  # whether a step looks at more than can still follow an edit
+    shown: Shown | None = None  # the balanced gradient; None if nothing is pending
+    spent: Spent = field(default_factory=Spent)  # what the last step has left in p.grad
+
+    def drop_gradients(self) -> None:
+        """As of every step."""
+        super().drop_gradients()
+        self.shown = None
+
+    def meet_edits(self, parameters: Sequence[Tensor], labels: Labels, *, goes_on: bool) -> bool:
+        """Take back what is in ``p.grad``, and say whether the terms' gradients have to follow.
+
+        Args:
+            parameters: those of the optimizer.
+            labels: gives the names of the parameters of some indices.
+            goes_on: whether another batch comes to it, so that no gradient scaler has divided yet.
+
+        Raises:
+            RuntimeError: for an edit that cannot count.
+        """
+        shown = self.shown
+        if shown is None:
+            return False
+        gone, come = shown.look(parameters)
+        if len(gone) == len(shown):
+            self.drop_gradients()
+            return False
+        if self.absorbed is not None and goes_on:
+            return False  # what comes is refused
+        if gone:
+            shown.let_go(gone)
+        shown.take_back(parameters, scaled=goes_on)
+        changed = shown.edited.union(gone) if self.absorbed is not None else shown.edited
+        if changed and self.fixed:
+            refuse(labels(changed), self.absorbed is not None)
+        if come and not goes_on:
+            refuse_unreached(labels(come))
+        if gone:
+            (self if self.absorbed is None else self.absorbed).drop(gone)
+        return self.absorbed is None and (shown.clamped or bool(shown.edited))
+
+    def drop(self, indices: Sequence[int]) -> None:
+        """Forget the gradients of some parameters; all, if no other has any."""
+        for index in indices:
+            for gradients in self.gradients.values():
+                gradient, gradients[index] = gradients[index], None
+                if gradient is not None:
+                    gradient.zero_()  # what comes is added to it
+            for norms in self.norms.values():
+                norms[index] = None
+        if indices and not any(self.touched):
+            self.drop_gradients()
