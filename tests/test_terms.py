@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_mtadam import MTAdam, NonFiniteError, terms
 from lightning_mtadam.balancers import FixedWeights, GradNorm, MetaBalance, UncertaintyWeighting
@@ -139,19 +138,6 @@ def test_the_first_norm_that_is_not_finite_is_named_with_what_is_left():
 )
 def test_names_are_those_of_the_bare_network(names, clean):
     assert terms.clean_names(names) == clean
-
-
-def test_a_loss_through_a_reentrant_checkpoint_is_refused_wherever_it_lies_in_the_graph():
-    body, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
-    inside = checkpoint(body, x, use_reentrant=True).square().mean() + body(x).mean()
-    with pytest.raises(ValueError, match=r"losses\['deep'\] passes through reentrant .*use_reentrant=False"):
-        terms.refuse_reentrant_checkpoints({"plain": body(x).mean(), "deep": inside.sin()})
-
-
-def test_other_graphs_are_let_through_and_so_are_losses_without_one():
-    body, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
-    kept = checkpoint(body, x, use_reentrant=False).mean()
-    terms.refuse_reentrant_checkpoints({"plain": body(x).mean(), "kept": kept, "none": torch.tensor(1.0)})
 
 
 @pytest.mark.parametrize(

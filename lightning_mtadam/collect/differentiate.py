@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +45,7 @@ def term_gradients(
     if not trainable:
         raise ValueError("No parameter of the optimizer requires a gradient, so there is nothing to train.")
     inputs = [parameters[index] for index in trainable]
-    before = [parameter.grad for parameter in inputs]
+    before = list(map(attrgetter("grad"), inputs))
     for parameter in inputs:
         parameter.grad = None  # what a backward pass in a backward pass leaves there is the term's
     last = ([None, *[name for name, loss in losses.items() if loss.requires_grad]])[-1]
@@ -58,8 +58,7 @@ def term_gradients(
             elif loss.requires_grad:
                 factor = None if grad_output is None else grad_output.to(loss)
                 found = torch.autograd.grad(loss, inputs, factor, retain_graph=name != last, allow_unused=True)
-                inner = [parameter.grad for parameter in inputs]
-                if not all(map(is_, inner, repeat(None))):
+                if not all(map(is_, map(attrgetter("grad"), inputs), repeat(None))):
                     found = [_with_inner(*pair) for pair in zip(found, inputs, strict=True)]
             gradients: list[Tensor | None] = [None] * len(parameters)
             for index, gradient in zip(trainable, found, strict=True):
@@ -83,11 +82,3 @@ def _with_inner(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     """The gradient, and what the backward pass of a function within, as of offloaded checkpoints, left in ``.grad``."""
     inner, parameter.grad = parameter.grad, None
     return gradient if inner is None else inner if gradient is None else gradient + inner
-
-
-def run_hooks(parameters: Sequence[Tensor]) -> None:
-    """Call the hooks of ``register_post_accumulate_grad_hook``, now that the gradients are there."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
-                hook(parameter)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import is_host, wide_dtype
+from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
 
 CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
@@ -28,6 +28,7 @@ class PendingGradients:
     norms: dict[str, list[Tensor | None]] = field(default_factory=dict)  # of the terms whose norms are known, [P] each
     memory: GradientMemory | None = None  # what holds the gradients; None before the first backward pass
     light: bool = False  # whether they are of one weighted sum of the losses, as in most steps with balance_every
+    shown: Any = None  # the balanced gradient as it is in p.grad
     absorbed: Any = None  # what has consumed the gradients already, with low_memory
     skip: bool = False  # whether the next step is to do nothing
     seen: set[str] = field(default_factory=set)  # the terms whose graphs were looked at
@@ -42,7 +43,7 @@ class PendingGradients:
     def drop_gradients(self) -> None:
         """Forget the gradients."""
         self.gradients, self.norms, self.terms = {}, {}, ()
-        self.light, self.absorbed = False, None
+        self.light, self.absorbed, self.shown = False, None, None
 
     @property
     def touched(self) -> list[bool]:
@@ -137,7 +138,7 @@ def _pieces(gradients: Gradients, views: Gradients) -> list[list[int]]:
         if gradient is None or view is None:
             continue
         kind: Hashable = gradient.device, gradient.dtype, gradient.stride() == view.stride()
-        if is_host(gradient.device):
+        if gradient.device.type == "cpu":
             size += gradient.numel()
             if size > CACHED:
                 number, size = number + 1, gradient.numel()

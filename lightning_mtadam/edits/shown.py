@@ -198,13 +198,16 @@ class ShownGradients(PendingGradients):
     """The gradients of the terms, and what is made of them in ``p.grad``."""
 
     fixed: bool = False  # whether a step looks at more than can still follow an edit
-    shown: Shown | None = None  # the balanced gradient; None if nothing is pending
     spent: Spent = field(default_factory=Spent)  # what the last step has left in p.grad
 
-    def drop_gradients(self) -> None:
-        """As of every step."""
-        super().drop_gradients()
-        self.shown = None
+    def clip(self, parameters: Sequence[Tensor], limit: float, algorithm: ClipAlgorithm) -> None:
+        """Clip the balanced gradient; nothing where there is none. ``ValueError`` for an unknown way, or limit."""
+        if algorithm not in ("norm", "value"):
+            raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
+        if not limit > 0:
+            raise ValueError(f"limit must be above 0, but got {limit!r}.")
+        if self.shown is not None:
+            (self.shown.shorten if algorithm == "norm" else self.shown.clamp)(parameters, float(limit))
 
     def meet_edits(self, parameters: Sequence[Tensor], labels: Labels, *, goes_on: bool) -> bool:
         """Take back what is in ``p.grad``, and say whether the terms' gradients have to follow.
@@ -217,9 +220,7 @@ class ShownGradients(PendingGradients):
         Raises:
             RuntimeError: for an edit that cannot count.
         """
-        shown = self.shown
-        if shown is None:
-            return False
+        shown: Shown = self.shown
         gone, come = shown.look(parameters)
         if len(gone) == len(shown):
             self.drop_gradients()
@@ -249,3 +250,11 @@ class ShownGradients(PendingGradients):
                 norms[index] = None
         if indices and not any(self.touched):
             self.drop_gradients()
+
+
+def run_hooks(parameters: Sequence[Tensor]) -> None:
+    """Call the hooks of ``register_post_accumulate_grad_hook``, now that the gradients are there."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+                hook(parameter)

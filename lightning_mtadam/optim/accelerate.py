@@ -67,7 +67,7 @@ def fused_update(
     """
     largest, spare = scratch
     decays = [1 - weight for weight in local.weights[:, 0].tolist()]
-    divisors, rest = moments.second, {"eps": numbers.eps, "maximize": False}
+    divisors, rest = list(moments.second), {"eps": numbers.eps, "maximize": False}
     if numbers.denominator == "max":
         largest.zero_()
         spare.zero_()
@@ -75,7 +75,7 @@ def fused_update(
             if beta2 < 1:  # else neither gradient nor moment was ever anything but zero
                 lists = ([spare], [gradient], [spare], [square], [largest], [LONG_AGO])
                 none = {"lr": 0.0, "beta1": 0.0, "beta2": beta2, "weight_decay": 0.0, "amsgrad": True, **rest}
-                torch._fused_adamw_(*lists, grad_scale=divisor, **none)  # type: ignore[call-overload]
+                torch._fused_adamw_(*lists, grad_scale=divisor, **none)
         divisors, decays = [largest], [STANDING]
         total = torch.div(total, len(gradients), out=spare)
     lr = numbers.lr / float(local.factor)
@@ -92,6 +92,7 @@ def _suits_fused(denominator: Denominator, device: torch.device, dtype: torch.dt
 
 def _balanced(gradients: Rows, local: Coefficients) -> Iterable[Any]:
     """The balanced gradients, [b] each, with what the kernel is still to divide them by: it does so in fp32 only."""
+    assert local.scales is not None
     scales = local.scales[:, 0]
     if scales.dtype != torch.float32:
         return [(gradient.mul_(scale), None) for gradient, scale in zip(gradients, scales, strict=True)]
@@ -192,7 +193,7 @@ def _options(shared: bool) -> dict[str, Any]:
 
 
 class CompiledTables:
-    """What a step does to the tables, as few calls in place of some hundred operations, compiled when they first come."""
+    """What a step does to the tables, as few calls in place of some hundred operations."""
 
     def __init__(self, tables: Tables) -> None:
         self.weighed = _compiled(tables, Tables.weighed)

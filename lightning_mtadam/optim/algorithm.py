@@ -45,11 +45,11 @@ def update(
     numbers: Numbers,
     scratch: Tensor | None,
 ) -> None:
-    """Lines 9 to 14 of all terms, in place, from the balanced gradient, ``total``, and the terms' own."""
-    wide = moments.widened(local.weights.dtype)
+    """Lines 9 to 14 of all terms, in place, from the balanced gradient and the terms' own; ``scratch``: rows."""
+    wide, spare = moments.widened(local.weights.dtype), None if scratch is None else scratch[0]
     for term, gradient in enumerate(gradients):
-        absorb(term, scaled(term, gradient, local, numbers, scratch), wide, local, numbers)
-    move(parameter, total, wide, local, numbers, scratch)
+        absorb(term, scaled(term, gradient, local, numbers, spare), wide, local, numbers)
+    move(parameter, total, wide, local, numbers, spare)
     moments.keep(wide)
 
 

@@ -225,13 +225,11 @@ class Chunks:
     def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks)
 
-    def spread(self, table: Tensor | None) -> list[Any]:
+    def spread(self, table: Tensor) -> list[Any]:
         """Give each element the row of its parameter, in its arithmetic, for each chunk.
 
         [P, k] -> [k, b], or [k, b / block, 1] in blocks; [k, 1] for one parameter.
         """
-        if table is None:
-            return [None] * len(self._chunks)
         alone, found = iter(table.index_select(0, self._alone)[:, :, None].unbind() if len(self._alone) else ()), []
         for chunk in self._chunks:
             spread = next(alone) if isinstance(chunk.rows, int) else table.T.index_select(1, chunk.rows)
@@ -242,4 +240,5 @@ class Chunks:
 
     def local(self, table: Coefficients) -> Iterable[Coefficients]:
         """The coefficients of each chunk, of those of all parameters."""
-        return map(Coefficients, *map(self.spread, table))
+        none: list[Any] = [None] * len(self._chunks)
+        return map(Coefficients, *[none if one is None else self.spread(one) for one in table])

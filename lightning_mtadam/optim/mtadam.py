@@ -138,7 +138,8 @@ class MTAdam(TermOptimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters, collected = self._parameters(), self._pending.shown is not None
-        self._meet_edits(parameters, goes_on=False)
+        if collected:
+            self._meet_edits(parameters, goes_on=False)
         if self._pending.shown is not None:
             self._update(parameters)
             self._pending.spent = Spent(parameters)
@@ -158,7 +159,8 @@ class MTAdam(TermOptimizer):
             scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
             self._count()  # line 3: t
-            self._note_joined(updater, parameters)
+            if updater.joined:
+                self._note_joined(updater, parameters)
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
     def synchronize(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_mtadam.collect import Batch, collect
-from lightning_mtadam.collect.differentiate import run_hooks
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.distributed import sharding
@@ -22,7 +21,7 @@ from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
-from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients
+from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
 from lightning_mtadam.graphs import look_at
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
@@ -88,8 +87,9 @@ class TermOptimizer(Optimizer):
             RuntimeError: another process has failed.
         """
         parameters, pending = self._parameters(), self._pending
-        others = {} if pending.shown else pending.spent.others(parameters)
-        self._meet_edits(parameters, goes_on=True)
+        others = pending.spent.others(parameters) if pending.shown is None else {}
+        if pending.shown is not None:
+            self._meet_edits(parameters, goes_on=True)
         if loss_scale is not None:
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
@@ -122,14 +122,8 @@ class TermOptimizer(Optimizer):
         ``limit`` is the largest L2 norm over all parameters ("norm"), or magnitude of an entry ("value"), without the
         loss scale. All terms take the same factor, so that clipping does not disturb the balance.
         """
-        if algorithm not in ("norm", "value"):
-            raise ValueError(f"algorithm must be 'norm' or 'value', but got {algorithm!r}.")
-        if not limit > 0:
-            raise ValueError(f"limit must be above 0, but got {limit!r}.")
         self._refuse_with_low_memory("clipping")
-        if self._pending.shown is not None:
-            clip = self._pending.shown.shorten if algorithm == "norm" else self._pending.shown.clamp
-            clip(self._parameters(), float(limit))
+        self._pending.clip(self._parameters(), limit, algorithm)
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
@@ -189,9 +183,10 @@ class TermOptimizer(Optimizer):
         pending.add(batch, rows)
         pending.light = factors is not None
         updater = self._prepare_updater(batch)
-        memory = updater.show(pending)
-        self._note_joined(updater, batch.parameters)
-        return memory, pending.touched
+        shown = updater.show(pending)
+        if updater.joined:
+            self._note_joined(updater, batch.parameters)
+        return shown
 
     def _absorb(self, batch: Batch) -> tuple[GradientMemory, list[bool]]:
         """Consume the gradients of the losses; give the balanced gradient."""
@@ -200,7 +195,8 @@ class TermOptimizer(Optimizer):
         if batch.averaging is not None:
             self._pending.memory = self._memory(1, batch)
         absorbed.absorb_all(batch, self._pending.memory)
-        self._note_joined(updater, batch.parameters)
+        if updater.joined:
+            self._note_joined(updater, batch.parameters)
         self._pending.absorbed = absorbed
         return absorbed.sums, absorbed.touched
 
@@ -274,10 +270,9 @@ class TermOptimizer(Optimizer):
         return self._kept[1]  # type: ignore[no-any-return]
 
     def _note_joined(self, updater: Updater, parameters: list[Tensor]) -> None:
-        """Note that moments lie elsewhere now, if the updater has joined some."""
-        if updater.joined:
-            updater.joined = False
-            self._kept[::2] = [self._key(parameters), self._moments()]
+        """Note that moments lie elsewhere now, as the updater has joined some."""
+        updater.joined = False
+        self._kept[::2] = [self._key(parameters), self._moments()]
 
     def _key(self, parameters: list[Tensor]) -> tuple[object, ...]:
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]

@@ -30,8 +30,17 @@ class _Prepared(NamedTuple):
 
     memory: GradientMemory
     chunks: Chunks
-    touched: Tensor  # [P, 1], whether any term's graph reaches the parameter
+    flags: list[bool]  # [P], whether any term's graph reaches the parameter
+    touched: Tensor  # the same of those that have a state, [P, 1]
     jobs: dict[Any, list[tuple[Chunk, Callable[..., None] | None]]]  # with what updates each, by kinds of numbers
+
+
+class _Looked(NamedTuple):
+    """What was found in ``backward``."""
+
+    observed: Tensor  # the norms of the gradients, [P, I]
+    touched: Tensor  # [P, 1]
+    weighed: Weighed | None  # what follows; None for the gradients of a sum
 
 
 class Updater:
@@ -44,27 +53,28 @@ class Updater:
         self._scratch = torch.empty(0, device="cpu")
         self._kept: dict[Any, Chunks] = {}
         self.joined = False  # whether moments of several parameters were brought together since this was noted
-        self._weighed: tuple[Tensor, Tensor, Weighed | None] | None = None  # norms of what is pending, and what follows
+        self._weighed: _Looked | None = None  # of what is pending
 
-    def show(self, pending: ShownGradients) -> GradientMemory:
-        """The balanced gradient of what is pending: the sum over the terms, each times its scale."""
+    def show(self, pending: ShownGradients) -> tuple[GradientMemory, list[bool]]:
+        """The balanced gradient of what is pending, the sum over the terms as scaled; and which parameters have one."""
         assert pending.memory is not None
-        *_, weighed = self._weighed = self._weigh(pending)
-        shown = pending.memory.beside()
+        now, shown = self._prepare(pending), pending.memory.beside()
+        self._weighed = self._weigh(pending, now)
+        weighed = self._weighed.weighed
         if weighed is None:
             for mine, rows in zip(shown.rows, pending.memory.rows, strict=True):
                 mine.copy_(rows[:1])
-            return shown
-        chunks = self._prepare(pending).chunks
-        for chunk, scales in zip(chunks, chunks.spread(self.tables.by_parameter(weighed.scales)), strict=True):
-            total, rows = chunk.row_in(shown), chunk.gradient_rows
+            return shown, now.flags
+        spread = now.chunks.spread(self.tables.by_parameter(weighed.scales))
+        for chunk, scales in zip(now.chunks, spread, strict=True):
+            total, gradients = chunk.row_in(shown), chunk.gradient_rows
             if total.dtype == scales.dtype and not (self.options.compile and is_host(chunk.device)):
-                algorithm.balance(rows, scales, total)
+                algorithm.balance(gradients, scales, total)
                 continue
             length = BLOCK if is_host(chunk.device) else _length(chunk, 1)
             for piece in _pieces(total, length // chunk.block):
-                _balance([row[piece] for row in rows], _cut_at(piece, scales), total[piece])
-        return shown
+                _balance([row[piece] for row in gradients], _cut_at(piece, scales), total[piece])
+        return shown, now.flags
 
     def follow_edits(self, pending: ShownGradients, *, goes_on: bool) -> None:
         """Let the terms' gradients follow what users have made of ``p.grad``, where more than that is looked at.
@@ -75,7 +85,7 @@ class Updater:
         assert shown is not None
         if self.options.denominator == "sum" and not goes_on:
             return
-        *_, weighed = self._weighed or self._weigh(pending)
+        weighed = (self._weighed or self._weigh(pending, self._prepare(pending))).weighed
         for index in shown.changed:
             found = {name: gradients[index] for name, gradients in pending.gradients.items()}
             rows = {name: gradient for name, gradient in found.items() if gradient is not None}
@@ -91,8 +101,8 @@ class Updater:
     def observe(self, pending: ShownGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
         if self._weighed is None:  # the updater is new since
-            self._weighed = self._weigh(pending)
-        norms = self._weighed[0]
+            self._weighed = self._weigh(pending, self._prepare(pending))
+        norms = self._weighed.observed
         return norms, watch.check(norms, self.tables.names, _rows_of(pending, self.tables))
 
     def balance(self, pending: ShownGradients, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
@@ -131,7 +141,8 @@ class Updater:
                 continue
             flat, scratch = chunk.copied() if held is None else held, self.scratch(chunk, chunk.dtype)
             moments, numbers = chunk.moment_rows, self.numbers_at(chunk)
-            update(flat, chunk.row_in(self._shown), self._looked_at(chunk), moments, local, numbers, scratch)
+            rows = () if self.options.denominator == "sum" else chunk.gradient_rows  # as far as they are looked at
+            update(flat, chunk.row_in(self._shown), rows, moments, local, numbers, scratch)
             if held is None:
                 chunk.put_back(flat)
         for (chunk, _), held in zip(self._jobs, early, strict=True):
@@ -178,12 +189,12 @@ class Updater:
         rows = self.tables.row_of
         return Chunks((part for whole in wholes for part in whole.runs(wanted, rows, limit(whole))), self.tables.device)
 
-    def _weigh(self, pending: ShownGradients) -> tuple[Tensor, Tensor, Weighed | None]:
-        """The norms of the gradients, [P, I], what they reach, and what follows; nothing from those of a sum."""
+    def _weigh(self, pending: ShownGradients, now: _Prepared) -> _Looked:
+        """The norms of the gradients and what follows; nothing from those of a sum."""
         self.tables.follow_groups()
-        norms, touched = self.tables.observe(pending, _rows_of(pending, self.tables)), self._prepare(pending).touched
-        light = pending.light
-        return norms, touched, None if light else self._steps.weighed(norms, touched, self._present(pending))
+        norms = self.tables.observe(pending, _rows_of(pending, self.tables))
+        weighed = None if pending.light else self._steps.weighed(norms, now.touched, self._present(pending))
+        return _Looked(norms, now.touched, weighed)
 
     def _present(self, pending: ShownGradients) -> Tensor:
         return self.tables.constant([term in pending.gradients for term in self.tables.terms], torch.bool)
@@ -199,7 +210,7 @@ class Updater:
             wholes, compiled = self._wholes(memory), self.options.compile
             chunks = self._cut(wholes, touched, lambda one: BLOCK if is_host(one.device) and not compiled else WHOLE)
             flags = tables.constant([touched[member] for member in tables.members], torch.bool)[:, None]
-            self._prepared[key] = _Prepared(memory, chunks, flags, {})
+            self._prepared[key] = _Prepared(memory, chunks, touched, flags, {})
         return self._prepared[key]
 
     def _find_jobs(self) -> list[tuple[Chunk, Callable[..., None] | None]]:
@@ -214,20 +225,16 @@ class Updater:
         """What updates the chunk; ``None``: the gradients' own memory serves for results."""
         faster = accelerate.faster(chunk, self.numbers_at(chunk), self.options)
         if faster is not None or is_host(chunk.device):
-            return faster or _update_with_scratch
+            return faster or algorithm.update
         many = 3 * len(chunk.gradient_rows) + 4
         return (
             partial(_update_in_pieces, _length(chunk, many)) if _is_narrow(chunk) or chunk.moment_rows.largest else None
         )
 
-    def _looked_at(self, chunk: Chunk) -> algorithm.Rows:
-        """The terms' gradients, as far as the update looks at them."""
-        return () if self.options.denominator == "sum" else chunk.gradient_rows
-
     def _use_up(self, chunk: Chunk, local: Coefficients) -> None:
         """Update a chunk of an accelerator, where kernels are few and large: memory for results would be so, too."""
         rows, moments, numbers = chunk.gradient_rows, chunk.moment_rows, self.numbers_at(chunk)
-        for term, row in enumerate(self._looked_at(chunk)):
+        for term, row in enumerate(() if self.options.denominator == "sum" else rows):
             algorithm.absorb(term, algorithm.scaled(term, row, local, numbers, row), moments, local, numbers)
         held = chunk.gathered()
         flat = chunk.copied() if held is None else held
@@ -261,12 +268,6 @@ def _balance(gradients: algorithm.Rows, scales: Tensor, total: Tensor) -> None:
     """The balanced gradient; a narrow dtype saturates, unless a gradient is not finite."""
     most, wide = torch.finfo(total.dtype).max, torch.empty_like(total, dtype=scales.dtype)
     total.copy_(algorithm.balance(gradients, scales, wide).clamp_(-most, most))
-
-
-def _update_with_scratch(*arguments: Any) -> None:
-    """As ``algorithm.update``, which takes one of the two rows of results."""
-    *others, scratch = arguments
-    algorithm.update(*others, scratch[0])
 
 
 def _is_narrow(chunk: Chunk) -> bool:

@@ -90,7 +90,7 @@ class Chunk:
         return [torch.tensor(row).to(self.dtype) for row in gradients]
 
     def update(self, t, gradients, scales, *, columns=1, scratch=True, numbers=None):
-        spare = torch.full((SIZE,), torch.nan, dtype=self.wide) if scratch else None
+        spare = torch.full((2, SIZE), torch.nan, dtype=self.wide) if scratch else None
         local = self.local(t, scales, columns)
         given = self.given(gradients, scales)
         algorithm.update(self.parameter, *given, self.moments, local, numbers or self.numbers, spare)
@@ -182,7 +182,7 @@ def test_scratch_memory_and_what_was_in_it_change_nothing(denominator):
 def test_gradients_are_left_as_they_are(denominator):
     ours, gradients = Chunk(denominator), gradients_of(0)[0]
     total, rows = ours.given(gradients, np.ones(TERMS))
-    kept, scratch = [one.clone() for one in (total, *rows)], torch.empty(SIZE, dtype=torch.float64)
+    kept, scratch = [one.clone() for one in (total, *rows)], torch.empty(2, SIZE, dtype=torch.float64)
     local = ours.local(1, np.ones(TERMS))
     for numbers in (ours.numbers, ours.numbers._replace(skipped=torch.tensor(False))):
         algorithm.update(ours.parameter, total, rows, ours.moments, local, numbers, scratch)
@@ -229,7 +229,7 @@ def test_a_step_that_may_change_nothing_changes_nothing(denominator, amsgrad, dt
     local = local._replace(weights=local.weights * 0, factor=local.factor * torch.inf)
     numbers = ours.numbers._replace(skipped=torch.tensor(True))
     rows = [torch.full((SIZE,), value).to(dtype) for value in (torch.inf, torch.nan, 1.0)]
-    rows, scratch = [] if denominator == "sum" else rows, torch.empty(SIZE, dtype=ours.wide)
+    rows, scratch = [] if denominator == "sum" else rows, torch.empty(2, SIZE, dtype=ours.wide)
     algorithm.update(ours.parameter, nan, rows, ours.moments, local, numbers, scratch)
     assert all(torch.equal(one, other) for one, other in zip(before, ours.tensors, strict=True))
 
