@@ -152,7 +152,7 @@ class MTAdam(TermOptimizer):
     def _update(self, parameters: list[Tensor]) -> None:
         """Algorithm 1, for the gradients that are pending."""
         self._recall()
-        updater = self._updater(parameters)
+        updater = self._prepare_updater(parameters, self.terms)
         stepper = self._pending.absorbed or updater
         with self._skipping_nonfinite():
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad

@@ -152,6 +152,10 @@ class TermOptimizer(Optimizer):
     def _take(self, batch: Batch, others: Mapping[int, Tensor]) -> None:
         """Differentiate the losses, and show the balanced gradient; ``others`` were in ``p.grad`` before."""
         pending, known = self._pending, self.terms
+        if not self.state:  # also where a user has cleared it
+            self._watch.told = []
+            for group in self.param_groups:
+                group.update(steps=0, measured=())
         factors = self._factors(batch)
         try:
             with as_fabric_backward():
@@ -182,7 +186,7 @@ class TermOptimizer(Optimizer):
         pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
         pending.add(batch, rows)
         pending.light = factors is not None
-        updater = self._prepare_updater(batch)
+        updater = self._prepare_updater(batch.parameters, batch.terms)
         shown = updater.show(pending)
         if updater.joined:
             self._note_joined(updater, batch.parameters)
@@ -190,7 +194,7 @@ class TermOptimizer(Optimizer):
 
     def _absorb(self, batch: Batch) -> tuple[GradientMemory, list[bool]]:
         """Consume the gradients of the losses; give the balanced gradient."""
-        updater = self._prepare_updater(batch)
+        updater = self._prepare_updater(batch.parameters, batch.terms)
         absorbed = LowMemory(updater, self._watch)
         if batch.averaging is not None:
             self._pending.memory = self._memory(1, batch)
@@ -200,12 +204,12 @@ class TermOptimizer(Optimizer):
         self._pending.absorbed = absorbed
         return absorbed.sums, absorbed.touched
 
-    def _prepare_updater(self, batch: Batch) -> Updater:
+    def _prepare_updater(self, parameters: list[Tensor], terms: tuple[str, ...]) -> Updater:
         if not self.terms:
-            self._set_terms(batch.terms)
-        if len(self.state) < len(batch.parameters):
+            self._set_terms(terms)
+        if len(self.state) < len(parameters):
             self._allocate()
-        return self._updater(batch.parameters)
+        return self._updater(parameters)
 
     def _meet_edits(self, parameters: list[Tensor], *, goes_on: bool) -> None:
         """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed."""

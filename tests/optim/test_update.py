@@ -261,3 +261,25 @@ def test_a_kept_checkpoint_does_not_follow_the_training():
     for index, state in kept.items():
         for name, value in state.items():
             assert torch.equal(value, before[index][name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"balance_every": 3}, {"low_memory": True}, {"denominator": "own"}], ids=str)
+@pytest.mark.parametrize("between", [False, True])
+def test_a_state_that_was_cleared_begins_anew(options, between):
+    """As if the optimizer had been made then; also between ``backward`` and ``step``."""
+    (parameters, optimizer), steps = made(**options), 4
+    for _ in range(steps):
+        advance(optimizer)
+    optimizer.state.clear()
+    again = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    fresh = MTAdam(again, terms=("fit", "size", "wave"), lr=0.01, **options)
+    if between and not options:
+        for one in (optimizer, fresh):
+            one.zero_grad()
+            one.backward(losses_of(*parameters_in(one)))
+            one.state.clear()
+            one.step()
+    for _ in range(8):
+        advance(optimizer)
+        advance(fresh)
+        assert_equal(optimizer, fresh)

@@ -6,6 +6,7 @@ import pytest
 
 _GROUPS = (
     "gradients",
+    "edits",
     "learning_rate",
     "averaging",
     "length",
