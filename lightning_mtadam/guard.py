@@ -1,4 +1,4 @@
-"""Stops a run that could not be right before its first batch, and all ranks when one has failed.
+"""Stops a run that could not be right before its first batch or at it, and all ranks when one has failed.
 
 It also takes the state of a module's balancer to checkpoints and back: hooks of the module are the user's.
 """
@@ -6,6 +6,8 @@ It also takes the state of a module's balancer to checkpoints and back: hooks of
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -17,11 +19,13 @@ from torch import Tensor
 
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import balancer_of, mtadam_of
-from lightning_mtadam.balancers.balancer import parameters_in
+from lightning_mtadam.balancers.balancer import Balancer, parameters_in
 from lightning_mtadam.distributed.agreement import host_group
 from lightning_mtadam.distributed.averaging import Averaging, devices_of
 from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1, processes_of
 from lightning_mtadam.distributed.sharding import mesh_of
+from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.terms import kind_of, warn, what_instead
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,6 +96,71 @@ class Guard(pl.Callback):
             group = _group(trainer)
             if group is not None:
                 Averaging(group, devices_of(_balanced_parameters(trainer))).fail(exception)
+
+
+def check_output(output: object, balancer: MTAdam | Balancer | None) -> None:
+    """Raise ``TypeError`` unless the ``output`` of a training step holds losses, as its ``balancer`` needs them.
+
+    One loss is none to balance: a :class:`Balancer` refuses it. MTAdam is then Adam.
+    """
+    remedy = "Return a dict of named scalar losses, e.g. {'reconstruction': loss, 'kl': kl}"
+    if not isinstance(output, Mapping | Tensor):
+        item = " Do not call .item() on a loss." if isinstance(output, Number) else ""
+        other = "one loss as a tensor; or None to skip the batch"
+        raise TypeError(f"training_step returned {kind_of(output)}. {remedy}; {other}.{item}")
+    if isinstance(output, Mapping) and "loss" not in output:
+        return
+    if isinstance(output, Mapping) and not isinstance(output["loss"], Tensor):
+        raise TypeError(f"training_step returned {tuple(output)}: 'loss' {what_instead('loss', output['loss'])}")
+    if isinstance(balancer, Balancer):
+        what = f"{tuple(output)}, one loss" if isinstance(output, Mapping) else "one loss, a Tensor"
+        beside = terms_beside(output) if isinstance(output, Mapping) else []
+        raise TypeError(
+            f"{type(balancer).__name__} balances named losses, but training_step returned {what}."
+            f" {_by_their_names(beside) if beside else remedy + '.'} Or return no balancer from configure_balancer."
+        )
+
+
+def terms_beside(losses: Mapping[str, object]) -> list[str]:
+    """The names of what lies beside the key "loss" and has a graph, as if it were a term."""
+    return [name for name, value in losses.items() if name != "loss" and _holds_loss(value)]
+
+
+def tell_of_terms_beside(losses: Mapping[str, object], *, named: bool) -> bool:
+    """Warn if there is a "loss", with what look like its terms beside it; gives whether it did.
+
+    Args:
+        losses: what was returned, or given.
+        named: whether "loss" is trained beside the others; else alone.
+    """
+    names = terms_beside(losses) if "loss" in losses else []
+    if names and named:
+        warn(
+            f"backward_terms was given {tuple(losses)}: 'loss' is one more term, beside the others."
+            f" {_by_their_names(names)}"
+        )
+    elif names:
+        warn(
+            f"training_step returned {tuple(losses)}: of these Lightning trains 'loss' alone, as one term, so that"
+            f" MTAdam has nothing to balance. {_by_their_names(names)} Detach what is only to be looked at."
+        )
+    return bool(names)
+
+
+def _by_their_names(names: Sequence[str]) -> str:
+    terms = ", ".join(f"{name!r}: {name}" for name in names)
+    return (
+        f"Give the terms by their names and leave out their sum, e.g. {{{terms}}}. If 'loss' is no sum but one of the"
+        f" terms, call it otherwise: {{'main': loss, {terms}}}."
+    )
+
+
+def _holds_loss(value: object) -> bool:
+    """Whether it is a single number with a graph, or holds one."""
+    if isinstance(value, Tensor):
+        return value.requires_grad and value.numel() == 1
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_holds_loss, held))
 
 
 def _balanced_parameters(trainer: pl.Trainer) -> list[Tensor]:

@@ -10,6 +10,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -29,25 +31,85 @@ class _ResultReader:
         self.from_training_step_output = read
 
 
+class LogBeside:
+    """Logs numbers while a trainer trains, and their means over the batches of an epoch as ``<name>_epoch``.
+
+    What anybody gives to ``self.log`` under such a name, at any time, stands in its place.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._last: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # and of how many batches
+        self._bar: dict[str, Tensor | float] = {}
+        trainer.fit_loop.epoch_loop._results = _results_with(self._complete, self._forget)
+
+    def add(self, names: tuple[str, ...], numbers: Tensor, *, on_bar: str) -> None:
+        """Log the numbers of a batch, [n], each under its name; the one that is called ``on_bar`` on the progress bar.
+
+        To show it, the host waits for it: on an accelerator it does so only where the trainer logs.
+        """
+        numbers = numbers if numbers.dtype == torch.float64 else numbers.float()
+        self._last.update(zip(names, numbers.unbind(), strict=True))
+        total, count = self._sums.get(names, (torch.zeros_like(numbers), 0))
+        self._sums[names] = total + numbers, count + 1
+        if on_bar in names and (numbers.device.type == "cpu" or should_log(self._trainer)):
+            self._bar = {on_bar: self._last[on_bar]}
+
+    def _complete(self, metrics: dict[str, dict[str, Any]], on_step: bool) -> None:
+        """Add the last numbers, or the means, to what Lightning reads, unless others log under their names."""
+        loop = self._trainer.fit_loop.epoch_loop
+        taken = {one.meta.name for results in (loop._results, loop.val_loop._results) for one in results.values()}
+        found = {
+            name: number for name, number in (self._last if on_step else self._means()).items() if name not in taken
+        }
+        if not on_step:
+            found = {f"{name}_epoch": mean for name, mean in found.items() if f"{name}_epoch" not in taken}
+        metrics["callback"] |= found
+        metrics["log"] |= found
+        if on_step:
+            self._bar = {name: float(number) for name, number in self._bar.items()}
+            metrics["pbar"] |= {name: number for name, number in self._bar.items() if name not in taken}
+
+    def _means(self) -> dict[str, Tensor]:
+        sums: dict[str, Any] = dict.fromkeys(self._last, 0)
+        counts = dict.fromkeys(self._last, 0)
+        for names, (total, count) in self._sums.items():
+            for name, number in zip(names, total.unbind(), strict=True):
+                sums[name] = sums[name] + number
+                counts[name] += count
+        return {name: sums[name] / counts[name] for name in sums}
+
+    def _forget(self) -> None:
+        """Begin a new epoch."""
+        for kept in (self._last, self._sums, self._bar):
+            kept.clear()
+
+
+def _results_with(complete: Callable[[dict[str, dict[str, Any]], bool], None], forget: Callable[[], None]) -> Any:
+    """Results of training that are completed when they are read, and forgotten when an epoch has ended."""
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+
+    class Results(_ResultCollection):
+        def __bool__(self) -> bool:
+            return True  # Lightning does not read results that are empty
+
+        def metrics(self, on_step: bool) -> Any:
+            found = super().metrics(on_step)
+            complete(found, on_step)  # type: ignore[arg-type]
+            return found
+
+        def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
+            super().reset(metrics, fx)
+            if fx is None:
+                forget()
+
+    return Results(training=True)
+
+
 def skips_backward(trainer: pl.Trainer) -> bool:
     """Whether training steps run without backward, as in the last epoch of stochastic weight averaging."""
     return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
-
-
-@contextmanager
-def logging_as(module: pl.LightningModule, hook: str) -> Iterator[None]:
-    """Make ``self.log`` believe that it is called in ``hook``."""
-    before = module._current_fx_name
-    module._current_fx_name = hook
-    try:
-        yield
-    finally:
-        module._current_fx_name = before
-
-
-def has_logged(trainer: pl.Trainer, hook: str, name: str) -> bool:
-    """Whether ``self.log(name, ...)`` was called in ``hook`` in this epoch."""
-    return trainer._results is not None and f"{hook}.{name}" in trainer._results
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:

@@ -17,9 +17,14 @@ from torch.optim import Optimizer
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import BalancerSlot, mtadam_of
 from lightning_mtadam.balancers import Balancer
-from lightning_mtadam.guard import Guard
+from lightning_mtadam.distributed.averaging import means_over_ranks
+from lightning_mtadam.distributed.uninterrupted import uninterrupted
+from lightning_mtadam.guard import Guard, check_output, tell_of_terms_beside
 from lightning_mtadam.optim import MTAdam
-from lightning_mtadam.terms import Losses, check_losses, warn
+from lightning_mtadam.terms import Losses, check_losses
+
+TOTAL = "train/loss"
+"""The tag of the sum of the terms."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class _PendingLosses:
         accumulated: by how many batches Lightning divides.
         optimizer: whose gradients are wanted.
         balancer: makes one gradient of them: MTAdam, or a balancer; ``None`` if their sum is wanted.
+        shown: what is logged once all processes have agreed on the losses.
     """
 
     losses: Losses
@@ -39,6 +45,7 @@ class _PendingLosses:
     accumulated: int
     optimizer: Optimizer
     balancer: MTAdam | Balancer | None
+    shown: Losses
 
 
 class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
@@ -49,7 +56,11 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
     sum of the terms. A tensor, or a dict with the key "loss", is treated as in every LightningModule. Accumulation,
     gradient clipping, schedulers and callbacks work as ever; clipping acts on the balanced gradient.
 
-    The terms are logged as ``train/<term>``, their sum as ``train/loss``, on the progress bar.
+    The terms are logged as ``train/<term>``, their sum as ``train/loss``, and their means over the batches of an epoch
+    as ``train/<term>_epoch`` and ``train/loss_epoch``. With several processes all of these are means over them, and the
+    same on each. What you log under one of these names yourself stands in its place. The progress bar shows
+    ``train/loss`` alone: its line has no room for many terms. On an accelerator, whose numbers the host would wait for,
+    it is renewed every ``log_every_n_steps``.
 
     Attributes:
         log_terms: set it to False to log nothing.
@@ -74,10 +85,10 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
     log_terms: bool = True
     _pending: _PendingLosses | None = None
+    _log_beside: lightning_internals.LogBeside | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._logged: set[str] = set()
         self._told = False  # whether it was warned of terms beside a loss
 
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined,untyped-decorator]
@@ -86,6 +97,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             lightning_internals.set_result_reader(trainer, partial(self._read_training_step, trainer))
+            self._log_beside = lightning_internals.LogBeside(trainer)
             Guard.watch(trainer)
             _ = self.balancer  # before the optimizers are made of the parameters
 
@@ -111,9 +123,10 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         optimizer = lightning_internals.unwrap(optimizer)
         balancer = mtadam_of(optimizer) or (self.balancer if balanced else None)
         self._check(losses, balancer)
+        self._told = self._told or tell_of_terms_beside(losses, named=True)
         total = _sum(losses)
-        self._pending = _PendingLosses(losses, total, 1, optimizer, balancer)
-        self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
+        shown = self._shown(losses, total if len(self.trainer.optimizers) == 1 else None)
+        self._keep(_PendingLosses(losses, total, 1, optimizer, balancer, shown))
         try:
             self.manual_backward(total)
         finally:
@@ -135,15 +148,21 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
         (factor,) = torch.autograd.grad(loss, pending.total)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        balance(
+        balance = partial(
+            balance,
             pending.losses,
             model=self.trainer.strategy.model,
             grad_output=factor,
             loss_scale=factor * pending.accumulated if scaled else None,
         )
+        if self.trainer.world_size == 1:
+            return balance()
+        with uninterrupted():  # who leaves between the two would leave the others waiting
+            balance()
+            self._log(pending.shown, agreed=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pending": None}
+        return {**super().__getstate__(), "_pending": None, "_log_beside": None}
 
     def clip_gradients(
         self,
@@ -186,48 +205,39 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         self._pending = None
         if trainer.lightning_module is not self:  # it trains another module now, which may hold this one
             return ClosureResult.from_training_step_output(output, accumulated)
+        if output is None:
+            return ClosureResult.from_training_step_output(None, accumulated)
         optimizer = self.trainer.optimizers[0]
-        named = isinstance(output, Mapping) and "loss" not in output
-        balancer = self.balancer
-        if not named and output is not None and balancer is not None:
-            raise TypeError(
-                f"{type(balancer).__name__} balances named losses, but training_step returned"
-                f" {'one loss' if isinstance(output, Mapping) else 'a ' + type(output).__name__}. Return a dict of"
-                " named scalar losses, or no balancer from configure_balancer."
-            )
         mtadam = mtadam_of(optimizer)
-        if not named and (output is None or mtadam is None):
+        balancer = mtadam or self.balancer
+        named = isinstance(output, Mapping) and "loss" not in output
+        if not named:
+            check_output(output, balancer)
+        if not named and balancer is None:
             return ClosureResult.from_training_step_output(output, accumulated)
         if not named and isinstance(output, Mapping):
-            self._tell_of_terms_beside(output)
+            self._told = self._told or tell_of_terms_beside(output, named=False)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
-        self._check(losses, mtadam or balancer)
+        self._check(losses, balancer)
         total = _sum(losses) if named else losses["loss"]
+        shown = self._shown(losses, total) if named else {}
         if not lightning_internals.skips_backward(self.trainer):
-            self._pending = _PendingLosses(losses, total, accumulated, optimizer, mtadam or balancer)
-        elif mtadam is not None:
-            mtadam.skip_step()
+            self._keep(_PendingLosses(losses, total, accumulated, optimizer, balancer, shown))
+        else:
+            self._log(shown)
+            if mtadam is not None:
+                mtadam.skip_step()
         if not named:
             return ClosureResult.from_training_step_output(output, accumulated)
-        self._log_losses(losses, total, "on_before_backward")
         return ClosureResult.from_training_step_output(
             {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
         )
 
-    def _tell_of_terms_beside(self, output: Mapping[str, Any]) -> None:
-        """Warn, once, if MTAdam is given one loss while what look like its terms lie beside it."""
-        terms = [
-            name
-            for name, value in output.items()
-            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
-        ]
-        if terms and not self._told:
-            self._told = True
-            warn(
-                f"training_step returned {tuple(output)}: of these Lightning trains 'loss' alone, as one term, so that"
-                f" MTAdam has nothing to balance. Return the terms by their names and leave out their sum, e.g."
-                f" {{{', '.join(f'{name!r}: {name}' for name in terms)}}}; or detach what is only to be looked at."
-            )
+    def _keep(self, pending: _PendingLosses) -> None:
+        """Keep losses for backward, and log them, unless other processes must have agreed on them before."""
+        self._pending = pending
+        if pending.balancer is None or self.trainer.world_size == 1:
+            self._log(pending.shown)
 
     def _check(self, losses: Losses, balancer: MTAdam | Balancer | None) -> None:
         alone = self.trainer.world_size == 1
@@ -236,18 +246,22 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if not alone and reduced and not any(loss.requires_grad for loss in losses.values()):
             check_losses(losses, finite=False)  # MTAdam's ranks agree on terms without a graph, DDP's reducer does not
 
-    def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
+    def _shown(self, losses: Losses, total: Tensor | None) -> Losses:
+        """What there is to log, by its tags."""
         if not self.log_terms or self.trainer.barebones:
+            return {}
+        shown = {f"train/{name}": loss.detach() for name, loss in losses.items()}
+        return shown if total is None or TOTAL in shown else {**shown, TOTAL: total.detach()}
+
+    def _log(self, shown: Losses, *, agreed: bool = False) -> None:
+        """Log it, averaged over the processes; ``agreed``: whether these are known to have the same terms."""
+        if not shown or self._log_beside is None:
             return
-        values = {f"train/{name}": loss.detach() for name, loss in losses.items()}
-        if total is not None and "loss" not in losses:
-            values["train/loss"] = total.detach()
-        with lightning_internals.logging_as(self, hook):
-            for name, value in values.items():
-                # In manual optimization the user may have logged the same name in the same hook: that one counts.
-                if name in self._logged or not lightning_internals.has_logged(self.trainer, hook, name):
-                    self._logged.add(name)
-                    self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
+        if self.trainer.world_size > 1:
+            names, numbers = means_over_ranks(shown, self.device, agreed=agreed)
+        else:
+            names, numbers = tuple(shown), torch.stack(list(shown.values()))
+        self._log_beside.add(names, numbers, on_bar=TOTAL)
 
 
 def _sum(losses: Losses) -> Tensor:

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import repeat
+from numbers import Number
 from operator import is_
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -94,15 +95,18 @@ def check_losses(
         ValueError: losses['l1'] must be a scalar tensor, but has shape (3,). Reduce it, e.g. with .mean().
     """
     if not isinstance(losses, Mapping):
-        raise TypeError(f"losses must be a mapping of names to scalar tensors, but is a {type(losses).__name__}.")
+        raise TypeError(
+            f"losses must be a mapping of names to scalar tensors, but is {kind_of(losses)}. Write them as"
+            " {'reconstruction': loss, ...}."
+        )
     if not losses:
         raise ValueError("losses is empty. Give at least one named loss, e.g. {'reconstruction': loss}.")
     check_names(losses)
+    _check_each(losses, graph)
     if terms is not None:
         for name in losses:
             if name not in terms:
                 raise ValueError(unknown_name_message("losses", name, terms))
-    _check_each(losses, graph)
     if finite:
         _check_finite(losses)
 
@@ -141,11 +145,40 @@ def unknown_name_message(where: str, name: str, terms: Iterable[str]) -> str:
     """Say that ``name`` in ``where`` is no known term, which terms there are, and what to do."""
     terms = tuple(terms)
     near = difflib.get_close_matches(name, terms, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint, here = (f" Did you mean {near[0]!r}?", "") if near else ("", f", here terms={(*terms, name)}")
     return (
         f"{where} names the term {name!r}, but the terms are {terms}.{hint}"
-        " Terms that are not in the first losses must be named ahead: MTAdam(..., terms=(...))."
+        f" Terms that are not in the first losses must be named ahead: MTAdam(..., terms=(...)){here}. A balancer takes"
+        " terms= as well."
     )
+
+
+def kind_of(value: object) -> str:
+    """What something is, with what it holds."""
+    if value is None:
+        return "None"
+    held = f" of {len(value)}" if isinstance(value, list | tuple) else ""
+    held = f" of {tuple(value)}" if isinstance(value, Mapping) else held
+    return f"a {type(value).__name__}{held}"
+
+
+def what_instead(name: str, value: object) -> str:
+    """What something that is no tensor is, and what to write in its place."""
+    if isinstance(value, Mapping):
+        flat = ", ".join(f"'{name}_{key}': ..." for key in value)
+        remedy = f"Put its losses beside the others, by names of their own: {{{flat}}}."
+    elif isinstance(value, list | tuple):
+        remedy = "Give each of its losses a name of its own, or add them up: sum(...)."
+    elif value is None:
+        remedy = "Where a batch has nothing for a term, leave it out, or give a loss of zero: torch.zeros(())."
+    elif isinstance(value, Number):
+        remedy = (
+            "Do not call .item() on it; if it is only to be looked at, leave it out of the losses and log it instead:"
+            f" self.log({name!r}, ...)."
+        )
+    else:
+        remedy = "Leave it out of the losses."
+    return f"is {kind_of(value)}. {remedy}"
 
 
 def check_reached(name: str, gradients: Gradients) -> None:
@@ -190,11 +223,12 @@ def _check_each(losses: Losses, graph: bool) -> None:
     for name, loss in losses.items():
         where = f"losses[{name!r}]"
         if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"{where} must be a scalar tensor, but is a {type(loss).__name__}. Do not call .item() on it."
-            )
+            raise TypeError(f"{where} must be a scalar tensor, but {what_instead(name, loss)}")
         if not loss.is_floating_point():
-            raise TypeError(f"{where} must be a real floating-point tensor, but has dtype {loss.dtype}.")
+            raise TypeError(
+                f"{where} must be a real floating-point tensor, but has dtype {loss.dtype}. If it is only to be looked"
+                f" at, leave it out of the losses and log it instead: self.log({name!r}, ...)."
+            )
         if loss.dim() != 0:
             raise ValueError(
                 f"{where} must be a scalar tensor, but has shape {tuple(loss.shape)}. Reduce it, e.g. with .mean()."
@@ -207,7 +241,8 @@ def _check_each(losses: Losses, graph: bool) -> None:
         if graph and not loss.requires_grad:
             raise ValueError(
                 f"{where} has no graph, so it reaches no parameter. Compute it from the network's output without"
-                " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead."
+                " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead:"
+                f" self.log({name!r}, ...)."
             )
 
 

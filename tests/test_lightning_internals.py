@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.fabric import wrappers
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -89,31 +90,49 @@ def test_skips_backward_tells_whether_lightning_will_run_backward(skip):
     assert module.backwards == (0 if skip else 3)
 
 
-def test_logging_as_files_what_is_logged_under_the_hook():
-    class Logging(SumRegression):
+def test_numbers_logged_beside_are_read_with_what_was_logged():
+    class Beside(SumRegression):
+        def on_train_start(self):
+            trainer = self.trainer
+            require(trainer, "fit_loop.epoch_loop.val_loop._results")
+            require(trainer, "fit_loop.epoch_loop._results.metrics")
+            require(trainer, "fit_loop.epoch_loop._results.reset")
+            self.beside = lightning_internals.LogBeside(trainer)
+
         def training_step(self, batch, batch_idx):
-            require(self, "_current_fx_name")
-            assert self._current_fx_name == "training_step"
-            self.log("loss", 1.0, prog_bar=False)
-            with lightning_internals.logging_as(self, "on_before_backward"):
-                self.log("loss", 2.0, prog_bar=True)  # the same hook would refuse other arguments
-            assert self._current_fx_name == "training_step"
+            self.beside.add(("a", "b"), torch.tensor([1.0 + batch_idx, 5.0]), on_bar="a")
+            assert float(self.trainer.callback_metrics["a"]) == 1 + batch_idx, "though nothing else was logged"
+            if batch_idx == 2:
+                self.log("b", 7.0)
             return super().training_step(batch, batch_idx)
 
-    trainer = fit(Logging(sgd), make_loader(2), max_epochs=1)
-    assert float(trainer.progress_bar_metrics["loss"]) == 2.0
-    require(trainer, "_results")  # None when no loop runs
-    results = require(trainer, "fit_loop.epoch_loop._results")
-    assert {"training_step.loss", "on_before_backward.loss"} <= set(results)
+    logger = MemoryLogger()
+    trainer = fit(Beside(sgd), make_loader(3), max_epochs=2, logger=logger, log_every_n_steps=1)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert found == {"a": 3, "b": 7, "a_epoch": 2}
+    assert trainer.progress_bar_metrics == {"a": 3}
+    batches = [{tag: value for tag, value in row.items() if tag in "ab"} for _, row in logger.rows if "a" in row]
+    one, two, three = {"a": 1, "b": 5}, {"a": 2, "b": 5}, {"a": 3, "b": 7}
+    assert batches == [one, two, three, {"a": 1}, {"a": 2}, three], "a tag that was logged once is not taken back"
+    assert [row["a_epoch"] for _, row in logger.rows if "a_epoch" in row] == [2, 2]
 
 
-def test_logging_as_restores_the_hook_after_an_error():
-    module = SumRegression(sgd)
-    require(module, "_current_fx_name")
-    module._current_fx_name = "training_step"
-    with pytest.raises(KeyError, match="lost"), lightning_internals.logging_as(module, "on_before_backward"):
-        raise KeyError("lost")
-    assert module._current_fx_name == "training_step"
+def test_an_accelerator_is_waited_for_where_the_trainer_logs_only():
+    """On the device "meta" a number cannot be read at all."""
+    shown = []
+
+    class Beside(SumRegression):
+        def on_train_start(self):
+            self.beside = lightning_internals.LogBeside(self.trainer)
+
+        def training_step(self, batch, batch_idx):
+            self.beside.add(("a",), torch.ones(1, device="meta"), on_bar="a")
+            shown.append(bool(self.beside._bar))
+            self.beside._forget()
+            return super().training_step(batch, batch_idx)
+
+    fit(Beside(sgd), make_loader(6), max_epochs=1, log_every_n_steps=3)
+    assert shown == [False, False, True] * 2
 
 
 def test_unwrap_gives_the_optimizer_that_lightning_wrapped():
@@ -154,6 +173,11 @@ class LogTimes(pl.Callback):
         self.steps_at_epoch_ends.append(lightning_internals.logging_step(trainer))
 
 
+def steps_of_batches(logger):
+    """The steps at which batches were logged, not ends of epochs."""
+    return [step for step, row in logger.rows if "train/loss" in row]
+
+
 @pytest.mark.parametrize(
     ("accumulate", "every", "batches"),
     [(1, 1, list(range(10))), (1, 3, [2, 5, 8]), (2, 1, [1, 3, 4, 6, 8, 9]), (2, 2, [3, 6, 9]), (5, 1, [4, 9])],
@@ -163,7 +187,7 @@ def test_should_log_and_logging_step_follow_lightnings_own_logging(accumulate, e
     options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": every}
     fit(Regression(), make_loader(5), logger=logger, callbacks=[times], **options)
     assert times.batches == batches
-    assert times.steps == [step for step, _ in logger.rows]
+    assert times.steps == steps_of_batches(logger)
     steps = -(-5 // accumulate)
     assert times.steps_at_epoch_ends == [steps, 2 * steps]  # one more than the last batch's
 
@@ -174,7 +198,7 @@ def test_logging_step_goes_on_after_a_resume(tmp_path):
     trainer = make_trainer(max_epochs=4, callbacks=[second], logger=logger, log_every_n_steps=1)
     trainer.fit(Regression(), make_loader(5), ckpt_path=tmp_path / "last.ckpt")
     assert first.steps == list(range(10))
-    assert second.steps == list(range(10, 20)) == [step for step, _ in logger.rows]
+    assert second.steps == list(range(10, 20)) == steps_of_batches(logger)
 
 
 def test_should_log_is_false_where_logging_is_off():

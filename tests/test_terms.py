@@ -20,6 +20,14 @@ BAD = {
     "no mapping": (lambda: [W.sum()], TypeError, "losses must be a mapping of names to scalar tensors, but is a list"),
     "empty": (lambda: {}, ValueError, r"losses is empty. Give at least one named loss"),
     "number": (lambda: {"fit": 1.0}, TypeError, r"losses\['fit'\].*is a float. Do not call .item\(\)"),
+    "list": (lambda: {"fit": [W.sum()]}, TypeError, r"losses\['fit'\].*is a list of 1. Give each of its losses a name"),
+    "none": (lambda: {"fit": None}, TypeError, r"losses\['fit'\] must be a scalar tensor, but is None. Where a batch"),
+    "nested": (
+        lambda: {"gan": {"g": W.sum(), "d": W.sum()}},
+        TypeError,
+        r"losses\['gan'\].*is a dict of \('g', 'd'\).*\{'gan_g': ..., 'gan_d': ...\}",
+    ),
+    "string": (lambda: {"fit": "low"}, TypeError, "is a str. Leave it out of the losses."),
     "integer": (lambda: {"fit": torch.tensor(1)}, TypeError, r"losses\['fit'\].*dtype torch.int64"),
     "boolean": (lambda: {"fit": torch.tensor(True)}, TypeError, "dtype torch.bool"),
     "complex": (lambda: {"fit": W.sum() * 1j}, TypeError, "dtype torch.complex64"),
@@ -61,6 +69,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones_and_a_hint_where_one_is_
         terms.check_losses({name: W.sum()}, ("fit", "size"))
     assert ("Did you mean" in str(caught.value)) is bool(hint)
     assert "must be named ahead: MTAdam(..., terms=(...))" in str(caught.value)
+    assert ("here terms=('fit', 'size', 'zzz')" in str(caught.value)) is not bool(hint)
+
+
+def test_what_is_no_loss_is_told_before_that_its_name_is_not_known():
+    with pytest.raises(TypeError, match=r"losses\['acc'\].*is a float"):
+        terms.check_losses({**good(), "acc": 0.5}, ("fit", "size"))
 
 
 def test_a_non_finite_loss_is_a_value_error_and_a_floating_point_error():

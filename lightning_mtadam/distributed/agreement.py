@@ -12,6 +12,7 @@ import hashlib
 import math
 import pickle
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -96,9 +97,7 @@ def compare(everyone: Everyone) -> tuple[tuple[str, ...], tuple[str, ...]]:
         ValueError: the ranks differ; the message says which rank has what.
         RankError: another rank has failed.
     """
-    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
-    if failed:
-        raise RankError("Stopped, because another rank has failed. " + "; ".join(failed))
+    _check_failed(everyone)
     _check_terms(everyone)
     _check_parameters(everyone)
     _check_options(everyone)
@@ -109,6 +108,13 @@ def compare(everyone: Everyone) -> tuple[tuple[str, ...], tuple[str, ...]]:
             " same number of batches on every rank."
         )
     return _first(everyone).terms, _constant_everywhere(everyone)
+
+
+def count_terms(terms: tuple[str, ...], group: ProcessGroup) -> dict[str, int]:
+    """How many ranks have each of the terms that any has, in the same order on all; ``RankError`` if one has failed."""
+    everyone = hear(Announcement(terms=terms), group)
+    _check_failed(everyone)
+    return dict(sorted(Counter(name for other in everyone.values() for name in other.terms).items()))
 
 
 def tell(error: BaseException, group: ProcessGroup, sent: Sent = ()) -> Everyone | None:
@@ -227,6 +233,12 @@ def _encode(announcement: Announcement) -> tuple[int, bytes]:
 
 def _first(everyone: Everyone) -> Announcement:
     return next(iter(everyone.values()))
+
+
+def _check_failed(everyone: Everyone) -> None:
+    failed = [f"rank {rank}: {other.error}" for rank, other in everyone.items() if other.error is not None]
+    if failed:
+        raise RankError("Stopped, because another rank has failed. " + "; ".join(failed))
 
 
 def _check_terms(everyone: Everyone) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -113,3 +113,30 @@ def mean_over(tensor: Tensor, group: ProcessGroup) -> Tensor:
     mean = tensor / dist.get_world_size(group)
     dist.all_reduce(mean, group=group)
     return mean
+
+
+def means_over_ranks(
+    numbers: Mapping[str, Tensor], device: torch.device, *, agreed: bool
+) -> tuple[tuple[str, ...], Tensor]:
+    """The mean of each number over those of all processes that have it; the same on all of them.
+
+    The host does not wait for an accelerator.
+
+    Args:
+        numbers: scalars, by name.
+        device: where the processes reduce.
+        agreed: whether they are known to have the same names; else they tell each other.
+
+    Returns:
+        The names that any process has, in the same order on all; their means, [n], float64.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    counts = dict.fromkeys(sorted(numbers), dist.get_world_size())
+    if not agreed:
+        counts = agreement.count_terms(tuple(numbers), group)
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
+    shares = [numbers[name].to(nothing) / count if name in numbers else nothing for name, count in counts.items()]
+    means = torch.stack(shares)
+    dist.all_reduce(means, group=group)
+    return tuple(counts), means

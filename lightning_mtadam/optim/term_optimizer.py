@@ -344,7 +344,7 @@ class TermOptimizer(Optimizer):
             return
         if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
             raise RuntimeError(
-                "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
-                " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
-                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
+                "step() has nothing to consume: it takes the gradients of terms, not p.grad. Call, in place of"
+                " loss.backward(), optimizer.backward({'name': loss}) before. In Lightning return {'name': loss}"
+                " from a MultiTermLightningModule, or call its backward_terms({'name': loss}, optimizer) manually."
             )

@@ -34,7 +34,8 @@ def test_a_gan_in_manual_optimization_equals_the_hand_written_loop(make_optimize
     assert_same(module.generator, generator)
     assert_same(module.discriminator, discriminator)
     assert module._pending is None
-    assert set(trainer.callback_metrics) == {"train/l1", "train/gan", "train/real", "train/fake"}
+    tags = {"train/l1", "train/gan", "train/real", "train/fake"}
+    assert set(trainer.callback_metrics) == tags | {f"{tag}_epoch" for tag in tags}
 
 
 @pytest.mark.parametrize("make_optimizer", [make_mtadam, adam])

@@ -87,26 +87,6 @@ def test_mtadam_on_a_single_loss_equals_adam(extras, accumulate):
     assert set(recorder.outputs[0]) == ({"loss", "extra", "note"} if extras else {"loss"})
 
 
-class TermsBeside(Regression):
-    """Returns the sum and, beside it, the terms, as many modules do for their logs."""
-
-    def training_step(self, batch, batch_idx):
-        losses = three_losses(self.network, batch)
-        return {"loss": total(losses), **{name: loss for name, loss in losses.items() if name != "size"}, "x": batch[0]}
-
-
-def test_terms_beside_a_loss_are_told_of_once():
-    with pytest.warns(UserWarning, match="trains 'loss' alone") as caught:
-        fit(TermsBeside(), make_loader())
-    (message,) = [str(one.message) for one in caught if "trains 'loss' alone" in str(one.message)]
-    assert "('loss', 'fit', 'decay', 'x')" in message
-    assert "{'fit': fit, 'decay': decay}" in message
-
-
-def test_terms_beside_a_loss_are_no_matter_with_another_optimizer():
-    fit(TermsBeside(adam), make_loader())
-
-
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize(
     ("make_optimizer", "set_to_none"),
