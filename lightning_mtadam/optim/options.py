@@ -135,6 +135,20 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
             )
 
 
+def told_options(
+    options: Options, terms: Sequence[str], groups: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[str, str], ...]:
+    """What must be the same on all ranks, as they tell each other. ``terms``: those that were given."""
+    layers = options.layers  # a rule by its name: what else stands for a function differs between processes
+    rule = layers if isinstance(layers, str) else getattr(layers, "__qualname__", type(layers).__qualname__)
+    told = [(name, repr(value)) for name, value in {**vars(options), "layers": rule, "terms": terms}.items()]
+    for index, group in enumerate(groups):
+        where = f" of group {index}" if len(groups) > 1 else ""
+        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        told += [(f"{name}{where}", repr(group[name])) for name in names]
+    return tuple(told)
+
+
 def _overlaps(parameter: Tensor) -> bool:
     """Whether two of its elements lie in one place."""
     reach = 0  # of the dimensions with smaller strides

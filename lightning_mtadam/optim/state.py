@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_mtadam import checkpoint
 from lightning_mtadam.collect.memory import Place, pack_up, places_of
@@ -49,7 +50,10 @@ def allocate(state: dict[Tensor, State], groups: Groups, held: Sequence[bool], o
     parameters = [parameter for parameter, _ in owners]
     keys = [None if hasattr(parameter, "to_local") else id(group) for parameter, group in owners]
     flags = [*held, *[False] * (len(owners) - len(held))]
-    new = [not state.get(one) and (flag or one.requires_grad) for one, flag in zip(parameters, flags, strict=True)]
+    new = [
+        not state.get(one) and (flag or one.requires_grad) and not is_lazy(one)
+        for one, flag in zip(parameters, flags, strict=True)
+    ]
     for pack in pack_up(parameters, new, keys):
         mine, group = [parameters[member] for member in pack], owners[pack[0]][1]
         for parameter in mine:

@@ -6,18 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
+from lightning_mtadam.checkpoint.parameters import GroupsOptimizer, drop_misfits
 from lightning_mtadam.collect import Batch, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.agreement import Numbers, Parameters
+from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
@@ -25,16 +27,20 @@ from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
-from lightning_mtadam.optim.options import LayerRule, Options
+from lightning_mtadam.optim.options import Options, check_group, told_options
 from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints, warn
 
+_KIND = attrgetter("dtype", "shape")
 
-class TermOptimizer(Optimizer):
+
+class TermOptimizer(GroupsOptimizer):
     """Collects the gradients of named losses; a subclass consumes them. ``terms``: their names, if known ahead."""
+
+    _layer_names: LayerNames
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], options: Options, terms: Iterable[str] | None
@@ -48,11 +54,12 @@ class TermOptimizer(Optimizer):
         self._layer_names = LayerNames(options.layers)
         self._reset_transient()
         super().__init__(params, {**defaults, "terms": terms, **options.state_meaning})
+        self._layer_names.strict = True  # the names of the first groups are checked with the first losses
 
     @property
     def terms(self) -> tuple[str, ...]:
         """The names of the loss terms, in order; empty until they are known."""
-        return tuple(self.param_groups[0]["terms"])
+        return tuple(self.defaults["terms"])
 
     @uninterrupted()
     def backward(
@@ -124,20 +131,13 @@ class TermOptimizer(Optimizer):
         self._refuse_with_low_memory("clipping")
         self._pending.clip = (algorithm, float(limit))
 
-    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
-        if None in self._layer_names.names:
-            self._layer_names.name(named_parameters, self._parameters())
-
     def __getstate__(self) -> dict[str, Any]:
         mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_layer_names")}
         return {**super().__getstate__(), **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # checkpoints from before they were counted
-            group.setdefault("steps", 0)
-            group.setdefault("measured", ())
+        self._layer_names.seen = []
         self._reset_transient()
 
     def _reset_transient(self) -> None:
@@ -147,16 +147,6 @@ class TermOptimizer(Optimizer):
         self._kept: list[Any] = []  # the key of the updater, the updater, and the moments that the key names
         self._counted: dict[str, Any] = {}  # what was counted before the last step
         self._ranks = Ranks(late=True)
-
-    def _told_options(self) -> Numbers:
-        """What must be the same on all ranks, as they tell each other."""
-        options = {**vars(self._options), "layers": _name_of(self._options.layers), "terms": self._given_terms}
-        told = [(name, repr(value)) for name, value in options.items()]
-        for index, group in enumerate(self.param_groups):
-            where = f" of group {index}" if len(self.param_groups) > 1 else ""
-            names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-            told += [(f"{name}{where}", repr(group[name])) for name in names]
-        return tuple(told)
 
     def _take(self, batch: Batch) -> None:
         pending, rows = self._pending, batch.terms
@@ -234,6 +224,8 @@ class TermOptimizer(Optimizer):
     def _updater(self) -> Updater:
         """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
         if not self._kept or self._kept[0] != self._key():
+            if drop_misfits(self.state, zip(self._layer_names.labels, self._parameters(), strict=True)):
+                self._allocate()
             layers = self._layer_names.layers(self.param_groups)
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
                 names, terms = self._layer_names.labels, self.terms
@@ -245,7 +237,8 @@ class TermOptimizer(Optimizer):
         parameters = self._parameters()
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
         kept = [list(map(id, found)) for found in (parameters, clocks, self._moments())]
-        return self._layer_names.found, self.terms, kept
+        kinds = list(map(_KIND, filter(self.state.get, parameters)))
+        return self._layer_names.found, self.terms, kept, kinds
 
     def _moments(self) -> list[Tensor | None]:
         """All moments in the state: one that was replaced counts."""
@@ -282,8 +275,17 @@ class TermOptimizer(Optimizer):
         trained = [parameter.requires_grad for parameter in parameters]
         return GradientMemory.fitting(self._pending.memory, parts, trained, keys, rows)
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group, self._options, self.terms)
+
+    def _holds_gradients(self) -> bool:
+        self._pending.start_anew_if_reset(self._layer_names.parameters)
+        return bool(self._pending.gradients) or self._pending.absorbed is not None
+
+    def _take_in(self, count: int) -> None:
+        self._pending.extend(count)
+        if self._given_terms:
+            self._allocate()
 
     def _check(self, batch: Batch) -> Parameters:
         finite = batch.loss_scale is None and self._options.on_nonfinite == "raise" and are_on_host(batch.parameters)
@@ -296,7 +298,7 @@ class TermOptimizer(Optimizer):
         if batch.processes.group is None:
             return ()
         if self._ranks.parameters is None:
-            self._ranks.options = self._told_options()
+            self._ranks.options = told_options(self._options, self._given_terms, self.param_groups)
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
@@ -313,8 +315,3 @@ class TermOptimizer(Optimizer):
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
                 " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
-
-
-def _name_of(rule: LayerRule) -> str:
-    """A rule by its name: what else stands for a function differs between processes."""
-    return rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)
