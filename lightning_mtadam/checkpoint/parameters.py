@@ -213,8 +213,7 @@ def complete_groups(
     known, terms = set(map(id, before)), defaults["terms"]
     for group in groups:
         for key, value in (defaults | counted).items():
-            if key != "differentiable":  # torch adds it to the defaults when it loads
-                group.setdefault(key, value)
+            group.setdefault(key, value)
         if not terms or not group["terms"]:  # not known here, or not when the group was written down
             group["terms"] = terms
     for group in groups:

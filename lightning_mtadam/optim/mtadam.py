@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
+from lightning_mtadam.checkpoint import check_options_of_groups
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
-from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update
+from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
 
@@ -216,6 +217,7 @@ class MTAdam(TermOptimizer):
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
         self._parameters()
         check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
+        check_options_of_groups(state_dict["param_groups"], self.defaults.keys() - {"steps", "measured"}, check_numbers)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)

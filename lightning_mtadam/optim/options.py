@@ -106,8 +106,8 @@ class Options:
         return {"layers": layers, "norm_init": self.norm_init, "denominator": self.denominator}
 
 
-def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
-    """Raise unless a group's numbers are in range, its parameters real, and the optimizer's options left to it."""
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise unless a group's numbers are in range."""
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if not isinstance(value, Real):
@@ -120,6 +120,11 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
     for index, beta in enumerate(betas, start=1):
         if not isinstance(beta, Real) or not 0 <= float(beta) < 1:
             raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")
+
+
+def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
+    """Raise unless a group's numbers are in range, its parameters real, and the optimizer's options left to it."""
+    check_numbers(group)
     whole = {**dict.fromkeys(Options.__dataclass_fields__), **options.state_meaning, "terms": terms}
     for name, value in whole.items():
         if name in group and group[name] != value:

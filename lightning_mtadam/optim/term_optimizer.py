@@ -137,7 +137,8 @@ class TermOptimizer(GroupsOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layer_names.seen = []
+        self.defaults.pop("differentiable", None)  # which torch has added, for groups that come later
+        self._layer_names.seen, self._layer_names.groups = [], []
         self._reset_transient()
 
     def _reset_transient(self) -> None:
