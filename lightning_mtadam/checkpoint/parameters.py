@@ -11,7 +11,9 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.optim import Optimizer
 
 from lightning_mtadam.terms import PLACEHOLDER, clean_names
@@ -35,7 +37,9 @@ class GroupsOptimizer(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
         self._parameters()
-        groups, group, labels = self.param_groups, listed(param_group), self._layer_names.labels
+        groups, group, labels = self.param_groups, param_group, self._layer_names.labels
+        if not isinstance(group["params"], (Tensor, set)):  # torch refuses a set, which has no order
+            group["params"] = list(group["params"])
         if any("param_names" in one for one in groups):
             group = named_alike(group, len(labels))
         with naming_all(groups, group, labels):
@@ -46,7 +50,11 @@ class GroupsOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         """What is trained, in all groups as they are now."""
         names, groups = self._layer_names, self.param_groups
-        if names.seen != [*map(id, groups), *map(id, chain.from_iterable(map(_PARAMS, groups)))]:
+        try:
+            seen = [*map(id, groups), *map(id, chain.from_iterable(map(_PARAMS, groups)))]
+        except (KeyError, TypeError):  # of what is no group
+            seen = []
+        if seen != names.seen:
             self._follow_groups()
         return names.parameters
 
@@ -118,6 +126,8 @@ class ParameterNames:
         if self.strict:
             self.check(list(known.values()), groups)
         self._known, self.parameters, self.groups = known, parameters, list(groups)
+        if any("param_names" in group for group in groups):
+            self._write_names(groups)
         self.seen = [*map(id, groups), *map(id, parameters)]
         self._list()
 
@@ -135,6 +145,17 @@ class ParameterNames:
 
     def check(self, known: Sequence[str], groups: Sequence[Group]) -> None:
         """Raise if names that must differ do not."""
+
+    def _write_names(self, groups: Sequence[Any]) -> None:
+        """Correct what the groups say of their parameters' names, where they say nothing or it is of others."""
+        at = 0
+        for group in groups:
+            names, size = clean_names(group.get("param_names", ())), len(group["params"])
+            found = [self._known.get(one, f"{PLACEHOLDER}{at + index}") for index, one in enumerate(group["params"])]
+            wrong = [name != one and not name.startswith(PLACEHOLDER) for name, one in zip(names, found, strict=False)]
+            if len(names) != size or any(wrong):
+                group["param_names"] = found
+            at += size
 
     def _list(self) -> None:
         self.names = [self._known.get(one) for one in self.parameters]
@@ -155,16 +176,10 @@ def refuse_twice(what: str, names: Sequence[str]) -> None:
 
 def named_alike(group: Mapping[str, Any], known: int) -> Group:
     """Give a new group without names placeholders, after ``known`` others: torch wants all groups alike."""
-    members = listed(group)["params"]
-    if not any(isinstance(member, tuple) for member in members):
+    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if "param_names" not in group and not any(isinstance(member, tuple) for member in members):
         members = [(f"{PLACEHOLDER}{known + index}", parameter) for index, parameter in enumerate(members)]
     return {"param_names": [], **group, "params": members}
-
-
-def listed(group: Mapping[str, Any]) -> Group:
-    """A copy of a group that is to be added, whose parameters, or names and parameters, are a list."""
-    params = group["params"]
-    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
 
 
 @contextmanager
@@ -176,7 +191,7 @@ def naming_all(groups: list[Group], group: Group, labels: Sequence[str]) -> Iter
     before, rest = list(groups), iter(labels)
     unnamed = [one for one in groups if "param_names" not in one]
     try:
-        if any(isinstance(one, tuple) for one in group["params"]):
+        if "param_names" in group or any(isinstance(one, tuple) for one in group["params"]):
             for one in unnamed:
                 one["param_names"] = [next(rest) for _ in one["params"]]
         yield
@@ -190,7 +205,7 @@ def naming_all(groups: list[Group], group: Group, labels: Sequence[str]) -> Iter
 def complete_groups(
     groups: Sequence[Group], before: Sequence[Group], defaults: Group, check: Callable[[Group], None]
 ) -> None:
-    """Give groups that are new what they lack: options their defaults, what is counted the numbers of the others.
+    """Give groups that are new what they lack: options their defaults; and all the same numbers of what is counted.
 
     Args:
         groups: as they are now.
@@ -212,8 +227,9 @@ def complete_groups(
     counted: Group = {key: group[key] for group in before[:1] for key in ("steps", "measured") if key in group}
     known, terms = set(map(id, before)), defaults["terms"]
     for group in groups:
-        for key, value in (defaults | counted).items():
+        for key, value in defaults.items():
             group.setdefault(key, value)
+        group.update(counted)  # of the whole optimizer
         if not terms or not group["terms"]:  # not known here, or not when the group was written down
             group["terms"] = terms
     for group in groups:
@@ -248,6 +264,13 @@ def refuse_unless_appended(before: Sequence[Tensor], now: Sequence[Tensor]) -> N
             " before. Change them before backward(), or call zero_grad() first; to add parameters in between, use"
             " add_param_group()."
         )
+
+
+def materialized(parameters: list[Tensor]) -> list[Tensor]:
+    """The parameters; in place of those that have no shape yet, a tensor without elements that is not trained."""
+    if UninitializedParameter not in map(type, parameters):
+        return parameters
+    return [torch.empty(0, device=one.device, dtype=one.dtype) if is_lazy(one) else one for one in parameters]
 
 
 def drop_misfits(state: MutableMapping[Tensor, Any], named: Iterable[tuple[str, Tensor]]) -> bool:

@@ -46,7 +46,9 @@ class LayerNames(ParameterNames):
             names = tuple(dict.fromkeys(labels))
             position = {name: index for index, name in enumerate(names)}
             device = self.parameters[0].device if self.parameters else None
-            self.found = Layers(names, torch.tensor([position[label] for label in labels], device=device))
+            self.found = Layers(
+                names, torch.tensor([position[label] for label in labels], dtype=torch.int64, device=device)
+            )
         found: Layers = self.found
         return found
 

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups
+from lightning_mtadam.checkpoint.parameters import materialized
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
@@ -194,7 +195,8 @@ class MTAdam(TermOptimizer):
 
     def layer_sizes(self) -> Tensor:
         """The number of elements of each layer: [L], float64, on the host."""
-        sizes = torch.tensor([p.numel() for p in self._parameters()], dtype=torch.float64, device="cpu")
+        found = materialized(self._parameters())
+        sizes = torch.tensor([p.numel() for p in found], dtype=torch.float64, device="cpu")
         layers = self._layer_names.layers(self.param_groups)
         return sizes.new_zeros(len(layers.names)).index_add_(0, layers.layer_of.to("cpu"), sizes)
 

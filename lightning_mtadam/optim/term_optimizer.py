@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lightning_mtadam.checkpoint.parameters import GroupsOptimizer, drop_misfits
+from lightning_mtadam.checkpoint.parameters import GroupsOptimizer, drop_misfits, materialized
 from lightning_mtadam.collect import Batch, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
@@ -90,7 +90,7 @@ class TermOptimizer(GroupsOptimizer):
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
             RuntimeError: another process has failed.
         """
-        parameters, pending = self._parameters(), self._pending
+        parameters, pending = materialized(self._parameters()), self._pending
         pending.start_anew_if_reset(parameters)
         if loss_scale is not None:
             self._refuse_with_low_memory("a gradient scaler")
