@@ -132,6 +132,7 @@ class TermOptimizer(GroupsOptimizer):
         self._pending.clip = (algorithm, float(limit))
 
     def __getstate__(self) -> dict[str, Any]:
+        self._parameters()
         mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_layer_names")}
         return {**super().__getstate__(), **mine}
 
