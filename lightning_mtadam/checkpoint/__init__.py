@@ -86,7 +86,9 @@ def check_options_of_groups(
 def check_keys(state: Mapping[Any, Any], saved_groups: Groups) -> None:
     """Raise ``ValueError`` if there is a state of what is no parameter of the groups."""
     indices = {index for group in saved_groups for index in group["params"]}
-    for key in state:
+    for key, value in state.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"The checkpoint's state of {key!r} must be a dict, but is a {type(value).__name__}.")
         if key not in indices:
             raise ValueError(
                 f"The checkpoint has a state for {key!r}, but its parameter groups hold no such parameter. Load it as"

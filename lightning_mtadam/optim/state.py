@@ -160,6 +160,6 @@ def check_checkpoint(
     for (state, group), name, parameter in zip(owners, names, parameters, strict=True):
         if state:
             checkpoint.check_materialized(parameter, name)
-            amsgrad = group["amsgrad"] or "max_exp_avg_sq" in state
+            amsgrad = group.get("amsgrad") or "max_exp_avg_sq" in state
             shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=amsgrad)
             checkpoint.check_entries(state, shapes, AVERAGE_KEYS, name)
