@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -9,6 +11,9 @@ from torch.optim import Optimizer
 
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.terms import warn
+
+CHECKPOINT_KEY = "lightning_mtadam_balancer"
 
 
 class BalancerSlot(nn.Module):
@@ -61,10 +66,51 @@ class BalancerSlot(nn.Module):
         if balancer is not None and balancer.learned is not None:
             self.add_module("learned_balance", balancer.learned)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hook: Any = cls.on_load_checkpoint
+        if not hasattr(hook, "then_loads_balancer"):  # the user's own, which need not call super
+            cls.on_load_checkpoint = _then_load_balancer(hook)  # type: ignore[method-assign]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As of every LightningModule; then ``load_from_checkpoint`` brings the balancer's state, or warns."""
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module; with what the balancer learns."""
         _ = self.balancer
         return super().load_state_dict(*args, **kwargs)
+
+
+def _then_load_balancer(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook, after which a module that no trainer has yet takes the balancer's state."""
+
+    @wraps(hook)
+    def on_load_checkpoint(self: BalancerSlot, checkpoint: dict[str, Any]) -> None:
+        hook(self, checkpoint)
+        outermost: Any = type(self).on_load_checkpoint
+        if outermost is on_load_checkpoint and getattr(self, "_trainer", None) is None:
+            _load_or_warn(self.balancer, checkpoint.get(CHECKPOINT_KEY))
+
+    on_load_checkpoint.then_loads_balancer = True  # type: ignore[attr-defined]
+    return on_load_checkpoint
+
+
+def _load_or_warn(balancer: Balancer | None, saved: dict[str, Any] | None) -> None:
+    if balancer is None and saved is not None:
+        warn(
+            f"The checkpoint was made with the balancer {saved['balancer']}, but the module has none: its state was not"
+            " loaded. To go on with it, return it from configure_balancer."
+        )
+    elif balancer is not None and saved is None:
+        warn(f"The checkpoint was made without a balancer: {type(balancer).__name__} begins anew.")
+    elif balancer is not None and saved is not None:
+        try:
+            balancer.load_state_dict(saved)
+        except ValueError as error:
+            warn(f"{type(balancer).__name__} begins anew: {error}")
+
+
+BalancerSlot.on_load_checkpoint = _then_load_balancer(BalancerSlot.on_load_checkpoint)  # type: ignore[method-assign]
 
 
 def balancer_of(module: nn.Module) -> Balancer | None:

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancer_slot import balancer_of, mtadam_of
+from lightning_mtadam.balancer_slot import CHECKPOINT_KEY, balancer_of, mtadam_of
 from lightning_mtadam.balancers.balancer import Balancer, parameters_in
 from lightning_mtadam.distributed.agreement import host_group
 from lightning_mtadam.distributed.averaging import Averaging, devices_of
@@ -30,11 +30,12 @@ from lightning_mtadam.terms import kind_of, warn, what_instead
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-CHECKPOINT_KEY = "lightning_mtadam_balancer"
-
 
 class Guard(pl.Callback):
     """Every trainer of a ``MultiTermLightningModule`` has one; nothing in it depends on hooks of the user's module."""
+
+    def __init__(self) -> None:
+        self._written: list[bool] = []  # whether MTAdam wrote the states of the checkpoint that is being loaded
 
     @classmethod
     def watch(cls, trainer: pl.Trainer) -> None:
@@ -52,6 +53,14 @@ class Guard(pl.Callback):
                     " Return None from configure_balancer, or another optimizer from configure_optimizers."
                 )
             balancer.attach(pl_module)
+        written, self._written = self._written, []
+        for optimizer, by_mtadam in zip(trainer.optimizers, written, strict=False):
+            if by_mtadam and "terms" not in optimizer.param_groups[0]:
+                raise ValueError(
+                    f"The checkpoint was written with MTAdam, but configure_optimizers returns"
+                    f" {type(optimizer).__name__}, to which its state means nothing. Return MTAdam; or load only the"
+                    f" weights, {type(pl_module).__name__}.load_from_checkpoint(path), and fit() without ckpt_path."
+                )
         if _balanced_parameters(trainer):
             _check_strategy(trainer)
             group = _group(trainer)
@@ -79,6 +88,8 @@ class Guard(pl.Callback):
         """Restore the balancer's state where training goes on; the first to raise if it is another's."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        states = [state.get("param_groups") for state in checkpoint.get("optimizer_states", [])]
+        self._written = [bool(groups) and "terms" in groups[0] for groups in states]
         balancer, saved = balancer_of(pl_module), checkpoint.get(CHECKPOINT_KEY)
         if balancer is None and saved is not None:
             raise ValueError(

@@ -142,8 +142,17 @@ class Balancer(ABC):
         """Load what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: it is another balancer's, or has other terms; nothing was changed.
+            ValueError: it is another balancer's, has other terms, or is no balancer's; nothing was changed.
         """
+        if not {"balancer", "terms", "state"} <= state_dict.keys():
+            raise ValueError(
+                f"This is no balancer's state: it has {[*state_dict][:4]}, where 'balancer', 'terms' and 'state' are"
+                " needed. Load what balancer.state_dict() gave; in a checkpoint of Lightning's it is"
+                " checkpoint['lightning_mtadam_balancer']."
+            )
+        for name, value in state_dict["state"].items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"The checkpoint's state of the balancer has {name!r}, which is no tensor. Remove it.")
         saved, terms = state_dict["balancer"], tuple(state_dict["terms"])
         if saved != type(self).__name__:
             raise ValueError(

@@ -57,6 +57,8 @@ class LogVariances(nn.Module):
         saved = state_dict.get(f"{prefix}log_variances")
         if saved is not None:
             self.grow(saved.numel())
+            wide = torch.promote_types(saved.dtype, self.log_variances.dtype)
+            self.log_variances.data = self.log_variances.data.to(wide)  # the network may be made float64 after this
             state_dict[f"{prefix}log_variances"] = saved if saved.numel() else torch.zeros_like(self.log_variances)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

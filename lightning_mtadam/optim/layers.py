@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mtadam.checkpoint.parameters import ParameterNames, group_names, named_alike, refuse_twice
 from lightning_mtadam.optim.options import LayerRule
-from lightning_mtadam.terms import PLACEHOLDER, clean_names
+
+__all__ = ["LayerNames", "Layers", "named_alike"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,57 +23,34 @@ class Layers:
     layer_of: Tensor  # [P] int64, the layer of each parameter
 
 
-class LayerNames:
-    """The names of an optimizer's parameters, ``None`` where not known yet, and the layers, once ``found``."""
+class LayerNames(ParameterNames):
+    """The names of an optimizer's parameters, and the layers that follow from them, once ``found``."""
 
     def __init__(self, rule: LayerRule) -> None:
+        super().__init__()
         self.rule = rule
-        self.names: list[str | None] = []
-        self.found: Layers | None = None
 
-    def add(self, group: Mapping[str, Any]) -> None:
-        """Note the parameters of a new group."""
-        names = group.get("param_names", [PLACEHOLDER] * len(group["params"]))
-        self.names += [None if name.startswith(PLACEHOLDER) else name for name in clean_names(names)]
-        self.found = None
-
-    def name(self, named_parameters: Iterable[tuple[str, Tensor]], parameters: Sequence[Tensor]) -> None:
-        """Name those of ``parameters`` that have no name yet."""
-        named = list(named_parameters)
-        names = clean_names([name for name, _ in named])
-        known = {id(parameter): name for name, (_, parameter) in zip(names, named, strict=True)}
-        self.names = [name or known.get(id(p)) for name, p in zip(self.names, parameters, strict=True)]
-        self.found = None
-
-    @property
-    def labels(self) -> list[str]:
-        """The parameters' names, or their numbers."""
-        return [name or f"{PLACEHOLDER}{index}" for index, name in enumerate(self.names)]
+    def check(self, known: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise if what layers are called by is given twice."""
+        if self.rule == "group":
+            refuse_twice("parameter groups", group_names(groups))
+        elif self.rule != "global":
+            refuse_twice("parameters", known)
 
     def layers(self, groups: Sequence[Mapping[str, Any]]) -> Layers:
         """The layers of the groups' parameters; raises if the rule needs names that are not known, or not unique."""
         if self.found is None:
-            known = [name for name in self.names if name is not None]
-            if self.rule not in ("group", "global") and len(set(known)) != len(known):
-                twice = next(name for name in known if known.count(name) > 1)
-                raise ValueError(
-                    f"Two parameters are named {twice!r}. Give them different names, e.g. a prefix per network."
-                )
-            owners = [group.get("name", f"group_{at}") for at, group in enumerate(groups) for _ in group["params"]]
+            self.check([name for name in self.names if name is not None], groups)
+            owners = [name for name, group in zip(group_names(groups), groups, strict=True) for _ in group["params"]]
             labels = [_label(self.rule, *one) for one in zip(self.labels, self.names, owners, strict=True)]
             names = tuple(dict.fromkeys(labels))
             position = {name: index for index, name in enumerate(names)}
-            device = next(parameter.device for group in groups for parameter in group["params"])
-            self.found = Layers(names, torch.tensor([position[label] for label in labels], device=device))
-        return self.found
-
-
-def named_alike(group: Mapping[str, Any], known: int) -> dict[str, Any]:
-    """Give a new group without names placeholders, after ``known`` others: torch wants all groups alike."""
-    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    if not any(isinstance(member, tuple) for member in members):
-        members = [(f"{PLACEHOLDER}{known + index}", parameter) for index, parameter in enumerate(members)]
-    return {**group, "params": members}
+            device = self.parameters[0].device if self.parameters else None
+            self.found = Layers(
+                names, torch.tensor([position[label] for label in labels], dtype=torch.int64, device=device)
+            )
+        found: Layers = self.found
+        return found
 
 
 def _label(rule: LayerRule, label: str, name: str | None, group: str) -> str:

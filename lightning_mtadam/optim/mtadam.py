@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
+from lightning_mtadam.checkpoint import check_options_of_groups, plain
+from lightning_mtadam.checkpoint.parameters import materialized
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
-from lightning_mtadam.optim.layers import named_alike
-from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
+from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
 
@@ -200,41 +201,34 @@ class MTAdam(TermOptimizer):
 
     def layer_sizes(self) -> Tensor:
         """The number of elements of each layer: [L], float64, on the host."""
+        found = materialized(self._parameters())
+        sizes = torch.tensor([p.numel() for p in found], dtype=torch.float64, device="cpu")
         layers = self._layer_names.layers(self.param_groups)
-        sizes = torch.tensor([p.numel() for p in self._parameters()], dtype=torch.float64, device="cpu")
         return sizes.new_zeros(len(layers.names)).index_add_(0, layers.layer_of.to("cpu"), sizes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
         if self._pending.absorbed is not None:
             self._refuse_with_low_memory("a parameter group that is added between backward() and step()")
-        named = [group for group in self.param_groups if "param_names" in group]
-        super().add_param_group(named_alike(param_group, len(self._layer_names.names)) if named else param_group)
-        group = self.param_groups[-1]
-        try:
-            check_group(group, self._options, self.defaults["terms"])
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._layer_names.add(group)
-        self._pending.extend(len(group["params"]))
-        if self.terms:
-            self._set_terms(self.terms)
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer. Moments that share memory are copied."""
         self.synchronize()
+        self._parameters()
         found = super().state_dict()
         states = found["state"].items()
         kept = {index: {key: own_memory(one) for key, one in state.items()} for index, state in states}
-        return {**found, "state": kept}
+        return {**found, "state": kept, "param_groups": plain(found["param_groups"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
+        self._parameters()
         check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
+        check_options_of_groups(state_dict["param_groups"], self.defaults.keys() - {"steps", "measured"}, check_numbers)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
-        self._set_terms(self.terms or self._given_terms)
+        self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)
 
     def __repr__(self) -> str:
         """The options and the groups' hyper-parameters, without what is only counted."""

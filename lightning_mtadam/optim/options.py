@@ -96,17 +96,6 @@ class Options:
         """Whether second moments cannot follow what is made of the balanced gradient after ``backward``."""
         return self.denominator == "own" or (self.low_memory and self.denominator != "sum")
 
-    def told(self, groups: Sequence[Mapping[str, Any]], terms: tuple[str, ...]) -> Numbers:
-        """What must be the same on all ranks, as they tell each other; a function by its name."""
-        rule: Any = self.layers
-        named = rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)
-        told = [(name, repr(value)) for name, value in {**vars(self), "layers": named, "terms": terms}.items()]
-        for index, group in enumerate(groups):
-            where = f" of group {index}" if len(groups) > 1 else ""
-            names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-            told += [(f"{name}{where}", repr(group[name])) for name in names]
-        return tuple(told)
-
     @property
     def averages_squares(self) -> bool:
         """Whether squares of norms are averaged: where a scale lasts for many steps."""
@@ -123,8 +112,8 @@ class Options:
         return {"layers": layers, "norm_init": self.norm_init, "denominator": self.denominator}
 
 
-def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
-    """Raise unless a group's numbers are in range, its parameters real, and the optimizer's options left to it."""
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise unless a group's numbers are in range."""
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if not isinstance(value, Real):
@@ -137,6 +126,11 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
     for index, beta in enumerate(betas, start=1):
         if not isinstance(beta, Real) or not 0 <= float(beta) < 1:
             raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")
+
+
+def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
+    """Raise unless a group's numbers are in range, its parameters real, and the optimizer's options left to it."""
+    check_numbers(group)
     whole = {**dict.fromkeys(Options.__dataclass_fields__), **options.state_meaning, "terms": terms}
     for name, value in whole.items():
         if name in group and group[name] != value:
@@ -150,6 +144,20 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
                 f" strides are {parameter.stride()}. No step can move them apart. Train a copy,"
                 " torch.nn.Parameter(p.clone()), or what it was expanded from."
             )
+
+
+def told_options(
+    options: Options, terms: Sequence[str], groups: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[str, str], ...]:
+    """What must be the same on all ranks, as they tell each other. ``terms``: those that were given."""
+    layers = options.layers  # a rule by its name: what else stands for a function differs between processes
+    rule = layers if isinstance(layers, str) else getattr(layers, "__qualname__", type(layers).__qualname__)
+    told = [(name, repr(value)) for name, value in {**vars(options), "layers": rule, "terms": terms}.items()]
+    for index, group in enumerate(groups):
+        where = f" of group {index}" if len(groups) > 1 else ""
+        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        told += [(f"{name}{where}", repr(group[name])) for name in names]
+    return tuple(told)
 
 
 def _overlaps(parameter: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_mtadam import checkpoint
 from lightning_mtadam.collect.memory import Place, pack_up, places_of
@@ -49,7 +50,10 @@ def allocate(state: dict[Tensor, State], groups: Groups, held: Sequence[bool], o
     parameters = [parameter for parameter, _ in owners]
     keys = [None if hasattr(parameter, "to_local") else id(group) for parameter, group in owners]
     flags = [*held, *[False] * (len(owners) - len(held))]
-    new = [not state.get(one) and (flag or one.requires_grad) for one, flag in zip(parameters, flags, strict=True)]
+    new = [
+        not state.get(one) and (flag or one.requires_grad) and not is_lazy(one)
+        for one, flag in zip(parameters, flags, strict=True)
+    ]
     for pack in pack_up(parameters, new, keys):
         mine, group = [parameters[member] for member in pack], owners[pack[0]][1]
         for parameter in mine:
@@ -141,15 +145,21 @@ def _are_same(tensor: Tensor, view: Tensor) -> bool:
 def check_checkpoint(
     state_dict: Mapping[str, Any], groups: Groups, names: Sequence[str], options: Options, terms: tuple[str, ...]
 ) -> None:
-    """Raise ``ValueError`` unless ``state_dict`` fits the optimizer: its groups, names, options and terms."""
-    saved_groups = state_dict["param_groups"]
+    """Raise unless ``state_dict`` fits the optimizer: its form, groups, names, options, terms and state."""
+    checkpoint.check_form(state_dict)
+    saved_groups, found = state_dict["param_groups"], state_dict["state"]
+    checkpoint.check_written_by_mtadam(saved_groups)
     checkpoint.check_groups(groups, saved_groups)
     saved_terms = tuple(saved_groups[0]["terms"])
     checkpoint.check_same_terms(saved_terms, terms)
+    checkpoint.check_terms_with(options.check_terms, saved_terms)
     checkpoint.check_options(saved_groups[0], options.state_meaning)
+    checkpoint.check_keys(found, saved_groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    owners = [(state_dict["state"].get(index), group) for group in saved_groups for index in group["params"]]
+    owners = [(found.get(index), group) for group in saved_groups for index in group["params"]]
     for (state, group), name, parameter in zip(owners, names, parameters, strict=True):
-        if state is not None:
-            shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=group["amsgrad"])
+        if state:
+            checkpoint.check_materialized(parameter, name)
+            amsgrad = group.get("amsgrad") or "max_exp_avg_sq" in state
+            shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=amsgrad)
             checkpoint.check_entries(state, shapes, AVERAGE_KEYS, name)

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
+from lightning_mtadam.checkpoint.parameters import GroupsOptimizer, drop_misfits, materialized
 from lightning_mtadam.collect import Batch, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
@@ -26,16 +28,20 @@ from lightning_mtadam.graphs import look_at
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
-from lightning_mtadam.optim.options import Options
+from lightning_mtadam.optim.options import Options, check_group, told_options
 from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, warn
 
+_KIND = attrgetter("dtype", "shape")
 
-class TermOptimizer(Optimizer):
+
+class TermOptimizer(GroupsOptimizer):
     """Collects the gradients of named losses; a subclass consumes them. ``terms``: their names, if known ahead."""
+
+    _layer_names: LayerNames
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], options: Options, terms: Iterable[str] | None
@@ -49,11 +55,12 @@ class TermOptimizer(Optimizer):
         self._layer_names = LayerNames(options.layers)
         self._reset_transient()
         super().__init__(params, {**defaults, "terms": terms, **options.state_meaning})
+        self._layer_names.strict = True  # the names of the first groups are checked with the first losses
 
     @property
     def terms(self) -> tuple[str, ...]:
         """The names of the loss terms, in order; empty until they are known."""
-        return tuple(self.param_groups[0]["terms"])
+        return tuple(self.defaults["terms"])
 
     @uninterrupted()
     def backward(
@@ -86,7 +93,7 @@ class TermOptimizer(Optimizer):
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
             RuntimeError: another process has failed.
         """
-        parameters, pending = self._parameters(), self._pending
+        parameters, pending = materialized(self._parameters()), self._pending
         others = pending.spent.others(parameters) if pending.shown is None else {}
         if pending.shown is not None:
             self._meet_edits(parameters, goes_on=True)
@@ -125,20 +132,15 @@ class TermOptimizer(Optimizer):
         self._refuse_with_low_memory("clipping")
         self._pending.clip(self._parameters(), limit, algorithm)
 
-    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Name the parameters that have no name yet, as ``model.named_parameters()`` does."""
-        if None in self._layer_names.names:
-            self._layer_names.name(named_parameters, self._parameters())
-
     def __getstate__(self) -> dict[str, Any]:
+        self._parameters()
         mine = {key: self.__dict__[key] for key in ("_options", "_given_terms", "_layer_names")}
         return {**super().__getstate__(), **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # checkpoints from before they were counted
-            group.setdefault("steps", 0)
-            group.setdefault("measured", ())
+        self.defaults.pop("differentiable", None)  # which torch has added, for groups that come later
+        self._layer_names.seen, self._layer_names.groups = [], []
         self._reset_transient()
 
     def _reset_transient(self) -> None:
@@ -266,6 +268,8 @@ class TermOptimizer(Optimizer):
         """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
         parameters = self._parameters() if parameters is None else parameters
         if not self._kept or self._kept[0] != self._key(parameters):
+            if drop_misfits(self.state, zip(self._layer_names.labels, parameters, strict=True)):
+                self._allocate()
             layers = self._layer_names.layers(self.param_groups)
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
                 names, terms = self._layer_names.labels, self.terms
@@ -281,7 +285,8 @@ class TermOptimizer(Optimizer):
     def _key(self, parameters: list[Tensor]) -> tuple[object, ...]:
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
         kept = list(map(id, parameters)), list(map(id, clocks)), list(map(id, self._moments()))
-        return self._layer_names.found, self.param_groups[0]["terms"], kept
+        kinds = list(map(_KIND, filter(self.state.get, parameters)))
+        return self._layer_names.found, self.param_groups[0]["terms"], kept, kinds
 
     def _moments(self) -> list[Tensor | None]:
         """All moments in the state: one that was replaced counts."""
@@ -318,8 +323,17 @@ class TermOptimizer(Optimizer):
         trained = [parameter.requires_grad for parameter in parameters]
         return GradientMemory.fitting(self._pending.memory, parts, trained, keys, rows)
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group, self._options, self.terms)
+
+    def _holds_gradients(self) -> bool:
+        self._pending.start_anew_if_reset(self._layer_names.parameters)
+        return bool(self._pending.gradients) or self._pending.absorbed is not None
+
+    def _take_in(self, count: int) -> None:
+        self._pending.extend(count)
+        if self._given_terms:
+            self._allocate()
 
     def _check(self, batch: Batch) -> Parameters:
         finite = batch.loss_scale is None and self._options.on_nonfinite == "raise" and are_on_host(batch.parameters)
@@ -331,7 +345,7 @@ class TermOptimizer(Optimizer):
         if batch.processes.group is None:
             return ()
         if self._ranks.parameters is None:
-            self._ranks.options = self._options.told(self.param_groups, self._given_terms)
+            self._ranks.options = told_options(self._options, self._given_terms, self.param_groups)
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,6 +129,14 @@ def test_a_parameter_frozen_later_stays_where_it_is():
     assert all(torch.equal(p, q) for p, q in zip(kept, model[0].parameters(), strict=True))
 
 
+def assert_same_state_dicts(after, before):
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"].keys() == before["state"].keys()
+    for key, entry in before["state"].items():
+        assert entry.keys() == after["state"][key].keys()
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in entry.items())
+
+
 def altered(change):
     parameters, optimizer = make(start(0))
     follow(optimizer, parameters, stream(3, 0))
@@ -159,6 +168,33 @@ REFUSED = {
         "parameter 'head.bias' where the optimizer has 'head.weight'",
     ),
     "entry": (lambda s: s["state"][1].pop("gradient_norm"), "no 'gradient_norm' for the parameter 'net.bias'"),
+    "two betas": (
+        lambda s: s["param_groups"][1].update(betas=(0.9, 0.999)),
+        r"parameter group 1 does not fit: betas must be three numbers .*, but got \(0.9, 0.999\)",
+    ),
+    "bad lr": (lambda s: s["param_groups"][0].update(lr=-1.0), "group 0 does not fit: lr must be .*got -1.0"),
+    **{
+        f"no {key}": (
+            lambda s, key=key: s["param_groups"][1].pop(key),
+            f"parameter group 1 has no '{key}'.*add '{key}'",
+        )
+        for key in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "layers")
+    },
+    "no denominator": (
+        lambda s: [group.pop("denominator") for group in s["param_groups"]],
+        "does not say with which denominator it was written",
+    ),
+    "terms of one group": (lambda s: s["param_groups"][1].update(terms=("a",)), "groups have different terms"),
+    "foreign entry": (
+        lambda s: s["state"][1].update(momentum_buffer=torch.ones(4)),
+        r"'momentum_buffer' for the parameter 'net.bias', which is no part of MTAdam's state. .*remove that entry",
+    ),
+    "foreign parameter": (lambda s: s["state"].update({17: {}}), "a state for 17, but its parameter groups hold no"),
+    "foreign name": (lambda s: s["state"].update(extra={}), "a state for 'extra', but"),
+    "foreign kind": (lambda s: s["state"].update({0: torch.ones(2)}), "state of 0 must be a dict, but is a Tensor"),
+    "no number": (lambda s: s["state"][0].update(step=3), "no 'step' for the parameter 'net.weight'"),
+    "no groups": (lambda s: s.pop("param_groups"), r"a dict without 'param_groups', with \['state'\]"),
+    "no state": (lambda s: s.pop("state"), r"a dict without 'state'.*checkpoint\['optimizer_states'\]\[0\]"),
 }
 
 
@@ -171,16 +207,111 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(case):
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
-    after = optimizer.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for key, entry in before["state"].items():
-        assert all(torch.equal(value, after["state"][key][name]) for name, value in entry.items())
+    assert optimizer.terms == TERMS
+    assert_same_state_dicts(optimizer.state_dict(), before)
 
 
-def test_a_checkpoint_of_adam_is_refused():
+OTHERS = {
+    "Adam": (torch.optim.Adam, "have two betas, like those of torch.optim.Adam"),
+    "AdamW": (torch.optim.AdamW, "have two betas, like those of torch.optim.Adam"),
+    "SGD": (lambda parameters: torch.optim.SGD(parameters, momentum=0.9), "look like those of torch.optim.SGD"),
+    "RMSprop": (torch.optim.RMSprop, r"but have \['alpha', "),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_optimizers_checkpoint_is_refused_with_the_remedy(case):
+    make, message = OTHERS[case]
     model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="not written by MTAdam"):
-        MTAdam(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    other = make(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    other.step()
+    optimizer = MTAdam(model.parameters())
+    take_step(optimizer, {"fit": model(torch.ones(1, 2)).mean()})
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"not written by MTAdam.*{message}.*Load only the weights"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.terms == ("fit",)
+    assert_same_state_dicts(optimizer.state_dict(), before)
+
+
+def test_what_is_no_state_dict_is_refused():
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"takes what optimizer.state_dict\(\) gave, but got a list"):
+        MTAdam(model.parameters()).load_state_dict([])
+    with pytest.raises(ValueError, match=r"without 'param_groups', with \['weight', 'bias'\]"):
+        MTAdam(model.parameters()).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchor": "z"}, r"the terms \('a', 'b', 'c'\), which do not fit the optimizer: anchor must be .*got 'z'"),
+        ({"importance": {"z": 2.0}}, r"which do not fit the optimizer: importance names the term 'z'"),
+    ],
+)
+def test_an_anchor_or_importance_that_the_checkpoints_terms_lack_is_refused_when_it_is_loaded(options, message):
+    saved = altered(lambda saved: None)
+    parameters = [torch.tensor(value, requires_grad=True) for value in start(0)]
+    optimizer = MTAdam([{"params": parameters[:4]}, {"params": parameters[4:]}], **options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.terms == ()
+    assert not optimizer.state
+
+
+def test_keys_of_schedulers_and_users_are_loaded_as_by_torch():
+    parameters, optimizer = make(start(0))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=50)
+    optimizer.param_groups[1].update(swa_lr=0.1, mine={"deep": [1, 2]})
+    for gradients in stream(5, 0):
+        follow(optimizer, parameters, [gradients])
+        schedule.step()
+    saved = optimizer.state_dict()
+    assert {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"} <= saved["param_groups"][0].keys()
+    _, resumed = make(start(0))
+    resumed.load_state_dict(saved)
+    for group, right in zip(resumed.param_groups, optimizer.param_groups, strict=True):
+        assert {**group, "params": None} == {**right, "params": None}
+
+
+NUMBERS = {
+    "a numpy number": lambda: np.float32(0.5) / 4,
+    "numpy's double": lambda: np.float64(0.125),
+    "a number": lambda: 0.125,
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+@pytest.mark.parametrize("options", [{}, {"balance_every": 3}, {"low_memory": True}, {"amsgrad": True}], ids=str)
+def test_everything_that_is_saved_loads_with_weights_only(tmp_path, options, case):
+    """Also numbers of numpy's, as schedules give them, anywhere in the groups."""
+    torch.manual_seed(0)
+    model, number = nn.Linear(2, 1), NUMBERS[case]()
+    optimizer = MTAdam(model.named_parameters(), lr=number, betas=(number, 0.9, 0.9), **options)
+    for _ in range(4):
+        output = model(torch.ones(3, 2))
+        take_step(optimizer, {"fit": output.mean(), "size": output.square().sum()})
+    optimizer.param_groups[0]["mine"] = [number, {"deep": (number,)}]
+    torch.save(optimizer.state_dict(), tmp_path / "saved")
+    loaded = torch.load(tmp_path / "saved", weights_only=True)
+    (group,) = loaded["param_groups"]
+    assert (group["lr"], group["betas"], group["mine"]) == (0.125, (0.125, 0.9, 0.9), [0.125, {"deep": (0.125,)}])
+    other = MTAdam(model.named_parameters(), **options)
+    other.load_state_dict(loaded)
+    assert_same_state(optimizer, other)
+
+
+def test_adam_fails_at_once_on_a_state_of_mtadams():
+    """Nothing of ours runs there; a Trainer says more."""
+    model = nn.Linear(2, 1)
+    optimizer = MTAdam(model.parameters())
+    take_step(optimizer, {"fit": model(torch.ones(1, 2)).mean()})
+    adam, before = torch.optim.Adam(model.parameters()), model.weight.clone()
+    adam.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        adam.step()
+    assert torch.equal(model.weight, before)
 
 
 def test_losses_with_other_terms_than_the_checkpoints_are_refused():

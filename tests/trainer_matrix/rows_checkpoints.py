@@ -8,9 +8,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_mtadam import NonFiniteError
+from tests.finetuning import Finetuned, Finetuning, finetuning_optimizer, two_losses
 from tests.lightning_models import (
     Regression,
     StepwiseRegression,
+    adam,
     assert_same,
     fit,
     make_loader,
@@ -18,8 +20,8 @@ from tests.lightning_models import (
     make_network,
     make_trainer,
 )
-from tests.loops import hand_loop
-from tests.trainer_matrix.table import HAND_LOOP, row
+from tests.loops import hand_loop, take_step
+from tests.trainer_matrix.table import HAND_LOOP, REFUSED, row
 
 GROUP = "Checkpoints"
 MODEL_CHECKPOINT = "`ModelCheckpoint`: best k by `train/loss`, last, every n steps"
@@ -103,3 +105,37 @@ def what_an_exception_saves_can_be_resumed(folder: Path) -> None:
     trainer.fit(module, make_loader(), ckpt_path=folder / "interrupted.ckpt")
     assert trainer.global_step == 12
     assert_same(module.network, after(12, batches)[0])
+
+
+@row(
+    GROUP,
+    "fine-tuning by `BaseFinetuning`, resumed",
+    HAND_LOOP,
+    ignored=[
+        "`?.fit.ckpt_path",
+        ".*resuming from a checkpoint that ended before the epoch ended",
+        "Be aware that when using `ckpt_path`",
+    ],
+)
+def what_was_unfrozen_goes_on(folder: Path) -> None:
+    options = {"max_steps": 18, "max_epochs": -1, "enable_checkpointing": True}
+    checkpoint = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=9)
+    fit(Finetuned(), make_loader(), callbacks=[checkpoint, Finetuning()], **options)
+    resumed, trainer = Finetuned(), make_trainer(callbacks=[Finetuning()], **options)
+    trainer.fit(resumed, make_loader(), ckpt_path=folder / "step=9.ckpt")
+    network, batches = make_network().requires_grad_(False), StepwiseRegression.batches
+    network[2].requires_grad_(True)
+    optimizer = finetuning_optimizer(network)
+    for step in range(18):
+        if step == 6:
+            network.requires_grad_(True)
+            optimizer.add_param_group({"params": list(network[0].parameters()), "lr": 1e-3})
+        take_step(optimizer, two_losses(network, batches[step % len(batches)]))
+    assert_same(resumed.network, network)
+
+
+@row("Refused", "a checkpoint of another optimizer", REFUSED, cases=[(adam, make_mtadam), (make_mtadam, adam)])
+def another_optimizers_state_is_refused(folder: Path, first, second) -> None:
+    fit(Regression(first), make_loader()).save_checkpoint(folder / "last.ckpt")
+    with pytest.raises(ValueError, match=r"written (by|with) MTAdam.*load_from_checkpoint\(path\)"):
+        make_trainer(max_epochs=3).fit(Regression(second), make_loader(), ckpt_path=folder / "last.ckpt")
