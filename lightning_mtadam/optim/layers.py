@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtadam.checkpoint.parameters import ParameterNames, group_names, named_alike, refuse_twice
+from lightning_mtadam.groups import ParameterNames, group_names, named_alike, refuse_twice
 from lightning_mtadam.optim.options import LayerRule
 
 __all__ = ["LayerNames", "Layers", "named_alike"]

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups, plain
-from lightning_mtadam.checkpoint.parameters import materialized
+from lightning_mtadam.groups import materialized
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers

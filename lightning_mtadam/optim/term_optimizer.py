@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lightning_mtadam.checkpoint.parameters import GroupsOptimizer, drop_misfits, materialized
+from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
 from lightning_mtadam.collect import Batch, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
