@@ -89,7 +89,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             Guard.watch(trainer)
             _ = self.balancer  # before the optimizers are made of the parameters
 
-    def backward_terms(self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True) -> None:
+    def backward_terms(
+        self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True, retain_graph: bool = False
+    ) -> None:
         """In manual optimization: one backward pass per term, for this optimizer's parameters only.
 
         Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam the balancer balances the losses; if
@@ -99,6 +101,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             losses: named scalar losses.
             optimizer: one of ``self.optimizers()``.
             balanced: whether the balancer is for these losses; it is for one optimizer's only.
+            retain_graph: whether to keep the graph, for another optimizer that trains on it.
 
         Example:
             In ``training_step``, with ``self.automatic_optimization = False``::
@@ -115,7 +118,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         self._pending = _PendingLosses(losses, total, 1, optimizer, balancer)
         self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
         try:
-            self.manual_backward(total)
+            self.manual_backward(total, retain_graph=retain_graph)
         finally:
             self._pending = None
 
@@ -130,8 +133,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         pending.balancer.name_parameters(self.named_parameters())
         balance: Callable[..., None] = pending.balancer.backward
         if pending.balancer is not pending.optimizer:
-            run = partial(self._backward_once, pending, *args, **kwargs)
-            balance = partial(balance, optimizer=pending.optimizer, run=run)
+            balance = partial(balance, optimizer=pending.optimizer, run=partial(self._backward_once, pending))
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
         (factor,) = torch.autograd.grad(loss, pending.total)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -140,6 +142,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             model=self.trainer.strategy.model,
             grad_output=factor,
             loss_scale=factor * pending.accumulated if scaled else None,
+            **kwargs,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -252,7 +255,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
 def _sum(losses: Losses) -> Tensor:
     """The sum, with a graph also where no term has one, as on one of several processes."""
-    total = torch.stack(list(losses.values())).sum()
+    total = (torch.stack(list(losses.values())) * 1).sum()  # each its own gradient, to which its backward may write
     return total if total.requires_grad else total.requires_grad_()
 
 

@@ -16,6 +16,7 @@ from lightning_mtadam.optim.layers import named_alike
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_group
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
+from lightning_mtadam.terms import plain
 
 
 class MTAdam(TermOptimizer):
@@ -113,8 +114,8 @@ class MTAdam(TermOptimizer):
         layers = layers or ("global" if lightly else "parameter")
         norm_init = norm_init or ("unbiased" if lightly else "first")
         denominator = denominator or ("sum" if lightly else "max")
-        balance = (anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale)
-        options = Options(*balance, on_nonfinite, compile, balance_every, low_memory)
+        balance = (anchor, plain(dict(importance or {})), layers, norm_init, denominator, update, plain(max_scale))
+        options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
 
@@ -216,12 +217,12 @@ class MTAdam(TermOptimizer):
             self._set_terms(self.terms)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer. Moments that share memory are copied."""
+        """As of every torch optimizer. Moments that share memory are copied; numbers are Python's."""
         self.synchronize()
         found = super().state_dict()
         states = found["state"].items()
         kept = {index: {key: own_memory(one) for key, one in state.items()} for index, state in states}
-        return {**found, "state": kept}
+        return {**found, "state": kept, "param_groups": plain(found["param_groups"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""

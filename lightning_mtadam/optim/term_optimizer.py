@@ -17,7 +17,7 @@ from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
 from lightning_mtadam.distributed import sharding
-from lightning_mtadam.distributed.agreement import Numbers, Parameters
+from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
@@ -25,7 +25,7 @@ from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
-from lightning_mtadam.optim.options import LayerRule, Options
+from lightning_mtadam.optim.options import Options, told_options
 from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
@@ -62,6 +62,7 @@ class TermOptimizer(Optimizer):
         model: nn.Module | None = None,
         grad_output: Tensor | None = None,
         loss_scale: Tensor | None = None,
+        retain_graph: bool = False,
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
@@ -70,11 +71,12 @@ class TermOptimizer(Optimizer):
 
         Args:
             losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
-            model: the network as it is called; needed only where several processes train together. If it is wrapped by
-                ``DistributedDataParallel``, gradients are averaged over its processes, which agree on the terms in each
-                call; not within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
+            model: the network as it is called; needed only where several processes train together. If wrapped by
+                ``DistributedDataParallel``, its processes average gradients, and agree on the terms in each call; not
+                within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the gradients are divided by it.
+            retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
 
         Raises:
             ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
@@ -89,7 +91,8 @@ class TermOptimizer(Optimizer):
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
-        batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
+        given = grad_output, loss_scale, processes_of(model, parameters)
+        batch = Batch(losses, parameters, model, *given, retain_graph=retain_graph)
         taken = collect(batch, partial(self._check, batch), self._take, self.terms, pending.terms, self._ranks)
         pending.terms = taken.collected
         if not self.terms:
@@ -147,16 +150,6 @@ class TermOptimizer(Optimizer):
         self._kept: list[Any] = []  # the key of the updater, the updater, and the moments that the key names
         self._counted: dict[str, Any] = {}  # what was counted before the last step
         self._ranks = Ranks(late=True)
-
-    def _told_options(self) -> Numbers:
-        """What must be the same on all ranks, as they tell each other."""
-        options = {**vars(self._options), "layers": _name_of(self._options.layers), "terms": self._given_terms}
-        told = [(name, repr(value)) for name, value in options.items()]
-        for index, group in enumerate(self.param_groups):
-            where = f" of group {index}" if len(self.param_groups) > 1 else ""
-            names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-            told += [(f"{name}{where}", repr(group[name])) for name in names]
-        return tuple(told)
 
     def _take(self, batch: Batch) -> None:
         pending, rows = self._pending, batch.terms
@@ -296,7 +289,7 @@ class TermOptimizer(Optimizer):
         if batch.processes.group is None:
             return ()
         if self._ranks.parameters is None:
-            self._ranks.options = self._told_options()
+            self._ranks.options = told_options(self._options, self.param_groups, self._given_terms)
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 
@@ -313,8 +306,3 @@ class TermOptimizer(Optimizer):
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
                 " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
             )
-
-
-def _name_of(rule: LayerRule) -> str:
-    """A rule by its name: what else stands for a function differs between processes."""
-    return rule if isinstance(rule, str) else getattr(rule, "__qualname__", type(rule).__qualname__)
