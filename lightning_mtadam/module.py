@@ -170,6 +170,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         elif self.trainer.world_size == 1:
             super().backward(loss, *args, inputs=_trainable(pending.optimizer), **kwargs)
         else:  # the hooks that average want a pass through everything
+            _refuse_static_graph(self.trainer)
             with self._keeping_gradients_of_others(pending.optimizer):
                 super().backward(loss, *args, **kwargs)
 
@@ -257,6 +258,15 @@ def _sum(losses: Losses) -> Tensor:
     """The sum, with a graph also where no term has one, as on one of several processes."""
     total = (torch.stack(list(losses.values())) * 1).sum()  # each its own gradient, to which its backward may write
     return total if total.requires_grad else total.requires_grad_()
+
+
+def _refuse_static_graph(trainer: pl.Trainer) -> None:
+    """Raise if the reducer would take the backward pass of another optimizer for that of this one."""
+    if len(trainer.optimizers) > 1 and getattr(trainer.strategy.model, "static_graph", False):
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) knows the backward pass of one optimizer, but there are"
+            f" {len(trainer.optimizers)}: the gradients of the others would not be averaged. Leave static_graph out."
+        )
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:
