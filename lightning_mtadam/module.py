@@ -132,7 +132,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             return
         pending.balancer.name_parameters(self.named_parameters())
         balance: Callable[..., None] = pending.balancer.backward
-        if pending.balancer is not pending.optimizer:
+        if isinstance(pending.balancer, Balancer):
             balance = partial(balance, optimizer=pending.optimizer, run=partial(self._backward_once, pending))
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
         (factor,) = torch.autograd.grad(loss, pending.total)

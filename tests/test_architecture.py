@@ -19,7 +19,7 @@ from tests.lightning_models import QUIET, make_trainer
 PACKAGE = Path(lightning_mtadam.__file__).parent
 ROOT = "lightning_mtadam"
 FLOORS = (
-    {"terms", "balancing", "checkpoint", "coupling", "recomputed", "lightning_internals"},
+    {"terms", "balancing", "checkpoint", "coupling", "recomputed", "wrappers", "lightning_internals"},
     {"distributed"},
     {"collect", "partition"},
     {"optim", "balancers"},

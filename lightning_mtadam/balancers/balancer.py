@@ -19,6 +19,7 @@ from lightning_mtadam.distributed.agreement import Numbers, Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.terms import Losses, check_losses, check_terms
+from lightning_mtadam.wrappers import innermost
 
 
 class Balancer(ABC):
@@ -218,6 +219,7 @@ class Balancer(ABC):
 
     def _watch(self, optimizer: Optimizer) -> None:
         """Notice when the optimizer has stepped."""
+        optimizer = innermost(optimizer)  # wrappers need not call hooks
         if self._watched is not optimizer:
             self._watched = optimizer
             optimizer.register_step_post_hook(self._note_step)

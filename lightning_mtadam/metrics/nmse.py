@@ -46,7 +46,7 @@ def normalized_squared_errors(prediction: Tensor, truth: Tensor) -> Tensor:
 
 def _halves(images: Tensor, *, as_complex: bool) -> Tensor:
     """Half of each entry, so that no difference overflows; real and imaginary parts apart: [B, ...] -> [B, n]."""
-    return (torch.view_as_real(images.cdouble()) if as_complex else images.double()).flatten(1) / 2
+    return (torch.view_as_real(images.to(torch.complex128)) if as_complex else images.double()).flatten(1) / 2
 
 
 def _squares(rows: Tensor) -> tuple[Tensor, Tensor]:

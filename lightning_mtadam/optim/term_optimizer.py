@@ -31,6 +31,7 @@ from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, refuse_reentrant_checkpoints, warn
+from lightning_mtadam.wrappers import who_steps
 
 
 class TermOptimizer(Optimizer):
@@ -304,5 +305,5 @@ class TermOptimizer(Optimizer):
             raise RuntimeError(
                 "step() has nothing to consume: it takes the gradients of the terms, not p.grad. Before every step()"
                 " call optimizer.backward({'name': loss, ...}) in place of loss.backward(), or in a LightningModule"
-                " under manual optimization self.backward_terms({'name': loss, ...}, optimizer)."
+                f" under manual optimization self.backward_terms({{'name': loss, ...}}, optimizer).{who_steps(self)}"
             )
