@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import warn
+from lightning_mtadam.wrappers import wrapped_in
 
 CHECKPOINT_KEY = "lightning_mtadam_balancer"
 
@@ -120,5 +121,13 @@ def balancer_of(module: nn.Module) -> Balancer | None:
 
 
 def mtadam_of(optimizer: Optimizer) -> MTAdam | None:
-    """The optimizer, if it balances the losses by itself."""
-    return optimizer if isinstance(optimizer, MTAdam) else None
+    """The optimizer, if it balances the losses by itself; or what it wraps, if that does and trains the same."""
+    if isinstance(optimizer, MTAdam):
+        return optimizer
+    found = [mtadam for held in wrapped_in(optimizer) if (mtadam := mtadam_of(held)) is not None]
+    alike = [mtadam for mtadam in found if _parameters_of(mtadam) == _parameters_of(optimizer)]
+    return alike[0] if alike else None
+
+
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

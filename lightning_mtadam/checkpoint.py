@@ -19,12 +19,12 @@ ANEW = (
 )
 
 
-def plain(value: Any) -> Any:
+def without_numpy(value: Any) -> Any:
     """The same with Python's numbers in place of numpy's, which ``torch.load(weights_only=True)`` would refuse."""
     if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
+        return {key: without_numpy(one) for key, one in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
+        return type(value)(map(without_numpy, value))
     return value.item() if isinstance(value, np.generic) else value
 
 

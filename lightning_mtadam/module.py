@@ -101,7 +101,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             Guard.watch(trainer)
             _ = self.balancer  # before the optimizers are made of the parameters
 
-    def backward_terms(self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True) -> None:
+    def backward_terms(
+        self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True, retain_graph: bool = False
+    ) -> None:
         """In manual optimization: one backward pass per term, for this optimizer's parameters only.
 
         Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam the balancer balances the losses; if
@@ -111,6 +113,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             losses: named scalar losses.
             optimizer: one of ``self.optimizers()``.
             balanced: whether the balancer is for these losses; it is for one optimizer's only.
+            retain_graph: whether to keep the graph, for another optimizer that trains on it.
 
         Example:
             In ``training_step``, with ``self.automatic_optimization = False``::
@@ -128,7 +131,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         shown = self._shown(losses, total if len(self.trainer.optimizers) == 1 else None)
         self._keep(_PendingLosses(losses, total, 1, optimizer, balancer, shown))
         try:
-            self.manual_backward(total)
+            self.manual_backward(total, retain_graph=retain_graph)
         finally:
             self._pending = None
 
@@ -142,9 +145,8 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             return
         pending.balancer.name_parameters(self.named_parameters())
         balance: Callable[..., None] = pending.balancer.backward
-        if pending.balancer is not pending.optimizer:
-            run = partial(self._backward_once, pending, *args, **kwargs)
-            balance = partial(balance, optimizer=pending.optimizer, run=run)
+        if isinstance(pending.balancer, Balancer):
+            balance = partial(balance, optimizer=pending.optimizer, run=partial(self._backward_once, pending))
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
         (factor,) = torch.autograd.grad(loss, pending.total)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -154,6 +156,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             model=self.trainer.strategy.model,
             grad_output=factor,
             loss_scale=factor * pending.accumulated if scaled else None,
+            **kwargs,
         )
         if self.trainer.world_size == 1:
             return balance()
@@ -186,6 +189,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         elif self.trainer.world_size == 1:
             super().backward(loss, *args, inputs=_trainable(pending.optimizer), **kwargs)
         else:  # the hooks that average want a pass through everything
+            _refuse_static_graph(self.trainer)
             with self._keeping_gradients_of_others(pending.optimizer):
                 super().backward(loss, *args, **kwargs)
 
@@ -266,8 +270,17 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
 def _sum(losses: Losses) -> Tensor:
     """The sum, with a graph also where no term has one, as on one of several processes."""
-    total = torch.stack(list(losses.values())).sum()
+    total = (torch.stack(list(losses.values())) * 1).sum()  # each its own gradient, to which its backward may write
     return total if total.requires_grad else total.requires_grad_()
+
+
+def _refuse_static_graph(trainer: pl.Trainer) -> None:
+    """Raise if the reducer would take the backward pass of another optimizer for that of this one."""
+    if len(trainer.optimizers) > 1 and getattr(trainer.strategy.model, "static_graph", False):
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) knows the backward pass of one optimizer, but there are"
+            f" {len(trainer.optimizers)}: the gradients of the others would not be averaged. Leave static_graph out."
+        )
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from itertools import repeat
 from numbers import Number
 from operator import is_
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -129,6 +130,21 @@ def check_terms(terms: Iterable[str]) -> tuple[str, ...]:
     if len(set(terms)) != len(terms):
         raise ValueError(f"terms must be different from each other, but got {terms}.")
     return terms
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy's, or of tensors with one element, as Python's, also in tuples and such; all else as it is.
+
+    Example:
+        >>> plain((torch.tensor(0.5), 0.25, torch.ones(2).numpy()[0]))
+        (0.5, 0.25, 1.0)
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    is_one = hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
+    return value.item() if is_one else value
 
 
 def check_anchor(anchor: str | None, terms: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from lightning_mtadam.distributed.agreement import Numbers, Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.terms import Losses, check_losses, check_terms
+from lightning_mtadam.wrappers import innermost
 
 
 class Balancer(ABC):
@@ -82,7 +83,8 @@ class Balancer(ABC):
         model: nn.Module,
         grad_output: Tensor | None = None,
         loss_scale: Tensor | None = None,
-        run: Callable[[Tensor], None] = torch.autograd.backward,
+        retain_graph: bool = False,
+        run: Callable[..., None] = torch.autograd.backward,
     ) -> None:
         """Leave the balanced gradient in ``p.grad``; several batches before the optimizer's step add up.
 
@@ -92,7 +94,9 @@ class Balancer(ABC):
             model: the network as it is called, wrapped by ``DistributedDataParallel`` or not.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``.
-            run: runs an ordinary backward pass from a scalar, where it is not ``scalar.backward()``.
+            retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
+            run: runs an ordinary backward pass from a scalar, where it is not ``scalar.backward()``; it takes
+                ``retain_graph=True`` where that is given.
 
         Raises:
             ValueError: no losses, a loss that is no scalar or has no graph, an unknown name; the processes have
@@ -104,7 +108,9 @@ class Balancer(ABC):
         parameters = parameters_in(optimizer)
         begins = self._stepped or self._was_reset(parameters)
         processes = processes_of(model, parameters)
-        batch = Batch(losses, parameters, model, grad_output, loss_scale, processes, begins=begins, run=run)
+        run = partial(run, retain_graph=True) if retain_graph else run
+        factors = grad_output, loss_scale
+        batch = Batch(losses, parameters, model, *factors, processes, retain_graph=retain_graph, begins=begins, run=run)
         pending = () if begins else self.pending_terms()
         check, take = partial(self._check_all, batch, optimizer), self._take
         self._terms = collect(batch, check, take, self._terms, pending, self._ranks).terms
@@ -222,6 +228,7 @@ class Balancer(ABC):
 
     def _watch(self, optimizer: Optimizer) -> None:
         """Notice when the optimizer has stepped."""
+        optimizer = innermost(optimizer)  # wrappers need not call hooks
         if self._watched is not optimizer:
             self._watched = optimizer
             optimizer.register_step_post_hook(self._note_step)

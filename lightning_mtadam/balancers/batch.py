@@ -27,6 +27,7 @@ class Batch(collect.Batch):
         loss_scale: scalar, the part of ``grad_output`` that is a gradient scaler's; ``None`` if there is none.
         processes: the processes that train together.
         terms: the names of all I terms, in order; those of absent terms too.
+        retain_graph: whether the graph is still needed afterwards; ``run`` keeps it then.
         begins: whether it is the first batch of a step; the others are accumulated to it.
         run: runs an ordinary backward pass from a scalar, as ``torch.autograd.backward`` does. Call it once a batch:
             what wraps the network counts on it.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
+from lightning_mtadam.terms import plain
 
 
 class FixedWeights(Balancer):
@@ -37,6 +38,7 @@ class FixedWeights(Balancer):
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__(weights)
+        weights = plain(weights)
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"weights[{name!r}] must be finite, but is {weight!r}.")

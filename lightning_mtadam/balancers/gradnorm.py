@@ -13,6 +13,7 @@ from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
+from lightning_mtadam.terms import plain
 
 
 class GradNorm(Balancer):
@@ -73,6 +74,7 @@ class GradNorm(Balancer):
     ) -> None:
         given = initial_losses if isinstance(initial_losses, Mapping) else None
         super().__init__(given if terms is None and given is not None else terms)
+        alpha, lr, initial_losses = plain((alpha, lr, initial_losses))
         if not lr > 0:
             raise ValueError(f"lr must be above 0, but got {lr!r}.")
         if not alpha >= 0:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_mtadam import balancing
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
-from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, plain
 
 
 class MetaBalance(GradientBalancer):
@@ -62,6 +62,7 @@ class MetaBalance(GradientBalancer):
         self, relax: float = 0.7, beta: float = 0.9, anchor: str = "first", terms: Iterable[str] | None = None
     ) -> None:
         super().__init__(terms)
+        relax, beta = plain((relax, beta))
         if not 0 <= relax <= 1:
             raise ValueError(f"relax must be from 0 to 1, but got {relax!r}.")
         if not 0 <= beta < 1:

@@ -17,6 +17,7 @@ from lightning_mtadam.balancing import corrected_norms, update_norms
 from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
+from lightning_mtadam.terms import plain
 
 
 class OutputBalancer(Balancer):
@@ -79,6 +80,7 @@ class OutputBalancer(Balancer):
         terms: Iterable[str] | None = None,
     ) -> None:
         super().__init__(weights if terms is None else terms)
+        ema_decay, weights = plain((ema_decay, weights))
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, but got {ema_decay!r}.")
         for name, weight in (weights or {}).items():
@@ -171,7 +173,7 @@ def _gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list
     if not loss.requires_grad:  # a constant on this process
         return [torch.zeros_like(output, dtype=_wide(output.dtype)) for output in outputs]
     factor = batch.factor  # the loss scale keeps small gradients from vanishing on their way
-    found = torch.autograd.grad(loss, outputs, factor.to(loss), retain_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, outputs, factor.to(loss, copy=True), retain_graph=True, materialize_grads=True)
     return [gradient.detach().to(_wide(gradient.dtype)) / factor for gradient in found]  # torch 2.6: zeros have a graph
 
 

@@ -59,7 +59,7 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
     """
     if not loss.requires_grad:  # a constant on this process
         return None
-    found = torch.autograd.grad(loss, shared, batch.factor.to(loss), retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, shared, batch.factor.to(loss, copy=True), retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in found):
         if batch.processes.group is None:
             raise ValueError(unreached_message(name))

@@ -17,7 +17,7 @@ from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
 from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.collect.norms import Sent, is_host
-from lightning_mtadam.terms import NonFiniteError, non_finite
+from lightning_mtadam.terms import NonFiniteError, non_finite, plain
 
 
 class TorchJDBalancer(GradientBalancer):
@@ -78,7 +78,7 @@ class TorchJDBalancer(GradientBalancer):
                 f"aggregator must make a vector of a matrix, but a {type(aggregator).__name__} cannot be called. Give"
                 " e.g. torchjd.aggregation.UPGrad()."
             )
-        self.aggregator, self.normalize, self.seed = aggregator, normalize, seed
+        self.aggregator, self.normalize, self.seed = aggregator, normalize, plain(seed)
         self._memory = AggregatorMemory(aggregator)
         self._weighted: bool | None = None  # whether its weights are what multiplies the rows
         self._sent: Any = None  # of the last step on an accelerator, whether all was finite

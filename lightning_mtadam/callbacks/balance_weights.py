@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancer_slot import balancer_of
+from lightning_mtadam.balancer_slot import balancer_of, mtadam_of
 from lightning_mtadam.callbacks import tensorboard
 from lightning_mtadam.terms import BalancesTerms
 
@@ -168,7 +168,8 @@ def named_sources(trainer: pl.Trainer) -> Iterator[tuple[str, BalancesTerms]]:
 
 def named_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, BalancesTerms]]:
     """The MTAdams of a trainer, each with the first part of its tags."""
-    found = [optimizer for optimizer in optimizers if isinstance(optimizer, BalancesTerms)]
+    held = [mtadam_of(optimizer) or optimizer for optimizer in optimizers]
+    found = [optimizer for optimizer in held if isinstance(optimizer, BalancesTerms)]
     for index, optimizer in enumerate(found):
         name = type(optimizer).__name__ + (f"-{index}" if index else "")
         yield "balance_weight" if len(found) == 1 else f"balance_weight-{name}", optimizer

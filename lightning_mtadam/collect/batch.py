@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_mtadam.collect.differentiate import term_gradients
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.averaging import Averaging, devices_of
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import ALONE, Processes
+from lightning_mtadam.recomputed import Kept, keep_statistics, restore_statistics
 from lightning_mtadam.terms import Found, Losses
 
 _B = TypeVar("_B", bound="Batch")
@@ -31,6 +34,7 @@ class Batch:
     terms: tuple[str, ...] = ()  # the names of all terms, in order
     collected: tuple[str, ...] = ()  # the names of these losses and of earlier ones that are held, on all processes
     averaging: Averaging | None = None  # what averages the gradients over the processes, if they do it now
+    retain_graph: bool = False  # whether the graph is still needed afterwards
 
     @property
     def replicated(self) -> bool:
@@ -39,12 +43,13 @@ class Batch:
 
     def gradients(self) -> Found:
         """Differentiate each loss by itself."""
-        if not self.processes.sharded or self.model is None:
-            return term_gradients(self.losses, self.parameters, grad_output=self.grad_output)
-        from lightning_mtadam.distributed.fsdp import ShardedNetwork  # not imported above: it takes a second
+        network = None
+        if self.processes.sharded and self.model is not None:
+            from lightning_mtadam.distributed.fsdp import ShardedNetwork  # not imported above: it takes a second
 
-        network = ShardedNetwork(self.model, self.parameters)
-        return term_gradients(self.losses, self.parameters, grad_output=self.grad_output, network=network)
+            network = ShardedNetwork(self.model, self.parameters)
+        factor, kept = self.grad_output, self.retain_graph
+        return term_gradients(self.losses, self.parameters, grad_output=factor, network=network, retain_graph=kept)
 
 
 def collect(
@@ -69,7 +74,7 @@ def collect(
     if group is None:
         check()
         taken = _ordered(batch, known, tuple(dict.fromkeys((*pending, *batch.losses))))
-        take(taken)
+        _hand(taken, take)
         return taken
     averaging = Averaging(group, devices_of(batch.parameters))
     try:
@@ -78,12 +83,23 @@ def collect(
         if ranks.agree_before(mine):
             names = averaging.agree()
         taken = _ordered(batch, known, names, averaging)
-        take(taken)
+        _hand(taken, take)
     except Exception as error:
         averaging.fail(error)
         raise
     ranks.parameters = mine.parameters
     return taken
+
+
+def _hand(batch: _B, take: Callable[[_B], None]) -> None:
+    """Hand the losses on; what backward passes run again of the network does not count in its running statistics."""
+    kept: Kept = {}
+    try:
+        with register_module_forward_pre_hook(partial(keep_statistics, kept)):
+            take(batch)
+    finally:
+        if kept:
+            restore_statistics(kept)
 
 
 def _ordered(batch: _B, known: tuple[str, ...], names: tuple[str, ...], averaging: Averaging | None = None) -> _B:

@@ -23,14 +23,16 @@ def term_gradients(
     *,
     grad_output: Tensor | None = None,
     network: ShardedNetwork | None = None,
+    retain_graph: bool = False,
 ) -> Found:
-    """Differentiate each loss by itself, in order; the graph is freed with the last one. ``.grad`` is not touched.
+    """Differentiate each loss by itself, in order; ``.grad`` is not touched.
 
     Args:
         losses: named scalar losses; they may share a graph. One without a graph reaches nothing.
         parameters: the tensors to differentiate with respect to; those without ``requires_grad`` get ``None``.
         grad_output: scalar by which every loss is multiplied (accumulation, loss scaling); ``None`` means 1.
         network: around parameters that ``fully_shard`` has cut: gradients are this process's parts, averaged.
+        retain_graph: whether the graph is kept; else it is freed with the last term.
 
     Yields:
         The term's name and its gradients, one per parameter, ``None`` where the term does not reach it. The tensors
@@ -53,11 +55,11 @@ def term_gradients(
         for name, loss in losses.items():
             found: Sequence[Tensor | None] = [None] * len(inputs)
             if network is not None:
-                network.differentiate(loss, grad_output, last=name == last)
+                network.differentiate(loss, grad_output, last=name == last, retain_graph=retain_graph or name != last)
                 found = [local_gradient(parameter) for parameter in inputs]
             elif loss.requires_grad:
-                factor = None if grad_output is None else grad_output.to(loss)
-                found = torch.autograd.grad(loss, inputs, factor, retain_graph=name != last, allow_unused=True)
+                factor = None if grad_output is None else grad_output.to(loss, copy=True)  # a backward may write to it
+                found = torch.autograd.grad(loss, inputs, factor, retain_graph or name != last, allow_unused=True)
                 if not all(map(is_, map(attrgetter("grad"), inputs), repeat(None))):
                     found = [_with_inner(*pair) for pair in zip(found, inputs, strict=True)]
             gradients: list[Tensor | None] = [None] * len(parameters)

@@ -49,19 +49,21 @@ class ShardedNetwork:
         for module in self._kept:
             module.set_reshard_after_backward(False, recurse=False)
 
-    def differentiate(self, loss: Tensor, grad_output: Tensor | None, *, last: bool) -> None:
+    def differentiate(self, loss: Tensor, grad_output: Tensor | None, *, last: bool, retain_graph: bool) -> None:
         """Leave the gradients of one term in ``.grad``.
 
         Args:
             loss: a scalar.
             grad_output: multiplies it.
-            last: whether the graph can be freed.
+            last: whether no term is to come.
+            retain_graph: whether the graph is kept.
         """
         for parameter in self._everything:
             parameter.grad = None
         if last:
             self._let_reshard()
-        torch.autograd.backward(loss, None if grad_output is None else grad_output.to(loss), retain_graph=not last)
+        factor = None if grad_output is None else grad_output.to(loss, copy=True)  # a backward may write to it
+        torch.autograd.backward(loss, factor, retain_graph=retain_graph)
         for part, parameter in self._pairs:
             if parameter.grad is not None:  # of a loss that woke no hook
                 gradient = average(parameter.grad.to(part.dtype), part)

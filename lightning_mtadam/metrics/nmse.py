@@ -12,19 +12,19 @@ from torchmetrics import Metric
 def normalized_squared_errors(prediction: Tensor, truth: Tensor) -> Tensor:
     """The squared error of each image, relative to the squares of its truth.
 
-    ``||prediction - truth||^2 / ||truth||^2``, in double precision. A truth that is zero everywhere gives inf, or nan
-    for a prediction that is so too. A common factor changes nothing, an offset does: give both in a range that begins
-    at zero.
+    ``||prediction - truth||^2 / ||truth||^2``, in double precision; of complex entries the squares are those of their
+    magnitudes. A truth that is zero everywhere gives inf, or nan for a prediction that is so too. A common factor
+    changes nothing, an offset does: give both in a range that begins at zero.
 
     Args:
-        prediction: [B, ...].
+        prediction: [B, ...], of any numbers.
         truth: of the same shape.
 
     Returns:
         [B], float64.
 
     Raises:
-        ValueError: the shapes differ, or there is no dimension beyond the batch.
+        ValueError: the shapes differ, there is no dimension beyond the batch, or images have no entries.
 
     Example:
         >>> truth = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
@@ -36,9 +36,24 @@ def normalized_squared_errors(prediction: Tensor, truth: Tensor) -> Tensor:
             "prediction and truth must have the same shape, (B, ...), but have shapes"
             f" {tuple(prediction.shape)} and {tuple(truth.shape)}."
         )
-    truths = truth.double().flatten(1)
-    errors = prediction.double().flatten(1) - truths
-    return errors.square().sum(1) / truths.square().sum(1)
+    if not truth.shape[1:].numel():
+        raise ValueError(f"Images must have entries, but these have shape {tuple(truth.shape)}.")
+    as_complex = prediction.is_complex() or truth.is_complex()
+    truths, predictions = (_halves(images, as_complex=as_complex) for images in (truth, prediction))
+    (error_peaks, errors), (truth_peaks, squares) = _squares(predictions - truths), _squares(truths)
+    return (error_peaks / truth_peaks).square() * (errors / squares)
+
+
+def _halves(images: Tensor, *, as_complex: bool) -> Tensor:
+    """Half of each entry, so that no difference overflows; real and imaginary parts apart: [B, ...] -> [B, n]."""
+    return (torch.view_as_real(images.to(torch.complex128)) if as_complex else images.double()).flatten(1) / 2
+
+
+def _squares(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitude of each row, and the sum of its squares relative to it, which cannot overflow: [B] each."""
+    peaks = rows.detach().abs().amax(1)
+    divisors = torch.where((peaks > 0) & peaks.isfinite(), peaks, 1)
+    return peaks, (rows / divisors[:, None]).square().sum(1)
 
 
 class NormalizedMeanSquaredError(Metric):
@@ -76,5 +91,10 @@ class NormalizedMeanSquaredError(Metric):
         self.images = self.images + len(truth)
 
     def compute(self) -> Tensor:
-        """The mean over the images, a scalar."""
+        """The mean over the images, a scalar; ``RuntimeError`` if there are none."""
+        if not self.images:
+            raise RuntimeError(
+                "NormalizedMeanSquaredError has seen no images, so there is no mean of them. Call"
+                " update(prediction, truth) with at least one before compute()."
+            )
         return self.total / self.images

@@ -36,7 +36,7 @@ class Numbers(NamedTuple):
     def of(cls, group: Mapping[str, Any], denominator: Denominator, skipped: Tensor | None) -> Any:
         """The numbers of a group as they are now."""
         lr, eps = float(group["lr"]), float(group["eps"])
-        decay = 1 - lr * group["weight_decay"] if group["weight_decay"] else None
+        decay = 1 - lr * float(group["weight_decay"]) if group["weight_decay"] else None
         share = 1 - float(group["betas"][0])
         return cls(-lr if group["maximize"] else lr, share, eps, decay, denominator, eps == 0, skipped)
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
-from lightning_mtadam.checkpoint import check_options_of_groups, plain
+from lightning_mtadam.checkpoint import check_options_of_groups, without_numpy
 from lightning_mtadam.groups import materialized
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
+from lightning_mtadam.terms import without_numpy
 
 
 class MTAdam(TermOptimizer):
@@ -115,8 +116,8 @@ class MTAdam(TermOptimizer):
         layers = layers or ("global" if lightly else "parameter")
         norm_init = norm_init or ("unbiased" if lightly else "first")
         denominator = denominator or ("sum" if lightly else "max")
-        balance = (anchor, dict(importance or {}), layers, norm_init, denominator, update, max_scale)
-        options = Options(*balance, on_nonfinite, compile, balance_every, low_memory)
+        balance = (anchor, without_numpy(dict(importance or {})), layers, norm_init, denominator, update, without_numpy(max_scale))
+        options = Options(*balance, on_nonfinite, compile, without_numpy(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
 
@@ -213,13 +214,13 @@ class MTAdam(TermOptimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer. Moments that share memory are copied."""
+        """As of every torch optimizer. Moments that share memory are copied; numbers are Python's."""
         self.synchronize()
         self._parameters()
         found = super().state_dict()
         states = found["state"].items()
         kept = {index: {key: own_memory(one) for key, one in state.items()} for index, state in states}
-        return {**found, "state": kept, "param_groups": plain(found["param_groups"])}
+        return {**found, "state": kept, "param_groups": without_numpy(found["param_groups"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""

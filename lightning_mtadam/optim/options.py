@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_mtadam.balancing import NormInit
 from lightning_mtadam.distributed.agreement import Numbers
 from lightning_mtadam.optim.schedule import SUM
-from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, plain, unknown_name_message
 
 LayerRule: TypeAlias = str | Callable[[str], str]
 Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
@@ -115,12 +115,12 @@ class Options:
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Raise unless a group's numbers are in range."""
     for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
+        value = plain(group[name])
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, but got {value!r}.")
         if not 0 <= float(value) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, but got {value!r}.")
-    betas = group["betas"]
+    betas = plain(group["betas"])
     if not isinstance(betas, (tuple, list)) or len(betas) != 3:
         raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), but got {betas!r}.")
     for index, beta in enumerate(betas, start=1):
@@ -146,20 +146,6 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
             )
 
 
-def told_options(
-    options: Options, terms: Sequence[str], groups: Sequence[Mapping[str, Any]]
-) -> tuple[tuple[str, str], ...]:
-    """What must be the same on all ranks, as they tell each other. ``terms``: those that were given."""
-    layers = options.layers  # a rule by its name: what else stands for a function differs between processes
-    rule = layers if isinstance(layers, str) else getattr(layers, "__qualname__", type(layers).__qualname__)
-    told = [(name, repr(value)) for name, value in {**vars(options), "layers": rule, "terms": terms}.items()]
-    for index, group in enumerate(groups):
-        where = f" of group {index}" if len(groups) > 1 else ""
-        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-        told += [(f"{name}{where}", repr(group[name])) for name in names]
-    return tuple(told)
-
-
 def _overlaps(parameter: Tensor) -> bool:
     """Whether two of its elements lie in one place."""
     reach = 0  # of the dimensions with smaller strides
@@ -168,6 +154,22 @@ def _overlaps(parameter: Tensor) -> bool:
             return parameter.numel() > 0
         reach += (size - 1) * stride
     return False
+
+
+def told_options(options: Options, terms: tuple[str, ...], groups: Sequence[Mapping[str, Any]]) -> Numbers:
+    """What must be the same on all ranks, as they tell each other. ``terms``: those that were given."""
+    layers = options.layers if isinstance(options.layers, str) else _name_of(options.layers)
+    told = [(name, repr(value)) for name, value in {**vars(options), "layers": layers, "terms": terms}.items()]
+    for index, group in enumerate(groups):
+        where = f" of group {index}" if len(groups) > 1 else ""
+        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        told += [(f"{name}{where}", repr(plain(group[name]))) for name in names]
+    return tuple(told)
+
+
+def _name_of(rule: Callable[[str], str]) -> str:
+    """A function by its name: what else stands for it differs between processes."""
+    return getattr(rule, "__qualname__", type(rule).__qualname__)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:

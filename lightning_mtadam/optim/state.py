@@ -44,6 +44,7 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
     }
 
 
+@torch.inference_mode(False)  # what an evaluation makes must be changed by the next step
 def allocate(state: dict[Tensor, State], groups: Groups, held: Sequence[bool], options: Options, terms: int) -> None:
     """Make the state of parameters that are trained, or have a gradient ``held``: zeros, sharded as they are."""
     owners = [(parameter, group) for group in groups for parameter in group["params"]]
@@ -83,6 +84,7 @@ def _zeros(parameter: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> State:
     }
 
 
+@torch.inference_mode(False)
 def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str, Any]) -> None:
     """Copy a checkpoint's tensors, in the dtypes they are kept in: torch would cast norms, and share memory with it."""
     parameters = [parameter for group in groups for parameter in group["params"]]

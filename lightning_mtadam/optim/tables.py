@@ -78,7 +78,7 @@ class Tables:
 
     def follow_groups(self) -> None:
         """Take the betas of the groups, which schedules may have changed."""
-        betas = [tuple(group["betas"]) for group in self.distinct]
+        betas = [tuple(map(float, group["betas"])) for group in self.distinct]
         if betas != self._betas:
             self._betas = betas
             beta1, beta2, beta3 = zip(*[map(float, group["betas"]) for group in self.groups], strict=True)

@@ -34,6 +34,7 @@ from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, warn
+from lightning_mtadam.wrappers import who_steps
 
 _KIND = attrgetter("dtype", "shape")
 
@@ -70,6 +71,7 @@ class TermOptimizer(GroupsOptimizer):
         model: nn.Module | None = None,
         grad_output: Tensor | None = None,
         loss_scale: Tensor | None = None,
+        retain_graph: bool = False,
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
@@ -80,11 +82,12 @@ class TermOptimizer(GroupsOptimizer):
 
         Args:
             losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
-            model: the network as it is called; needed only where several processes train together. If it is wrapped by
-                ``DistributedDataParallel``, gradients are averaged over its processes, which agree on the terms in each
-                call; not within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
+            model: the network as it is called; needed only where several processes train together. If wrapped by
+                ``DistributedDataParallel``, its processes average gradients, and agree on the terms in each call; not
+                within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the gradients are divided by it.
+            retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
 
         Raises:
             ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
@@ -101,8 +104,8 @@ class TermOptimizer(GroupsOptimizer):
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
-        batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
-        take = partial(self._take, others=others)
+        given = grad_output, loss_scale, processes_of(model, parameters)
+        batch, take = Batch(losses, parameters, model, *given, retain_graph=retain_graph), partial(self._take, others=others)
         taken = collect(batch, partial(self._check, batch), take, self.terms, pending.terms, self._ranks)
         pending.terms = taken.collected
         run_hooks(parameters)
@@ -361,4 +364,5 @@ class TermOptimizer(GroupsOptimizer):
                 "step() has nothing to consume: it takes the gradients of terms, not p.grad. Call, in place of"
                 " loss.backward(), optimizer.backward({'name': loss}) before. In Lightning return {'name': loss}"
                 " from a MultiTermLightningModule, or call its backward_terms({'name': loss}, optimizer) manually."
+                f"{who_steps(self)}"
             )

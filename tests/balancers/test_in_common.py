@@ -1,6 +1,7 @@
 """What holds for every balancer: the Trainer's flags, several processes, resuming, and the errors."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -297,3 +298,84 @@ def test_weights_are_logged(case, tmp_path):
         assert {f"term_weight/{term}" for term in module.balancer.terms} <= set(header)
     if module.balancer.balance_weights():
         assert any(tag.startswith("balance_weight/") for tag in header)
+
+
+class Doubled(torch.autograd.Function):
+    """The loss itself, with twice its gradient."""
+
+    @staticmethod
+    def forward(ctx, loss, in_place):
+        ctx.in_place = in_place
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mul_(2) if ctx.in_place else 2 * gradient, None
+
+
+@every_case
+def test_a_loss_whose_backward_works_in_place_leaves_the_others_alone(case):
+    def with_doubled(in_place):
+        def losses(network, batch):
+            return {name: Doubled.apply(loss, in_place) for name, loss in case.losses(network, batch).items()}
+
+        return replace(case, losses=losses)
+
+    plain, in_place = (balanced_by_hand(with_doubled(flag), make_loader(), accumulate=2) for flag in (False, True))
+    assert_same(in_place, plain)
+    assert_same_balance(in_place.balancer, plain.balancer)
+
+
+@every_case
+def test_a_retained_graph_is_there_for_another_optimizer(case):
+    """The balancer's parameters get what they get alone, and the others what a graph of their own gives."""
+    module, alone = Balanced(case), Balanced(case)
+    batch = next(iter(make_loader()))
+    for each in (module, alone):
+        each.balancer.attach(each)
+    optimizer = module.configure_optimizers()
+    losses = case.losses(module.network, batch)
+    module.balancer.backward(losses, optimizer, model=module, retain_graph=True)
+    found = [parameter.grad.clone() for parameter in module.network.parameters()]
+    again = torch.autograd.grad(losses["fit"], list(module.network.parameters()))
+    alone.balancer.backward(case.losses(alone.network, batch), alone.configure_optimizers(), model=alone)
+    assert all(
+        torch.equal(one, parameter.grad) for one, parameter in zip(found, alone.network.parameters(), strict=True)
+    )
+    fresh = torch.autograd.grad(case.losses(module.network, batch)["fit"], list(module.network.parameters()))
+    assert all(map(torch.equal, again, fresh))
+
+
+@every_case
+def test_without_it_a_second_backward_pass_says_how_to_keep_the_graph_and_changes_nothing(case):
+    module = Balanced(case)
+    module.balancer.attach(module)
+    optimizer, losses = module.configure_optimizers(), case.losses(module.network, next(iter(make_loader())))
+    losses.pop("decay", None)  # which has no graph in common with the others
+    module.balancer.backward(losses, optimizer, model=module)
+    optimizer.zero_grad()
+    before = copy.deepcopy(module.balancer.state_dict())
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        module.balancer.backward(losses, optimizer, model=module)
+    assert all(torch.equal(value, state_of(module.balancer)[key]) for key, value in before["state"].items())
+    assert all(parameter.grad is None for parameter in module.network.parameters())
+
+
+@every_case
+def test_what_is_read_in_inference_mode_does_not_disturb_the_next_step(case):
+    seen, other = Balanced(case), Balanced(case)
+    for module in (seen, other):
+        module.balancer.attach(module)
+        optimizer = module.configure_optimizers()
+        for batch in make_loader():
+            with torch.inference_mode():
+                if module is seen:
+                    module.network(batch[0])
+                    balancer = module.balancer
+                    for name in ("balance_weights", "gradient_norms", "scales", "average_weights", "term_weights"):
+                        getattr(balancer, name)()
+                    balancer.load_state_dict(balancer.state_dict())
+            optimizer.zero_grad()
+            module.balancer.backward(case.losses(module.network, batch), optimizer, model=module)
+            optimizer.step()
+    assert_same(seen, other)

@@ -74,3 +74,35 @@ def test_non_reentrant_checkpointing_changes_nothing():
 def test_reentrant_checkpointing_is_refused_naming_the_loss():
     with pytest.raises(ValueError, match=r"losses\['fit'\] passes through reentrant .*use_reentrant=False"):
         trained_through(checkpoint, use_reentrant=True)
+
+
+class Scaling(torch.autograd.Function):
+    """Multiplies by two; its backward works in place, on the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mul_(2)
+
+
+@pytest.mark.parametrize("grad_output", [None, torch.tensor(0.5, dtype=torch.float64)])
+def test_a_backward_that_works_in_place_leaves_the_other_terms_alone(grad_output):
+    """Three times in place: 2, 2 and 2 times the factor, not 2, 4 and 8 times."""
+    w = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    found = dict(term_gradients({name: Scaling.apply(w) for name in "abc"}, [w], grad_output=grad_output))
+    factor = 1 if grad_output is None else 0.5
+    assert [gradient.item() for (gradient,) in found.values()] == [2 * factor] * 3
+    assert grad_output is None or grad_output == 0.5
+
+
+def test_a_graph_that_is_retained_gives_the_same_again():
+    body, head = parts()
+    found, parameters = losses(head(body(X))), [*body.parameters(), *head.parameters()]
+    first = dict(term_gradients(found, parameters, retain_graph=True))
+    again = dict(term_gradients(found, parameters))
+    assert all(torch.equal(a, b) for name in found for a, b in zip(first[name], again[name], strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        next(term_gradients(found, parameters))

@@ -288,3 +288,32 @@ def test_another_optimizers_gradients_are_left_alone(tmp_path):
     expected = two_optimizers(None)
     for weights in results(run_ranks(two_optimizers, tmp_path)):
         assert difference(weights, expected) < 1e-12
+
+
+def trained_in_halves(rank, shared):
+    """Two optimizers, each for a part of the network: on one graph, or each on a graph of its own."""
+    network = Network()
+    if rank is not None:
+        shard(network)
+    parts = [], []
+    for name, parameter in network.named_parameters():
+        parts[name.startswith(("last", "gain"))].append((name, parameter))
+    optimizers = [MTAdam(part, lr=1e-2) for part in parts]
+    for batch in batches(rank):
+        losses = losses_of(network, batch)
+        del losses["code"]  # which does not reach the second part
+        for index, optimizer in enumerate(optimizers):
+            found = losses if shared or index == 0 else losses_of(network, batch)
+            found = {name: found[name] for name in losses}
+            optimizer.backward(found, model=network, retain_graph=shared and index == 0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return wholes(network)
+
+
+def test_two_optimizers_may_train_parts_of_a_sharded_network_on_one_graph(tmp_path):
+    expected = trained_in_halves(None, False)
+    assert difference(expected, wholes(Network())) > 0.01, "it has been trained"
+    for found in results(run_ranks(trained_in_halves, tmp_path, True)):
+        assert difference(found, expected) < 1e-12

@@ -1,0 +1,51 @@
+"""Optimizers around optimizers, as Lookahead, SAM and Accelerate's are."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch.optim import Optimizer
+
+
+def wrapped_in(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that are attributes of an optimizer: what it wraps, if anything."""
+    return [held for held in vars(optimizer).values() if isinstance(held, Optimizer) and held is not optimizer]
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, or what its wrappers step in the end.
+
+    Example:
+        >>> class Wrapper(Optimizer):
+        ...     def __init__(self, wrapped):
+        ...         self.wrapped, self.param_groups = wrapped, wrapped.param_groups
+        >>> sgd = torch.optim.SGD([torch.ones(1)])
+        >>> innermost(Wrapper(Wrapper(sgd))) is innermost(sgd) is sgd
+        True
+    """
+    while held := wrapped_in(optimizer):
+        optimizer = held[0]
+    return optimizer
+
+
+def who_steps(optimizer: Optimizer) -> str:
+    """What to call instead, where a wrapper or a gradient scaler has called ``step()`` in vain; else empty."""
+    found: dict[str, None] = {}  # in order
+    frame = inspect.currentframe()
+    while frame is not None:
+        holder = frame.f_locals.get("self")
+        if isinstance(holder, torch.amp.GradScaler):
+            found[
+                " A GradScaler steps it: with scale = scaler.scale(torch.ones(())) call"
+                " optimizer.backward({'name': loss, ...}, grad_output=scale, loss_scale=scale) in place of"
+                " scaler.scale(loss).backward()."
+            ] = None
+        elif isinstance(holder, Optimizer) and not isinstance(holder, type(optimizer)):  # as Lightning's wrappers are
+            for name in [name for name, held in vars(holder).items() if held is optimizer]:
+                found[
+                    f" It is wrapped: {type(holder).__name__} holds this {type(optimizer).__name__} as .{name}. Call"
+                    f" backward on that, wrapper.{name}.backward({{'name': loss, ...}}), and then wrapper.step()."
+                ] = None
+        frame = frame.f_back
+    return "".join(found)
