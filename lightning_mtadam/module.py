@@ -12,14 +12,20 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import BalancerSlot, mtadam_of
 from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.collect import as_losses
 from lightning_mtadam.guard import Guard
 from lightning_mtadam.optim import MTAdam
-from lightning_mtadam.terms import Losses, check_losses, warn
+from lightning_mtadam.terms import HAS_GRAPH, Losses, check_losses, warn
+
+_ACCUMULATED_LBFGS = (
+    "With accumulate_grad_batches above 1 LBFGS would compare the values of the last batch with gradients of all"
+    " batches, and of all its evaluations. Make the batches larger instead, with accumulate_grad_batches=1."
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class _PendingLosses:
         accumulated: by how many batches Lightning divides.
         optimizer: whose gradients are wanted.
         balancer: makes one gradient of them: MTAdam, or a balancer; ``None`` if their sum is wanted.
+        result: whose ``loss`` the closure returns to the optimizer.
     """
 
     losses: Losses
@@ -39,6 +46,7 @@ class _PendingLosses:
     accumulated: int
     optimizer: Optimizer
     balancer: MTAdam | Balancer | None
+    result: ClosureResult
 
 
 class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
@@ -89,7 +97,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             Guard.watch(trainer)
             _ = self.balancer  # before the optimizers are made of the parameters
 
-    def backward_terms(self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True) -> None:
+    def backward_terms(self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True) -> Tensor | None:
         """In manual optimization: one backward pass per term, for this optimizer's parameters only.
 
         Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam the balancer balances the losses; if
@@ -99,6 +107,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             losses: named scalar losses.
             optimizer: one of ``self.optimizers()``.
             balanced: whether the balancer is for these losses; it is for one optimizer's only.
+
+        Returns:
+            The value that the gradient belongs to, for closures to return; ``None`` if it belongs to none, as MTAdam's.
 
         Example:
             In ``training_step``, with ``self.automatic_optimization = False``::
@@ -110,14 +121,16 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         """
         optimizer = lightning_internals.unwrap(optimizer)
         balancer = mtadam_of(optimizer) or (self.balancer if balanced else None)
-        self._check(losses, balancer)
-        total = _sum(losses)
-        self._pending = _PendingLosses(losses, total, 1, optimizer, balancer)
+        losses = self._checked(losses, optimizer, balancer)
+        total, result = _sum(losses), ClosureResult(None)
+        result.loss = total.detach() if balancer is None else None
+        self._pending = _PendingLosses(losses, total, 1, optimizer, balancer, result)
         self._log_losses(losses, total if len(self.trainer.optimizers) == 1 else None, "training_step")
         try:
             self.manual_backward(total)
         finally:
             self._pending = None
+        return result.loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate the terms of the pending losses; a loss of its own as in every LightningModule."""
@@ -128,19 +141,21 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             self._backward_once(pending, loss, *args, **kwargs)
             return
         pending.balancer.name_parameters(self.named_parameters())
-        balance: Callable[..., None] = pending.balancer.backward
+        balance: Callable[..., Tensor | None] = pending.balancer.backward
         if pending.balancer is not pending.optimizer:
             run = partial(self._backward_once, pending, *args, **kwargs)
             balance = partial(balance, optimizer=pending.optimizer, run=run)
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
         (factor,) = torch.autograd.grad(loss, pending.total)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        balance(
+        objective = balance(
             pending.losses,
             model=self.trainer.strategy.model,
             grad_output=factor,
             loss_scale=factor * pending.accumulated if scaled else None,
         )
+        if objective is not None:
+            pending.result.loss = objective
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pending": None}
@@ -187,6 +202,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if trainer.lightning_module is not self:  # it trains another module now, which may hold this one
             return ClosureResult.from_training_step_output(output, accumulated)
         optimizer = self.trainer.optimizers[0]
+        output = dict(output.items()) if isinstance(output, Mapping) else output
         named = isinstance(output, Mapping) and "loss" not in output
         balancer = self.balancer
         if not named and output is not None and balancer is not None:
@@ -201,18 +217,21 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if not named and isinstance(output, Mapping):
             self._tell_of_terms_beside(output)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
-        self._check(losses, mtadam or balancer)
+        losses = self._checked(losses, optimizer, mtadam or balancer)
+        if accumulated > 1 and balancer is not None and isinstance(optimizer, LBFGS):
+            raise ValueError(_ACCUMULATED_LBFGS)
         total = _sum(losses) if named else losses["loss"]
+        if named:
+            output = {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}
+        result = ClosureResult.from_training_step_output(output, accumulated)
         if not lightning_internals.skips_backward(self.trainer):
-            self._pending = _PendingLosses(losses, total, accumulated, optimizer, mtadam or balancer)
+            self._pending = _PendingLosses(losses, total, accumulated, optimizer, mtadam or balancer, result)
         elif mtadam is not None:
             mtadam.skip_step()
-        if not named:
-            return ClosureResult.from_training_step_output(output, accumulated)
-        self._log_losses(losses, total, "on_before_backward")
-        return ClosureResult.from_training_step_output(
-            {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
-        )
+        if named:
+            result.extra["loss"] = result.loss  # for callbacks: the sum, whatever value the optimizer gets
+            self._log_losses(losses, total, "on_before_backward")
+        return result
 
     def _tell_of_terms_beside(self, output: Mapping[str, Any]) -> None:
         """Warn, once, if MTAdam is given one loss while what look like its terms lie beside it."""
@@ -229,12 +248,13 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
                 f" {{{', '.join(f'{name!r}: {name}' for name in terms)}}}; or detach what is only to be looked at."
             )
 
-    def _check(self, losses: Losses, balancer: MTAdam | Balancer | None) -> None:
-        alone = self.trainer.world_size == 1
+    def _checked(self, losses: Losses, optimizer: Optimizer, balancer: MTAdam | Balancer | None) -> Losses:
+        losses, alone = as_losses(losses, optimizer), self.trainer.world_size == 1
         check_losses(losses, None if balancer is None else balancer.terms or None, finite=False, graph=alone)
         reduced = isinstance(balancer, Balancer | None) and (balancer is None or balancer.one_backward)
         if not alone and reduced and not any(loss.requires_grad for loss in losses.values()):
             check_losses(losses, finite=False)  # MTAdam's ranks agree on terms without a graph, DDP's reducer does not
+        return losses
 
     def _log_losses(self, losses: Losses, total: Tensor | None, hook: str) -> None:
         if not self.log_terms or self.trainer.barebones:
@@ -251,8 +271,8 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
 
 def _sum(losses: Losses) -> Tensor:
-    """The sum, with a graph also where no term has one, as on one of several processes."""
-    total = torch.stack(list(losses.values())).sum()
+    """The sum of those that have a graph; the others are zero. It has one also where none has, as on one process."""
+    total = torch.stack([*filter(HAS_GRAPH, losses.values())] or list(losses.values())).sum()
     return total if total.requires_grad else total.requires_grad_()
 
 

@@ -34,6 +34,7 @@ class FixedWeights(Balancer):
     """
 
     works_on_shards: ClassVar[bool] = True
+    has_objective: ClassVar[bool] = True
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__(weights)
@@ -46,6 +47,6 @@ class FixedWeights(Balancer):
         """The weights."""
         return {name: torch.tensor(weight, device="cpu") for name, weight in self.weights.items()}
 
-    def balance(self, batch: Batch) -> None:
+    def balance(self, batch: Batch) -> Tensor:
         """As of every balancer."""
-        batch.run_weighted([self.weights[name] for name in batch.terms])
+        return batch.run_weighted([self.weights[name] for name in batch.terms]).sum()

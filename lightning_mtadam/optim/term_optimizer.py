@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.collect import Batch, as_losses, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.collect.pending import ClipAlgorithm, PendingGradients
@@ -65,11 +65,10 @@ class TermOptimizer(Optimizer):
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
-        ``p.grad`` gets the sum over the terms, for whoever looks at it. Gradients add up over several calls until
-        :meth:`step` consumes them, or :meth:`zero_grad` drops them.
+        ``p.grad`` gets the sum over the terms. Gradients add up until :meth:`step` or :meth:`zero_grad` drops them.
 
         Args:
-            losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
+            losses: named scalar losses. Terms may be absent, or zero without a graph; an unknown name is an error.
             model: the network as it is called; needed only where several processes train together. If it is wrapped by
                 ``DistributedDataParallel``, gradients are averaged over its processes, which agree on the terms in each
                 call; not within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
@@ -77,8 +76,8 @@ class TermOptimizer(Optimizer):
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the gradients are divided by it.
 
         Raises:
-            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
-                the processes have different terms, or train different parameters.
+            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name; a
+                step of LBFGS is running; the processes have different terms, or train different parameters.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
             RuntimeError: another process has failed.
@@ -89,6 +88,7 @@ class TermOptimizer(Optimizer):
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
+        losses = as_losses(losses, self, by=type(self).__name__)
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes_of(model, parameters))
         taken = collect(batch, partial(self._check, batch), self._take, self.terms, pending.terms, self._ranks)
         pending.terms = taken.collected
