@@ -10,7 +10,7 @@ import difflib
 import inspect
 import os
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
 from pathlib import Path
@@ -172,11 +172,13 @@ def check_reached(name: str, gradients: Gradients) -> None:
 
 def steps_by_lbfgs(optimizer: Optimizer) -> bool:
     """Whether it is ``torch.optim.LBFGS``, which compares values, or this is called in a step of one that it wraps."""
-    if isinstance(optimizer, LBFGS):
-        return True
-    if not getattr(LBFGS.step, "hooked", False):  # torch notes so that there is an LBFGS in this process
-        return False
-    code, frame = inspect.unwrap(LBFGS.step).__code__, inspect.currentframe()
+    hooked = getattr(LBFGS.step, "hooked", False)  # torch notes so that there is an LBFGS in this process
+    return isinstance(optimizer, LBFGS) or (hooked and is_running(LBFGS.step))
+
+
+def is_running(function: Callable[..., object]) -> bool:
+    """Whether a function, decorated or not, is running, and has led here."""
+    code, frame = getattr(inspect.unwrap(function), "__code__", None), inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None

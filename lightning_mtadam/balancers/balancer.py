@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -67,7 +66,6 @@ class Balancer(ABC):
         self.state: dict[str, Tensor] = {}
         self.state_before: dict[str, Tensor] = {}
         self._steps = Steps()
-        self._optimizer: weakref.ref[Optimizer] | None = None  # of the last batch
         self._again = False  # whether the step was evaluated before, by the same call of optimizer.step
         self._value: Tensor | None = None  # of the objective, in the last batch
         self._left: list[tuple[int, int]] = []  # what the last backward pass left in .grad
@@ -128,23 +126,21 @@ class Balancer(ABC):
             ...     return balancer.backward(losses, optimizer, model=model)
             >>> for _ in range(5):
             ...     _ = optimizer.step(closure)
-            >>> closure()  # a + 100 b; at the best w, b is 0
-            tensor(0.2892)
+            >>> round(float(closure()), 2)  # a + 100 b; at the best w, b is 0
+            0.29
         """
         parameters = parameters_in(optimizer)
         losses = as_losses(losses, optimizer, by="" if self.has_objective else type(self).__name__)
         begins = self._steps.ended or self._was_reset(parameters)
-        if begins and (self._optimizer is None or self._optimizer() is not optimizer):
+        if self._steps.follow(optimizer) and begins:
             self._steps.ended = True  # so has what there was with another one
         processes = processes_of(model, parameters)
         batch = Batch(losses, parameters, model, grad_output, loss_scale, processes, begins=begins, run=run)
         pending = () if begins else self.pending_terms()
         check, take = partial(self._check_all, batch, optimizer), self._take
-        self._steps.follow(parameters)
-        self._optimizer = weakref.ref(optimizer)
         self._terms = collect(batch, check, take, self._terms, pending, self._ranks).terms
         self._left = _versions(parameters)
-        self._steps.ended, self._steps.evaluated = False, self._steps.running
+        self._steps.note_batch()
         if self._value is not None and steps_by_lbfgs(optimizer):
             return batch.mean_over_processes(self._value)  # as the gradient is
         return self._value
@@ -260,7 +256,7 @@ class Balancer(ABC):
         return not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": Steps(), "_optimizer": None, "_ranks": Ranks(late=not self.one_backward)}
+        return {**self.__dict__, "_steps": Steps(), "_ranks": Ranks(late=not self.one_backward)}
 
     def _told_options(self) -> Numbers:
         """What must be the same on all ranks, as they tell each other: the options that are numbers, names or such."""

@@ -29,6 +29,7 @@ class FixedWeights(Balancer):
         >>> balancer = FixedWeights({"fit": 1.0, "decay": 0.1})
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> balancer.backward({"fit": (w - 1).square(), "decay": w.square()}, optimizer, model=model)
+        tensor(1.4000)
         >>> w.grad
         tensor(2.4000)
     """

@@ -51,7 +51,7 @@ class GradNorm(Balancer):
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> output = model(torch.ones(8, 4))
         >>> losses = {"fit": (output - 1).square().mean(), "size": 1e3 * output.square().mean()}
-        >>> balancer.backward(losses, optimizer, model=model)
+        >>> _ = balancer.backward(losses, optimizer, model=model)
         >>> optimizer.step()
         >>> bool(balancer.term_weights()["fit"] > balancer.term_weights()["size"])
         True

@@ -1,74 +1,73 @@
-"""Where an optimizer's step begins and ends, also that of an optimizer within another one."""
+"""Where an optimizer's step begins and ends, also where it is the step of an optimizer within another one."""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mtadam.terms import is_running
 
 
 class Steps:
-    """Follows the steps of whatever optimizer holds some parameters.
-
-    It listens to all optimizers of the process: what wraps one (SAM, Lookahead) may call no hooks, but the one within,
-    which holds the same parameters, does. A copy follows steps of its own.
+    """Follows the steps of an optimizer, and of those that it wraps, as SAM and Lookahead do. A copy follows none yet.
 
     Attributes:
         ended: whether a step has ended since the last batch; at first it is as if one had.
+        running: whether a step has begun and not ended.
         evaluated: whether the step that is running has seen a batch already.
     """
 
     def __init__(self) -> None:
-        self.ended, self.evaluated = True, False
-        self._own: frozenset[int] = frozenset()  # the parameters, by identity
-        self._running: list[weakref.ref[Optimizer]] = []  # the outermost first
-        me = weakref.ref(self)
-        for register, note in (
-            (register_optimizer_step_pre_hook, Steps._begin),
-            (register_optimizer_step_post_hook, Steps._end),
-        ):
-            handle = register(partial(_tell, me, note))
-            weakref.finalize(self, handle.remove).atexit = False
+        self.ended, self.running, self.evaluated = True, False, False
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._handles: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
         return Steps, ()
 
-    def follow(self, parameters: Iterable[Tensor]) -> None:
-        """Follow the steps of the optimizers that hold any of these parameters."""
-        self._own = frozenset(map(id, parameters))
+    def follow(self, optimizer: Optimizer) -> bool:
+        """Follow the steps of this optimizer, one of which may be running. Whether it is another one than before."""
+        if self._optimizer is not None and self._optimizer() is optimizer:
+            return False
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer, self._handles, me = weakref.ref(optimizer), [], weakref.ref(self)
+        optimizers = list(_with_inner(optimizer))
+        self.running, self.evaluated = any(is_running(type(one).step) for one in optimizers), False
+        for one in optimizers:
+            with contextlib.suppress(AttributeError):  # a wrapper that does not call the constructor has no hooks
+                self._handles.append(one.register_step_pre_hook(partial(_tell, me, Steps.note_begin)))
+                self._handles.append(one.register_step_post_hook(partial(_tell, me, Steps.note_end)))
+        return True
 
-    @property
-    def running(self) -> bool:
-        """Whether a step is running that holds them."""
-        return any(self._holds(optimizer) for optimizer in (one() for one in self._running) if optimizer is not None)
+    def note_batch(self) -> None:
+        """A batch was balanced."""
+        self.ended, self.evaluated = False, self.running
 
-    def _begin(self, optimizer: Optimizer) -> None:
-        self._leave(optimizer)  # an error may have ended it before
-        self._running.append(weakref.ref(optimizer))
-        if self._holds(optimizer):
-            self.evaluated = False
+    def note_begin(self) -> None:
+        """A step begins; an error may have ended the one before."""
+        self.running, self.evaluated = True, False
 
-    def _end(self, optimizer: Optimizer) -> None:
-        self._leave(optimizer)
-        if self._holds(optimizer):
-            self.ended, self.evaluated = True, False
-
-    def _leave(self, optimizer: Optimizer) -> None:
-        """Forget a step, and those that began within it."""
-        found = [at for at, one in enumerate(self._running) if one() is optimizer]
-        if found:
-            del self._running[found[0] :]
-
-    def _holds(self, optimizer: Optimizer) -> bool:
-        return any(id(parameter) in self._own for group in optimizer.param_groups for parameter in group["params"])
+    def note_end(self) -> None:
+        """A step has ended."""
+        self.ended, self.running, self.evaluated = True, False, False
 
 
-def _tell(me: weakref.ref[Steps], note: Any, optimizer: Optimizer, *_: Any) -> None:
+def _tell(me: weakref.ref[Steps], note: Callable[[Steps], None], *_: Any) -> None:
     steps = me()
     if steps is not None:
-        note(steps, optimizer)
+        note(steps)
+
+
+def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizer, and those that it has as attributes."""
+    yield optimizer
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            yield from _with_inner(value)

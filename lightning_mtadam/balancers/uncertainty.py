@@ -44,7 +44,7 @@ class UncertaintyWeighting(Balancer):
         >>> optimizer = torch.optim.SGD([*model.parameters(), *balancer.learned.parameters()], lr=0.1)
         >>> output = model(torch.ones(4, 3))
         >>> losses = {"fit": (output - 9).square().mean(), "size": 0.01 * output.abs().mean()}
-        >>> balancer.backward(losses, optimizer, model=model)
+        >>> _ = balancer.backward(losses, optimizer, model=model)
         >>> optimizer.step()
         >>> {name: bool(weight > 0.5) for name, weight in balancer.term_weights().items()}
         {'fit': False, 'size': True}

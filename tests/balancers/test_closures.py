@@ -1,6 +1,8 @@
 """Optimizers that evaluate a closure several times: the value belongs to the gradient, and a balancer advances once."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -457,12 +459,38 @@ def test_ranks_compare_the_mean_of_their_values(case, tmp_path):
     assert float(values[-1]) < float(values[0])
 
 
-def test_steps_are_followed_no_longer_than_the_balancer_lives():
-    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-    before = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
-    balancer = MetaBalance()
+def test_an_optimizer_does_not_keep_a_balancer_and_a_copy_follows_steps_of_its_own():
+    model, balancer = Pair(), GradNorm("body")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    closure_of(balancer, optimizer, model)()
     copied = copy.deepcopy(balancer)
-    assert len(_global_optimizer_post_hooks) >= before[1] + 2
-    del balancer, copied
-    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == before
+    alive = weakref.ref(balancer._steps)
+    del balancer
+    gc.collect()
+    assert alive() is None
+    for _ in range(2):
+        optimizer.step()
+        closure_of(copied, optimizer, model)()
+    assert float(copied.state["steps"]) == 3
+
+
+class Lookahead:
+    """A wrapper that is no optimizer of torch, and calls no hooks."""
+
+    def __init__(self, base):
+        self.base, self.param_groups = base, base.param_groups
+
+    def zero_grad(self):
+        self.base.zero_grad()
+
+    def step(self):
+        self.base.step()
+
+
+def test_the_steps_of_a_wrapper_are_those_of_the_optimizer_within():
+    model, balancer = Pair(), GradNorm("body")
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        closure_of(balancer, optimizer, model)()
+        optimizer.step()
+    assert float(balancer.state["steps"]) == 3
