@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import LBFGS, Optimizer
 
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import CHECKPOINT_KEY, balancer_of, mtadam_of
@@ -129,6 +130,15 @@ def check_output(output: object, balancer: MTAdam | Balancer | None) -> None:
         raise TypeError(
             f"{type(balancer).__name__} balances named losses, but training_step returned {what}."
             f" {_by_their_names(beside) if beside else remedy + '.'} Or return no balancer from configure_balancer."
+        )
+
+
+def refuse_accumulated_lbfgs(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for LBFGS where several batches make one step."""
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "With accumulate_grad_batches above 1 LBFGS would compare the values of the last batch with gradients of"
+            " all batches, and of all its evaluations. Make the batches larger instead, with accumulate_grad_batches=1."
         )
 
 

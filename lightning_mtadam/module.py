@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import BalancerSlot, mtadam_of
 from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.collect import as_losses
 from lightning_mtadam.distributed.averaging import means_over_ranks
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
-from lightning_mtadam.guard import Guard, check_output, tell_of_terms_beside
+from lightning_mtadam.guard import Guard, check_output, refuse_accumulated_lbfgs, tell_of_terms_beside
 from lightning_mtadam.optim import MTAdam
-from lightning_mtadam.terms import Losses, check_losses
+from lightning_mtadam.terms import HAS_GRAPH, Losses, check_losses
 
 TOTAL = "train/loss"
 """The tag of the sum of the terms."""
@@ -38,6 +39,7 @@ class _PendingLosses:
         optimizer: whose gradients are wanted.
         balancer: makes one gradient of them: MTAdam, or a balancer; ``None`` if their sum is wanted.
         shown: what is logged once all processes have agreed on the losses.
+        result: whose ``loss`` the closure returns to the optimizer.
     """
 
     losses: Losses
@@ -46,6 +48,7 @@ class _PendingLosses:
     optimizer: Optimizer
     balancer: MTAdam | Balancer | None
     shown: Losses
+    result: ClosureResult
 
 
 class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
@@ -103,7 +106,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
     def backward_terms(
         self, losses: Losses, optimizer: Optimizer, *, balanced: bool = True, retain_graph: bool = False
-    ) -> None:
+    ) -> Tensor | None:
         """In manual optimization: one backward pass per term, for this optimizer's parameters only.
 
         Call ``optimizer.step()`` afterwards. With another optimizer than MTAdam the balancer balances the losses; if
@@ -115,6 +118,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             balanced: whether the balancer is for these losses; it is for one optimizer's only.
             retain_graph: whether to keep the graph, for another optimizer that trains on it.
 
+        Returns:
+            The value that the gradient belongs to, for closures to return; ``None`` if it belongs to none, as MTAdam's.
+
         Example:
             In ``training_step``, with ``self.automatic_optimization = False``::
 
@@ -125,15 +131,17 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         """
         optimizer = lightning_internals.unwrap(optimizer)
         balancer = mtadam_of(optimizer) or (self.balancer if balanced else None)
-        self._check(losses, balancer)
+        losses = self._checked(losses, optimizer, balancer)
         self._told = self._told or tell_of_terms_beside(losses, named=True)
-        total = _sum(losses)
+        total, result = _sum(losses), ClosureResult(None)
+        result.loss = total.detach() if balancer is None else None
         shown = self._shown(losses, total if len(self.trainer.optimizers) == 1 else None)
-        self._keep(_PendingLosses(losses, total, 1, optimizer, balancer, shown))
+        self._keep(_PendingLosses(losses, total, 1, optimizer, balancer, shown, result))
         try:
             self.manual_backward(total, retain_graph=retain_graph)
         finally:
             self._pending = None
+        return result.loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate the terms of the pending losses; a loss of its own as in every LightningModule."""
@@ -144,7 +152,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             self._backward_once(pending, loss, *args, **kwargs)
             return
         pending.balancer.name_parameters(self.named_parameters())
-        balance: Callable[..., None] = pending.balancer.backward
+        balance: Callable[..., Tensor | None] = pending.balancer.backward
         if isinstance(pending.balancer, Balancer):
             balance = partial(balance, optimizer=pending.optimizer, run=partial(self._backward_once, pending))
         # What Lightning made of the sum, it has made of every term: a factor for accumulation and loss scaling.
@@ -159,10 +167,13 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             **kwargs,
         )
         if self.trainer.world_size == 1:
-            return balance()
-        with uninterrupted():  # who leaves between the two would leave the others waiting
-            balance()
-            self._log(pending.shown, agreed=True)
+            objective = balance()
+        else:
+            with uninterrupted():  # who leaves between the two would leave the others waiting
+                objective = balance()
+                self._log(pending.shown, agreed=True)
+        if objective is not None:
+            pending.result.loss = objective
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pending": None, "_log_beside": None}
@@ -212,6 +223,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if output is None:
             return ClosureResult.from_training_step_output(None, accumulated)
         optimizer = self.trainer.optimizers[0]
+        output = dict(output.items()) if isinstance(output, Mapping) else output
         mtadam = mtadam_of(optimizer)
         balancer = mtadam or self.balancer
         named = isinstance(output, Mapping) and "loss" not in output
@@ -222,20 +234,23 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if not named and isinstance(output, Mapping):
             self._told = self._told or tell_of_terms_beside(output, named=False)
         losses = output if named else {"loss": output["loss"] if isinstance(output, Mapping) else output}
-        self._check(losses, balancer)
+        losses = self._checked(losses, optimizer, balancer)
+        if accumulated > 1 and isinstance(balancer, Balancer):
+            refuse_accumulated_lbfgs(optimizer)
         total = _sum(losses) if named else losses["loss"]
         shown = self._shown(losses, total) if named else {}
+        if named:
+            output = {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}
+        result = ClosureResult.from_training_step_output(output, accumulated)
         if not lightning_internals.skips_backward(self.trainer):
-            self._keep(_PendingLosses(losses, total, accumulated, optimizer, balancer, shown))
+            self._keep(_PendingLosses(losses, total, accumulated, optimizer, balancer, shown, result))
         else:
             self._log(shown)
             if mtadam is not None:
                 mtadam.skip_step()
-        if not named:
-            return ClosureResult.from_training_step_output(output, accumulated)
-        return ClosureResult.from_training_step_output(
-            {**{name: loss.detach() for name, loss in losses.items()}, "loss": total}, accumulated
-        )
+        if named:
+            result.extra["loss"] = result.loss  # for callbacks: the sum, whatever value the optimizer gets
+        return result
 
     def _keep(self, pending: _PendingLosses) -> None:
         """Keep losses for backward, and log them, unless other processes must have agreed on them before."""
@@ -243,12 +258,13 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if pending.balancer is None or self.trainer.world_size == 1:
             self._log(pending.shown)
 
-    def _check(self, losses: Losses, balancer: MTAdam | Balancer | None) -> None:
-        alone = self.trainer.world_size == 1
+    def _checked(self, losses: Losses, optimizer: Optimizer, balancer: MTAdam | Balancer | None) -> Losses:
+        losses, alone = as_losses(losses, optimizer), self.trainer.world_size == 1
         check_losses(losses, None if balancer is None else balancer.terms or None, finite=False, graph=alone)
         reduced = isinstance(balancer, Balancer | None) and (balancer is None or balancer.one_backward)
         if not alone and reduced and not any(loss.requires_grad for loss in losses.values()):
             check_losses(losses, finite=False)  # MTAdam's ranks agree on terms without a graph, DDP's reducer does not
+        return losses
 
     def _shown(self, losses: Losses, total: Tensor | None) -> Losses:
         """What there is to log, by its tags."""
@@ -269,8 +285,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
 
 def _sum(losses: Losses) -> Tensor:
-    """The sum, with a graph also where no term has one, as on one of several processes."""
-    total = (torch.stack(list(losses.values())) * 1).sum()  # each its own gradient, to which its backward may write
+    """The sum of those that have a graph; the others are zero. It has one also where none has, as on one process."""
+    found = [*filter(HAS_GRAPH, losses.values())] or list(losses.values())
+    total = (torch.stack(found) * 1).sum()  # each its own gradient, to which its backward may write
     return total if total.requires_grad else total.requires_grad_()
 
 

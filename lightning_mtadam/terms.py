@@ -11,18 +11,19 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import repeat
 from numbers import Number
-from operator import is_
+from operator import attrgetter, is_
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS, Optimizer
 
 Losses: TypeAlias = Mapping[str, Tensor]
-"""One scalar tensor with a graph per term, in the order of the terms."""
+"""One scalar tensor with a graph per term, in the order of the terms. A zero without one: the term is absent."""
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 """One gradient for each parameter; ``None`` where the term does not reach the parameter."""
@@ -36,6 +37,9 @@ Found: TypeAlias = Generator[tuple[str, list[Tensor | None]], None, None]
 PLACEHOLDER = "parameter_"
 """What a parameter without a name is called, before its number."""
 
+
+HAS_GRAPH = attrgetter("requires_grad")
+"""Whether a loss, as checked, has a graph; without one it is zero, and its term is absent."""
 
 ANCHOR_POLICIES = ("first", "mean", "max", "unit")
 
@@ -74,22 +78,24 @@ class BalancesTerms(Protocol):
 def check_losses(
     losses: Losses, terms: Sequence[str] | None = None, *, finite: bool = True, graph: bool = True
 ) -> None:
-    """Raise unless ``losses`` is a non-empty mapping of names to finite, real scalars with a graph.
+    """Raise unless ``losses`` is a non-empty mapping of names to finite, real scalars with a graph, or to zeros.
 
     Args:
         losses: the named losses of one step.
         terms: the names that are allowed; ``None`` allows any.
         finite: whether to refuse inf and nan. A gradient scaler skips such a step by itself.
-        graph: whether to refuse losses without a graph. With several processes, one of them may have none.
+        graph: whether one loss at least must have a graph. One of several processes may have nothing but zeros.
 
     Raises:
         TypeError: a name that is no string; a loss that is no tensor, or is complex, integer or boolean.
-        ValueError: no losses at all; a loss that is not a scalar or has no graph; a name that is not in ``terms``.
+        ValueError: no losses at all; a loss that is not a scalar, or that has no graph and is not zero; a name that is
+            not in ``terms``.
         NonFiniteError: a loss that is inf or nan.
 
     Example:
         >>> w = torch.ones(3, requires_grad=True)
         >>> check_losses({"l1": w.abs().sum(), "l2": w.square().sum()}, terms=("l1", "l2"))
+        >>> check_losses({"l1": w.abs().sum(), "l2": torch.zeros(())})  # l2 is absent
         >>> check_losses({"l1": w.abs()})
         Traceback (most recent call last):
             ...
@@ -100,14 +106,20 @@ def check_losses(
             f"losses must be a mapping of names to scalar tensors, but is {kind_of(losses)}. Write them as"
             " {'reconstruction': loss, ...}."
         )
-    if not losses:
+    if not len(losses):
         raise ValueError("losses is empty. Give at least one named loss, e.g. {'reconstruction': loss}.")
     check_names(losses)
-    _check_each(losses, graph)
+    _check_each(losses)
     if terms is not None:
         for name in losses:
             if name not in terms:
                 raise ValueError(unknown_name_message("losses", name, terms))
+    if graph and not any(map(HAS_GRAPH, losses.values())):
+        raise ValueError(
+            f"losses[{next(iter(losses))!r}] has no graph, nor has any other of {tuple(losses)}: all are constant zeros"
+            " and there is nothing to train on. Compute one at least from the network's output without .detach(), .data"
+            " or torch.no_grad(), or leave out this batch."
+        )
     if finite:
         _check_finite(losses)
 
@@ -206,6 +218,20 @@ def check_reached(name: str, gradients: Gradients) -> None:
         )
 
 
+def steps_by_lbfgs(optimizer: Optimizer) -> bool:
+    """Whether it is ``torch.optim.LBFGS``, which compares values, or this is called in a step of one that it wraps."""
+    hooked = getattr(LBFGS.step, "hooked", False)  # torch notes so that there is an LBFGS in this process
+    return isinstance(optimizer, LBFGS) or (hooked and is_running(LBFGS.step))
+
+
+def is_running(function: Callable[..., object]) -> bool:
+    """Whether a function, decorated or not, is running, and has led here."""
+    code, frame = getattr(inspect.unwrap(function), "__code__", None), inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
 def non_finite(
     norms: Tensor, layers: Sequence[str], terms: Sequence[str], left: str = "Nothing was changed."
 ) -> NonFiniteError:
@@ -235,7 +261,7 @@ def clean_names(names: Sequence[str]) -> list[str]:
     return [name.removeprefix("module.") for name in names] if wrapped else names
 
 
-def _check_each(losses: Losses, graph: bool) -> None:
+def _check_each(losses: Losses) -> None:
     for name, loss in losses.items():
         where = f"losses[{name!r}]"
         if not isinstance(loss, Tensor):
@@ -254,7 +280,7 @@ def _check_each(losses: Losses, graph: bool) -> None:
                 f"{where} is a DTensor, of which every process holds a part: it was computed from sharded parameters."
                 " Make it whole with .full_tensor()."
             )
-        if graph and not loss.requires_grad:
+        if not loss.requires_grad and bool(loss):  # a zero is absent; the host waits for these alone
             raise ValueError(
                 f"{where} has no graph, so it reaches no parameter. Compute it from the network's output without"
                 " .detach(), .data or torch.no_grad(), or leave it out of the losses and log it instead:"

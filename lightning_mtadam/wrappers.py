@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch.optim import Optimizer
@@ -13,20 +14,20 @@ def wrapped_in(optimizer: Optimizer) -> list[Optimizer]:
     return [held for held in vars(optimizer).values() if isinstance(held, Optimizer) and held is not optimizer]
 
 
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, or what its wrappers step in the end.
+def within(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizer, and those that it wraps.
 
     Example:
         >>> class Wrapper(Optimizer):
         ...     def __init__(self, wrapped):
         ...         self.wrapped, self.param_groups = wrapped, wrapped.param_groups
         >>> sgd = torch.optim.SGD([torch.ones(1)])
-        >>> innermost(Wrapper(Wrapper(sgd))) is innermost(sgd) is sgd
-        True
+        >>> [type(one).__name__ for one in within(Wrapper(Wrapper(sgd)))]
+        ['Wrapper', 'Wrapper', 'SGD']
     """
-    while held := wrapped_in(optimizer):
-        optimizer = held[0]
-    return optimizer
+    yield optimizer
+    for held in wrapped_in(optimizer):
+        yield from within(held)
 
 
 def who_steps(optimizer: Optimizer) -> str:

@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.batch import Batch
-from lightning_mtadam.collect import collect
+from lightning_mtadam.balancers.steps import Steps
+from lightning_mtadam.collect import as_losses, collect
 from lightning_mtadam.collect.norms import are_on_host
 from lightning_mtadam.distributed.agreement import Numbers, Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import processes_of
-from lightning_mtadam.terms import Losses, check_losses, check_terms
-from lightning_mtadam.wrappers import innermost
+from lightning_mtadam.terms import Losses, check_losses, check_terms, steps_by_lbfgs
 
 
 class Balancer(ABC):
@@ -36,11 +36,13 @@ class Balancer(ABC):
     Attributes:
         state: what is remembered after the last batch, in checkpoints too. Its tensors are replaced, never changed.
         state_before: the same, before the step that this batch belongs to: where several batches accumulate, the state
-            follows from this one and all of them.
+            follows from this one and all of them. A step is what lies between two calls of ``optimizer.step``.
         learned: parameters that the module's optimizer is to learn; ``None`` if there are none.
         one_backward: whether there is one ordinary backward pass, which wrappers of the network see.
         works_on_shards: whether parameters may be sharded.
         looks_ahead: whether terms are differentiated by themselves before that one backward pass.
+        has_objective: whether the gradient is that of one function of the parameters, the same one all through a step,
+            whose value :meth:`balance` returns. Only then LBFGS, which compares values, may step on it.
 
     Example:
         >>> class Mean(Balancer):
@@ -57,14 +59,16 @@ class Balancer(ABC):
     one_backward: ClassVar[bool] = True
     works_on_shards: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    has_objective: ClassVar[bool] = False
 
     def __init__(self, terms: Iterable[str] | None = None) -> None:
         self._terms = () if terms is None else check_terms(terms)
         self.state: dict[str, Tensor] = {}
         self.state_before: dict[str, Tensor] = {}
-        self._stepped = True
+        self._steps = Steps()
+        self._again = False  # whether the step was evaluated before, by the same call of optimizer.step
+        self._value: Tensor | None = None  # of the objective, in the last batch
         self._left: list[tuple[int, int]] = []  # what the last backward pass left in .grad
-        self._watched: Optimizer | None = None
         self._ranks = Ranks(late=not self.one_backward)
 
     @property
@@ -85,11 +89,12 @@ class Balancer(ABC):
         loss_scale: Tensor | None = None,
         retain_graph: bool = False,
         run: Callable[..., None] = torch.autograd.backward,
-    ) -> None:
+    ) -> Tensor | None:
         """Leave the balanced gradient in ``p.grad``; several batches before the optimizer's step add up.
 
         Args:
-            losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
+            losses: named scalar losses. Terms may be absent, or a constant zero, which is the same; a name that is not
+                in :attr:`terms` is an error.
             optimizer: steps on the gradient.
             model: the network as it is called, wrapped by ``DistributedDataParallel`` or not.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
@@ -98,15 +103,40 @@ class Balancer(ABC):
             run: runs an ordinary backward pass from a scalar, where it is not ``scalar.backward()``; it takes
                 ``retain_graph=True`` where that is given.
 
+        Returns:
+            The value that the gradient belongs to, a scalar without a graph and without the loss scale: what a closure
+            returns to the optimizer. ``None`` from balancers without an objective (:attr:`has_objective`).
+
         Raises:
             ValueError: no losses, a loss that is no scalar or has no graph, an unknown name; the processes have
-                different terms, or train different parameters; the wrapper's options do not go with the balancer.
+                different terms, or train different parameters; the wrapper's options do not go with the balancer; LBFGS
+                with a balancer that has no objective.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``. On an accelerator, which the
                 host does not wait for, gradients become inf or nan instead, as without a balancer.
+
+        An optimizer may evaluate its closure several times a step. The balancer advances once: by the first evaluation
+        of a call of ``step``, where the step begins; of batches before that call, which were dropped, the last counts.
+
+        Example:
+            >>> from lightning_mtadam.balancers import FixedWeights
+            >>> w = nn.Parameter(torch.tensor([3.0, 3.0]))
+            >>> model, balancer = nn.ParameterList([w]), FixedWeights({"a": 1.0, "b": 100.0})
+            >>> optimizer = torch.optim.LBFGS([w], line_search_fn="strong_wolfe")
+            >>> def closure():
+            ...     optimizer.zero_grad()
+            ...     losses = {"a": (w[0] - 1) ** 2 + w[0] ** 4, "b": (w.sum() + 1) ** 4}
+            ...     return balancer.backward(losses, optimizer, model=model)
+            >>> for _ in range(5):
+            ...     _ = optimizer.step(closure)
+            >>> round(float(closure()), 2)  # a + 100 b; at the best w, b is 0
+            0.29
         """
         parameters = parameters_in(optimizer)
-        begins = self._stepped or self._was_reset(parameters)
+        losses = as_losses(losses, optimizer, by="" if self.has_objective else type(self).__name__)
+        begins = self._steps.ended or self._was_reset(parameters)
+        if self._steps.follow(optimizer) and begins:
+            self._steps.ended = True  # so has what there was with another one
         processes = processes_of(model, parameters)
         run = partial(run, retain_graph=True) if retain_graph else run
         factors = grad_output, loss_scale
@@ -114,8 +144,11 @@ class Balancer(ABC):
         pending = () if begins else self.pending_terms()
         check, take = partial(self._check_all, batch, optimizer), self._take
         self._terms = collect(batch, check, take, self._terms, pending, self._ranks).terms
-        self._stepped, self._left = False, _versions(parameters)
-        self._watch(optimizer)
+        self._left = _versions(parameters)
+        self._steps.note_batch()
+        if self._value is not None and steps_by_lbfgs(optimizer):
+            return batch.mean_over_processes(self._value)  # as the gradient is
+        return self._value
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:  # noqa: B027 - only MTAdam keeps names
         """Names are taken from the network, in every call of :meth:`backward`."""
@@ -172,15 +205,19 @@ class Balancer(ABC):
             )
         self._terms = terms or self._terms
         self.state = {key: value.clone() for key, value in state_dict["state"].items()}
-        self._stepped = True
+        self._steps.ended = True
 
     @abstractmethod
-    def balance(self, batch: Batch) -> None:
+    def balance(self, batch: Batch) -> Tensor | None:
         """Leave a gradient in ``p.grad``, and set ``state`` from ``state_before`` and all batches of the step so far.
 
         Args:
             batch: its losses are checked, and agreed on by all processes. ``batch.run_weighted(weights)`` is one
                 backward pass of their weighted sum.
+
+        Returns:
+            With :attr:`has_objective` the value whose gradient it is, a scalar without a graph, but for the factor:
+            ``batch.run_weighted(weights).sum()`` if the weights are the same all through the step.
         """
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
@@ -202,7 +239,7 @@ class Balancer(ABC):
     def _check_all(self, batch: Batch, optimizer: Optimizer) -> Parameters:
         alone = batch.processes.group is None
         finite = batch.loss_scale is None and are_on_host(batch.parameters)
-        check_losses(batch.losses, self._terms or None, finite=finite, graph=alone)
+        check_losses(batch.losses, self._terms or None, finite=finite, graph=alone or self.one_backward)
         if self.looks_ahead:
             _refuse_static_graph(batch.model)
         self.check(batch, optimizer)
@@ -213,10 +250,16 @@ class Balancer(ABC):
         return _named_shapes(batch.network, batch.parameters)  # a walk over the network
 
     def _take(self, batch: Batch) -> None:
-        if batch.begins and (self._stepped or batch.loss_scale is None):  # else a scaler has skipped the step before
+        if batch.begins:
+            self._again = self._steps.evaluated and not self._steps.ended
+        if self._steps.ended:  # else batches of the same step were dropped, or a scaler has skipped it
             device = batch.parameters[0].device
             self.state_before = {key: self.place(value, device) for key, value in self.state.items()}
-        self.balance(batch)
+        after = self.state
+        value = self.balance(batch)
+        self._value = value.detach() * batch.share if self.has_objective and value is not None else None
+        if self._again:
+            self.state = after
 
     def _was_reset(self, parameters: list[Tensor]) -> bool:
         """Whether gradients were dropped since the last backward pass, or set to zero."""
@@ -226,19 +269,8 @@ class Balancer(ABC):
             return False
         return not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters)
 
-    def _watch(self, optimizer: Optimizer) -> None:
-        """Notice when the optimizer has stepped."""
-        optimizer = innermost(optimizer)  # wrappers need not call hooks
-        if self._watched is not optimizer:
-            self._watched = optimizer
-            optimizer.register_step_post_hook(self._note_step)
-
-    def _note_step(self, optimizer: Optimizer, *_: object) -> None:
-        if optimizer is self._watched:
-            self._stepped = True
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watched": None, "_stepped": True, "_ranks": Ranks(late=not self.one_backward)}
+        return {**self.__dict__, "_steps": Steps(), "_ranks": Ranks(late=not self.one_backward)}
 
     def _told_options(self) -> Numbers:
         """What must be the same on all ranks, as they tell each other: the options that are numbers, names or such."""

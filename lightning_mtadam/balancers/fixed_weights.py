@@ -30,11 +30,13 @@ class FixedWeights(Balancer):
         >>> balancer = FixedWeights({"fit": 1.0, "decay": 0.1})
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> balancer.backward({"fit": (w - 1).square(), "decay": w.square()}, optimizer, model=model)
+        tensor(1.4000)
         >>> w.grad
         tensor(2.4000)
     """
 
     works_on_shards: ClassVar[bool] = True
+    has_objective: ClassVar[bool] = True
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__(weights)
@@ -48,6 +50,6 @@ class FixedWeights(Balancer):
         """The weights."""
         return {name: torch.tensor(weight, device="cpu") for name, weight in self.weights.items()}
 
-    def balance(self, batch: Batch) -> None:
+    def balance(self, batch: Batch) -> Tensor:
         """As of every balancer."""
-        batch.run_weighted([self.weights[name] for name in batch.terms])
+        return batch.run_weighted([self.weights[name] for name in batch.terms]).sum()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_mtadam.balancers import gradnorm_rule as rule
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
-from lightning_mtadam.balancers.shared_layer import gradient_at, parameters_of, unreached_message
+from lightning_mtadam.balancers.shared_layer import check_repeatable, gradient_at, parameters_of, unreached_message
 from lightning_mtadam.terms import plain
 
 
@@ -41,8 +41,9 @@ class GradNorm(Balancer):
 
     Raises:
         ValueError: an option is out of range; a name that the network has not, or that holds no trained parameter; a
-            term that does not reach the shared layer. In the step after it is known: an initial loss that is not above
-            zero; with several processes, a term that reaches the shared layer on none of them.
+            term that does not reach the shared layer, or that has another gradient there when it is differentiated
+            again, as some fused losses have. In the step after it is known: an initial loss that is not above zero;
+            with several processes, a term that reaches the shared layer on none of them.
 
     Example:
         >>> from torch import nn
@@ -51,7 +52,7 @@ class GradNorm(Balancer):
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> output = model(torch.ones(8, 4))
         >>> losses = {"fit": (output - 1).square().mean(), "size": 1e3 * output.square().mean()}
-        >>> balancer.backward(losses, optimizer, model=model)
+        >>> _ = balancer.backward(losses, optimizer, model=model)
         >>> optimizer.step()
         >>> bool(balancer.term_weights()["fit"] > balancer.term_weights()["size"])
         True
@@ -63,6 +64,7 @@ class GradNorm(Balancer):
     """
 
     looks_ahead: ClassVar[bool] = True
+    has_objective: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class GradNorm(Balancer):
         self._start_length = initial_losses if isinstance(initial_losses, int) else int(given is None)
         self._started: set[str] = set()  # the terms whose initial losses are known, and were checked
         self._layer: list[Tensor] = []  # the shared parameters
+        self._repeated: set[str] = set()  # the terms that were differentiated twice, to see whether they can be
         self._observed = torch.empty(0)  # in this step so far, as the rule has it: [I, HEAD + |W|]
 
     def term_weights(self) -> dict[str, Tensor]:
@@ -119,7 +122,7 @@ class GradNorm(Balancer):
         super().check(batch, optimizer)
         self._layer = parameters_of(batch.network, self.shared)
 
-    def balance(self, batch: Batch) -> None:
+    def balance(self, batch: Batch) -> Tensor:
         """As of every balancer."""
         if batch.begins:
             self._check_first_steps(batch)
@@ -129,6 +132,9 @@ class GradNorm(Balancer):
         seen = torch.zeros(len(terms), rule.HEAD + sum(p.numel() for p in shared), dtype=dtype, device=device)
         for name, loss in batch.losses.items():
             row, gradient = seen[terms.index(name)], gradient_at(shared, name, loss, batch, dtype)
+            if name not in self._repeated:
+                check_repeatable(name, gradient, gradient_at(shared, name, loss, batch, dtype))
+                self._repeated.add(name)
             row[0], row[1] = batch.share, batch.share * loss.detach()
             if gradient is not None:
                 row[2], row[rule.HEAD :] = 1, gradient
@@ -137,8 +143,9 @@ class GradNorm(Balancer):
             before, batch.mean_over_processes(observed), alpha=self.alpha, lr=self.lr, start_length=self._start_length
         )
         weights = rule.weights_of(before["logits"])
-        batch.run_weighted(weights)
+        weighted = batch.run_weighted(weights)
         self._observed, self.state = observed, after
+        return weighted.sum()
 
     def _check_first_steps(self, batch: Batch) -> None:
         """Raise, on all processes, if a term cannot be balanced; the host reads until all initial losses are known."""

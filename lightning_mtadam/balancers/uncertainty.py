@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class UncertaintyWeighting(Balancer):
         >>> optimizer = torch.optim.SGD([*model.parameters(), *balancer.learned.parameters()], lr=0.1)
         >>> output = model(torch.ones(4, 3))
         >>> losses = {"fit": (output - 9).square().mean(), "size": 0.01 * output.abs().mean()}
-        >>> balancer.backward(losses, optimizer, model=model)
+        >>> _ = balancer.backward(losses, optimizer, model=model)
         >>> optimizer.step()
         >>> {name: bool(weight > 0.5) for name, weight in balancer.term_weights().items()}
         {'fit': False, 'size': True}
@@ -54,6 +55,7 @@ class UncertaintyWeighting(Balancer):
         belongs to squared errors, is kept for every term.
     """
 
+    has_objective: ClassVar[bool] = True
     learned: LogVariances
 
     def __init__(self, terms: Iterable[str] | None = None) -> None:
@@ -62,12 +64,13 @@ class UncertaintyWeighting(Balancer):
 
     def term_weights(self) -> dict[str, Tensor]:
         """The weights ``exp(-s_i) / 2``."""
-        weights = self._weights(len(self._terms)).unbind()
+        weights = (0.5 * torch.exp(-self._log_variances(len(self._terms)))).unbind()
         return dict(zip(self._terms, weights, strict=False))  # loaded ones have no names before the first losses
 
-    def _weights(self, terms: int) -> Tensor:
-        held = self.learned.log_variances.detach()
-        return 0.5 * torch.exp(-held if len(held) == terms else held.new_zeros(terms))  # [I]
+    def _log_variances(self, terms: int) -> Tensor:
+        """s_i, [I], as they are before the step."""
+        held = self.learned.log_variances.detach().clone()
+        return held if len(held) == terms else held.new_zeros(terms)
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
         """As of every balancer."""
@@ -91,13 +94,16 @@ class UncertaintyWeighting(Balancer):
                 f" there are. Give the names of the losses ahead, UncertaintyWeighting(terms={terms})."
             )
 
-    def balance(self, batch: Batch) -> None:
+    def balance(self, batch: Batch) -> Tensor:
         """As of every balancer."""
-        weights = self._weights(len(batch.terms))
+        log_variances = self._log_variances(len(batch.terms))
+        weights = 0.5 * torch.exp(-log_variances)
         weighted = batch.run_weighted(weights)
         found = ((0.5 - weighted).to(weights) * batch.factor.to(weights)).unbind()
         by_name, zero = dict(zip(batch.losses, found, strict=True)), torch.zeros_like(weights[0])
         self._add(torch.stack([by_name.get(name, zero) for name in batch.terms]), batch.processes)
+        present = torch.stack([log_variances[batch.terms.index(name)] for name in batch.losses])
+        return weighted.sum() + present.sum() / 2
 
     def _add(self, gradient: Tensor, processes: Processes) -> None:
         """Add to the gradient of the log variances, and average it as ``DistributedDataParallel`` does the others."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
+from operator import is_
 from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
 
 from lightning_mtadam.collect.differentiate import term_gradients
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.averaging import Averaging, devices_of
-from lightning_mtadam.distributed.joint_terms import Ranks
+from lightning_mtadam.distributed.joint_terms import Ranks, alike
 from lightning_mtadam.distributed.processes import ALONE, Processes
 from lightning_mtadam.recomputed import Kept, keep_statistics, restore_statistics
-from lightning_mtadam.terms import Found, Losses
+from lightning_mtadam.terms import HAS_GRAPH, Found, Losses, steps_by_lbfgs
 
 _B = TypeVar("_B", bound="Batch")
 
@@ -25,7 +28,7 @@ _B = TypeVar("_B", bound="Batch")
 class Batch:
     """The losses of one batch, and all that is needed to differentiate them."""
 
-    losses: Losses  # of the terms that are present, in the order of the terms
+    losses: Losses  # of the terms that are present, in the order of the terms; on one of several processes also zeros
     parameters: list[Tensor]  # those of the optimizer
     model: nn.Module | None = None  # the network as it is called, wrapped or not
     grad_output: Tensor | None = None  # scalar by which every loss is multiplied
@@ -50,6 +53,28 @@ class Batch:
             network = ShardedNetwork(self.model, self.parameters)
         factor, kept = self.grad_output, self.retain_graph
         return term_gradients(self.losses, self.parameters, grad_output=factor, network=network, retain_graph=kept)
+
+
+def as_losses(losses: Losses, optimizer: Optimizer, *, by: str = "") -> Losses:
+    """Whatever mapping they are as a dict; zeros that require a gradient of their own as plain constants.
+
+    ``x.new_tensor(0.0, requires_grad=True)`` reaches nothing, as ``torch.zeros(())``; but a parameter itself stays.
+    Who makes a gradient of them that belongs to no value is named in ``by``: LBFGS is then refused.
+    """
+    if by and steps_by_lbfgs(optimizer):
+        raise ValueError(
+            f"{by} cannot be used with LBFGS, which compares values of one function: its gradient, which is made of the"
+            " terms' gradients, is that of none. Use FixedWeights, GradNorm or UncertaintyWeighting with LBFGS, or"
+            " another optimizer than LBFGS."
+        )
+    if not isinstance(losses, Mapping):
+        return losses
+    found = dict(losses.items())
+    for name, loss in found.items():
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.grad_fn is None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            found[name] = loss if any(map(is_, parameters, repeat(loss))) else loss.detach()
+    return found
 
 
 def collect(
@@ -79,15 +104,18 @@ def collect(
     averaging = Averaging(group, devices_of(batch.parameters))
     try:
         mine = ranks.announce(batch.losses, check(), pending, batch.processes, batch.model)
-        averaging.mine, averaging.known, names = mine, known, mine.terms
+        averaging.mine, names = mine, mine.terms
         if ranks.agree_before(mine):
             names = averaging.agree()
-        taken = _ordered(batch, known, names, averaging)
+        taken = _ordered(batch, known, names, averaging.absent)
+        losses = alike(taken.losses, batch.parameters[0])
+        taken = replace(taken, losses=losses, averaging=averaging if batch.processes.averages else None)
         _hand(taken, take)
     except Exception as error:
         averaging.fail(error)
         raise
     ranks.parameters = mine.parameters
+    ranks.seen.update(taken.collected)
     return taken
 
 
@@ -102,9 +130,13 @@ def _hand(batch: _B, take: Callable[[_B], None]) -> None:
             restore_statistics(kept)
 
 
-def _ordered(batch: _B, known: tuple[str, ...], names: tuple[str, ...], averaging: Averaging | None = None) -> _B:
-    """The batch as it is taken: the losses that count, in the order of the terms."""
-    terms, absent = known or names, () if averaging is None else averaging.absent
+def _ordered(batch: _B, known: tuple[str, ...], names: tuple[str, ...], absent: Sequence[str] | None = None) -> _B:
+    """The batch as it is taken: the losses that count, in the order of the terms; of one process those with a graph."""
+    terms = known or names
+    if absent is None and all(map(HAS_GRAPH, batch.losses.values())):
+        absent = ()
+    elif absent is None:
+        absent = [name for name, loss in batch.losses.items() if not loss.requires_grad]
     present = {name: batch.losses[name] for name in terms if name in batch.losses and name not in absent}
-    averaging = averaging if batch.processes.averages else None
-    return replace(batch, losses=present, terms=terms, collected=names, averaging=averaging)
+    collected = tuple(name for name in names if name not in absent or name not in batch.losses) if absent else names
+    return replace(batch, losses=present, terms=terms, collected=collected)

@@ -48,6 +48,7 @@ class Announcement:
         parameters: the names and shapes of what it trains.
         averages: whether it averages the gradients now.
         has_sync_batch_norm: whether its network has ``SyncBatchNorm``; said only if one of its terms has no graph.
+        sharded: whether its parameters are sharded.
         options: what all ranks must have set alike; said in the first step.
         done: whether its backward passes are done. Then are known, and announced:
         reached: which terms reach which parameters, [I][P];
@@ -60,6 +61,7 @@ class Announcement:
     parameters: Parameters = ()
     averages: bool = False
     has_sync_batch_norm: bool = False
+    sharded: bool = False
     options: Numbers = ()
     done: bool = False
     reached: tuple[tuple[bool, ...], ...] = ()
@@ -133,14 +135,13 @@ def tell(error: BaseException, group: ProcessGroup, sent: Sent = ()) -> Everyone
     return None
 
 
-def check_graphs(terms: Sequence[str], absent: Sequence[str], known: Sequence[str]) -> None:
-    """Raise unless the terms that are ``absent``, as they have no graph on any rank, are known and not all."""
-    unknown = [name for name in absent if name not in known]
-    if unknown or (absent and len(absent) == len(terms)):
+def check_graphs(terms: Sequence[str], absent: Sequence[str]) -> None:
+    """Raise if all terms are ``absent``, as they have no graph on any rank."""
+    if absent and len(absent) == len(terms):
         raise ValueError(
-            f"losses[{(unknown or absent)[0]!r}] has no graph on any rank, so it reaches no parameter. Compute it"
-            " from the network's output without .detach(), .data or torch.no_grad(), or leave it out of the losses"
-            " and log it instead."
+            f"losses[{absent[0]!r}] has no graph on any rank, nor has any other of {tuple(terms)}: all are constant"
+            " zeros, so there is nothing to train on. Compute one at least from the network's output without .detach(),"
+            " .data or torch.no_grad(), or leave out this batch on every rank."
         )
 
 
@@ -283,11 +284,13 @@ def _check_options(everyone: Everyone) -> None:
 
 def _constant_everywhere(everyone: Everyone) -> tuple[str, ...]:
     """The terms that have no graph on any rank."""
+    absent = [name for name in _first(everyone).terms if all(name in other.constant for other in everyone.values())]
     for rank, other in everyone.items():
-        if other.has_sync_batch_norm:
+        here = [name for name in other.constant if name not in absent]
+        if here and (other.has_sync_batch_norm or other.sharded):
+            why = "the network has SyncBatchNorm" if other.has_sync_batch_norm else "the parameters are sharded"
             raise ValueError(
-                f"losses[{other.constant[0]!r}] has no graph on rank {rank}, but the network has SyncBatchNorm, of"
-                " which every backward pass needs all ranks. Return a loss of zero that hangs on the graph instead,"
-                " e.g. 0.0 * output.sum()."
+                f"losses[{here[0]!r}] has no graph on rank {rank}, but {why}: every backward pass needs all ranks."
+                " Return a loss of zero that hangs on the graph instead, e.g. 0.0 * output.sum()."
             )
-    return tuple(name for name in _first(everyone).terms if all(name in other.constant for other in everyone.values()))
+    return tuple(absent)

@@ -29,13 +29,12 @@ class Averaging:
 
     Attributes:
         mine: what this rank announces beside what its terms reach.
-        known: the terms of earlier steps.
         absent: the terms that turned out to have no graph on any rank.
     """
 
     def __init__(self, group: ProcessGroup, devices: Sequence[torch.device]) -> None:
         self.group, self.devices = group, list(devices)
-        self.mine, self.known, self.absent = Announcement(), tuple[str, ...](), tuple[str, ...]()
+        self.mine, self.absent = Announcement(), tuple[str, ...]()
         self._reached: list[tuple[bool, ...]] = []
         self._work: list[Work] = []
         self._sent: list[tuple[int, torch.dtype, int]] = []
@@ -75,7 +74,7 @@ class Averaging:
         everyone = agreement.hear(mine, self.group)
         try:
             terms, self.absent = agreement.compare(everyone)
-            agreement.check_graphs(terms, self.absent, self.known)
+            agreement.check_graphs(terms, self.absent)
         except Exception as error:  # which all ranks raise alike
             agreement.is_told(error)
             self.complete(everyone)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mtadam.distributed.agreement import Announcement, Numbers, Parameters
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import Losses
+
+
+def alike(losses: Losses, parameter: Tensor) -> Losses:
+    """The losses, where constants have the dtype and the device of a loss with a graph, or else of a parameter."""
+    like = next((loss for loss in losses.values() if loss.requires_grad), parameter)
+    return {name: loss if loss.requires_grad else loss.to(like) for name, loss in losses.items()}
 
 
 @dataclass
@@ -21,12 +27,14 @@ class Ranks:
         options: what all of them must have set alike; told in the first batch.
         parameters: what they agreed to train in the last batch; ``None`` before the first.
         synced: whether the network has ``SyncBatchNorm``; ``None`` until it was looked at.
+        seen: the terms that were not absent in every step so far.
     """
 
     late: bool
     options: Numbers = ()
     parameters: Parameters | None = None
     synced: bool | None = None
+    seen: set[str] = field(default_factory=set)
 
     def announce(
         self,
@@ -43,8 +51,9 @@ class Ranks:
         constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
         options = () if self.parameters is not None else self.options
         names, synced = tuple(dict.fromkeys((*pending, *losses))), self.synced and bool(constant)
-        return Announcement(names, constant, parameters, processes.averages, synced, options)
+        return Announcement(names, constant, parameters, processes.averages, synced, processes.sharded, options)
 
     def agree_before(self, mine: Announcement) -> bool:
         """Whether they must agree before the backward passes: what these send depends on it, or they wait in these."""
-        return not self.late or not mine.averages or self.parameters != mine.parameters or bool(self.synced)
+        known = self.parameters == mine.parameters and self.seen.issuperset(mine.terms)
+        return not self.late or not mine.averages or not known or bool(self.synced)

@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups, without_numpy
-from lightning_mtadam.groups import materialized
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
+from lightning_mtadam.groups import materialized
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
@@ -116,7 +116,15 @@ class MTAdam(TermOptimizer):
         layers = layers or ("global" if lightly else "parameter")
         norm_init = norm_init or ("unbiased" if lightly else "first")
         denominator = denominator or ("sum" if lightly else "max")
-        balance = (anchor, without_numpy(dict(importance or {})), layers, norm_init, denominator, update, without_numpy(max_scale))
+        balance = (
+            anchor,
+            without_numpy(dict(importance or {})),
+            layers,
+            norm_init,
+            denominator,
+            update,
+            without_numpy(max_scale),
+        )
         options = Options(*balance, on_nonfinite, compile, without_numpy(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)

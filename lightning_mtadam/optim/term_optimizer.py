@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
-from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.collect import Batch, as_losses, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.distributed import sharding
@@ -25,6 +24,7 @@ from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
 from lightning_mtadam.graphs import look_at
+from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
@@ -81,7 +81,7 @@ class TermOptimizer(GroupsOptimizer):
         ``p.register_hook`` sees the gradient of each term, one of ``p.register_post_accumulate_grad_hook`` ``p.grad``.
 
         Args:
-            losses: named scalar losses. Terms may be absent; a name that is not in :attr:`terms` is an error.
+            losses: named scalar losses. Terms may be absent, or zero without a graph; an unknown name is an error.
             model: the network as it is called; needed only where several processes train together. If wrapped by
                 ``DistributedDataParallel``, its processes average gradients, and agree on the terms in each call; not
                 within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
@@ -90,8 +90,8 @@ class TermOptimizer(GroupsOptimizer):
             retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
 
         Raises:
-            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name;
-                the processes have different terms, or train different parameters.
+            ValueError: no losses, a loss that is no scalar, has no graph or reaches no parameter, an unknown name; a
+                step of LBFGS is running; the processes have different terms, or train different parameters.
             TypeError: a loss that is no real floating-point tensor.
             NonFiniteError: a loss that is inf or nan, unless there is a ``loss_scale``.
             RuntimeError: another process has failed.
@@ -104,8 +104,9 @@ class TermOptimizer(GroupsOptimizer):
             self._refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
             self._refuse_with_low_memory("accumulation over several backward passes")
-        given = grad_output, loss_scale, processes_of(model, parameters)
-        batch, take = Batch(losses, parameters, model, *given, retain_graph=retain_graph), partial(self._take, others=others)
+        losses, given = as_losses(losses, self, by=type(self).__name__), (grad_output, loss_scale)
+        batch = Batch(losses, parameters, model, *given, processes_of(model, parameters), retain_graph=retain_graph)
+        take = partial(self._take, others=others)
         taken = collect(batch, partial(self._check, batch), take, self.terms, pending.terms, self._ranks)
         pending.terms = taken.collected
         run_hooks(parameters)

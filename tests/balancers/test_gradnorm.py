@@ -189,6 +189,7 @@ def test_average_weights_are_the_geometric_mean_of_those_that_were_used():
 def test_the_layers_below_the_shared_one_are_differentiated_once():
     network = MultiTask()
     balancer, optimizer = GradNorm("trunk.2"), torch.optim.Adam(network.parameters())
+    balancer.backward(network(X), optimizer, model=network)  # the first time it is seen whether terms can be repeated
     losses = network(X)
     counts, _ = count(lambda: balancer.backward(losses, optimizer, model=network), network)
     assert counts == {
@@ -198,6 +199,74 @@ def test_the_layers_below_the_shared_one_are_differentiated_once():
         **times(1, {("depth", "weight"): 1, ("label", "weight"): 1}),
         **times(2, {("depth", "input"): 1, ("label", "input"): 1}),  # once more for their own terms
     }
+
+
+# Fused losses, which write over what their backward pass needs
+
+
+class KnownAhead(torch.autograd.Function):
+    """The mean square; its gradient is made in the forward pass, and multiplied in place where nothing sees it."""
+
+    @staticmethod
+    def forward(ctx, output):
+        ctx.gradient = 2 * output / output.numel()
+        return output.square().mean()
+
+    @staticmethod
+    def backward(ctx, factor):
+        return ctx.gradient.mul_(factor)
+
+
+class Overwritten(torch.autograd.Function):
+    """The mean square; the backward pass writes the gradient over the values that it is made of."""
+
+    @staticmethod
+    def forward(ctx, output):
+        ctx.values = output.clone()
+        return output.square().mean()
+
+    @staticmethod
+    def backward(ctx, factor):
+        return ctx.values.mul_(2 * factor / ctx.values.numel())
+
+
+def fused_losses(network, batch, square):
+    output = network(batch[0])
+    return {"fit": (output - batch[1]).abs().mean(), "size": square(output)}
+
+
+def mean_square(output):
+    return output.square().mean()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_fused_loss_whose_gradient_is_multiplied_in_place_is_right(factor):
+    found = []
+    for square in (mean_square, KnownAhead.apply):
+        network, balancer = make_network(), GradNorm("0")
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for batch in make_loader(5):
+            optimizer.zero_grad()
+            share = torch.tensor(factor, dtype=torch.float64)
+            balancer.backward(fused_losses(network, batch, square), optimizer, model=network, grad_output=share)
+            optimizer.step()
+        found.append([*network.parameters(), *balancer.state.values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "square", [lambda output: 0.1 * KnownAhead.apply(output), Overwritten.apply], ids=["multiplied", "overwritten"]
+)
+def test_a_fused_loss_that_can_be_differentiated_once_only_is_refused_by_name(square):
+    network = make_network()
+    message = r"losses\['size'\] has another gradient each time it is differentiated"
+    refuse(GradNorm("0"), fused_losses(network, BATCH, square), network, message)
+    late = GradNorm("0", terms=("fit", "size"))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    late.backward({"fit": fused_losses(network, BATCH, mean_square)["fit"]}, optimizer, model=network)
+    optimizer.step()
+    refuse(late, fused_losses(network, BATCH, square), network, message)
 
 
 # Errors

@@ -182,7 +182,8 @@ def everywhere(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda network, losses: losses | {"fit": torch.zeros(())}, "losses['fit'] has no graph on any rank"),
+        (lambda network, losses: dict.fromkeys(losses, torch.zeros(())), "losses['fit'] has no graph on any rank"),
+        (lambda network, losses: losses | {"fit": torch.ones(())}, "losses['fit'] has no graph, so it reaches"),
         (
             lambda network, losses: losses | {"fit": nn.Linear(3, 1).weight.sum()},
             "losses['fit'] reaches no parameter of the optimizer",
