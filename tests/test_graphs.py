@@ -1,4 +1,4 @@
-"""What is seen in the graphs of losses that come for the first time, and gradients that arise within a backward pass."""
+"""What is seen in the graphs of new losses, and gradients that arise within a backward pass."""
 
 import warnings
 

@@ -18,7 +18,7 @@ from lightning_mtadam.groups import materialized
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
-from lightning_mtadam.terms import without_numpy
+from lightning_mtadam.terms import plain
 
 
 class MTAdam(TermOptimizer):
@@ -118,14 +118,14 @@ class MTAdam(TermOptimizer):
         denominator = denominator or ("sum" if lightly else "max")
         balance = (
             anchor,
-            without_numpy(dict(importance or {})),
+            plain(dict(importance or {})),
             layers,
             norm_init,
             denominator,
             update,
-            without_numpy(max_scale),
+            plain(max_scale),
         )
-        options = Options(*balance, on_nonfinite, compile, without_numpy(balance_every), low_memory)
+        options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
 

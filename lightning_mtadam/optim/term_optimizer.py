@@ -331,8 +331,9 @@ class TermOptimizer(GroupsOptimizer):
         check_group(group, self._options, self.terms)
 
     def _holds_gradients(self) -> bool:
-        self._pending.start_anew_if_reset(self._layer_names.parameters)
-        return bool(self._pending.gradients) or self._pending.absorbed is not None
+        if all(parameter.grad is None for parameter in self._layer_names.parameters):  # reset behind its back
+            self._pending.drop_gradients()
+        return self._pending.shown is not None
 
     def _take_in(self, count: int) -> None:
         self._pending.extend(count)
