@@ -1,7 +1,7 @@
 """Lines 7 and 8 of Algorithm 1, as pure functions of tables: norms, their averages, the anchor, scales, clocks.
 
 Shapes: ``I`` terms, ``L`` layers, ``P`` parameters. Everything is fp32 or better, whatever the parameters' dtype.
-A term has reached a layer when its norm there is above zero; that is the only threshold. ``layer_of``
+A term has reached a layer when its norm there is above zero, and not noise as :func:`loudness` says. ``layer_of``
 [P] is the layer of each parameter.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 NormInit: TypeAlias = Literal["first", "unbiased", "one"]
 Reference: TypeAlias = int | Literal["mean", "max"]
+ROUNDING = 128.0  # epsilons: the share of a term's norm over the network below which a gradient may be rounding alone
+CLEAR = 100.0  # times that: terms' shares at a layer of a deep network differ by less
 
 
 def reference_of(anchor: str | None, terms: Sequence[str]) -> Reference:
@@ -94,6 +96,26 @@ def corrected_norms(
     return norms / (correction.sqrt() if quadratic else correction)
 
 
+def without_start(norms: Tensor, counts: Tensor, beta3: Tensor) -> Tensor:
+    """What averages that began at one have observed, at the most: what rounding may have lost is added. [L, I]."""
+    start = torch.where(counts > 0, (counts * beta3.log()).exp(), 0)
+    return ((norms - start * (1 - counts * torch.finfo(norms.dtype).eps)) / (1 - start)).clamp(min=0)
+
+
+def loudness(norms: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a term's gradient is noise, where it is faint, and where it is clear: [L, I] -> [L, I] each, bool.
+
+    What counts is its share of the same term's norm over the network, so that no factor matters. A gradient that is
+    zero but for rounding is faint; but so are real ones in a deep network's first layers. So a term is noise only
+    where another, one of those ``counted`` [I], is clear.
+    """
+    peak = norms.amax(0)  # relative to it no square over- or underflows
+    total = peak * (norms / torch.where(peak > 0, peak, 1)).square().sum(0).sqrt()
+    threshold = ROUNDING * torch.finfo(norms.dtype).eps * total
+    faint, clear = norms < threshold, (norms > CLEAR * threshold) & counted
+    return faint & clear.any(1, keepdim=True), faint, clear
+
+
 def geometric_mean(norms: Tensor) -> Tensor:
     """The geometric mean over the terms that reach the layer; zero where none does. [L, I] -> [L, 1].
 
@@ -146,7 +168,7 @@ def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, 
 
 
 def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:
-    """The balance weights ``n_i / n_anchor``, nan where the term never reached the layer. [L, I]."""
+    """The balance weights ``n_i / n_anchor``, nan where the term has not reached the layer. [L, I]."""
     return torch.where(norms > 0, norms / reference, math.nan)
 
 
@@ -154,8 +176,8 @@ def tick(clocks: Tensor, reaching: Tensor, touched: Tensor) -> Tensor:
     """Advance Adam's clocks by one step, [P, 1 + I]: the parameter's clock, then each term's.
 
     A parameter's clock counts the steps in which any term's graph reached it (``touched``, [P, 1] bool), as Adam's
-    does. A term's own corrects the bias of its second moment: it runs from the first step on at which its gradient is
-    not zero (``reaching``, [P, I] bool). Terms that are there first share the parameter's; a later one starts at one.
+    does. A term's own corrects the bias of its second moment: it runs from the first step on at which its gradient
+    counts (``reaching``, [P, I] bool). Terms that are there first share the parameter's; a later one starts at one.
     """
     shared, own = clocks[:, :1] + 1, clocks[:, 1:]
     running = own > 0

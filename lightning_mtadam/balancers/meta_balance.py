@@ -25,7 +25,8 @@ class MetaBalance(GradientBalancer):
         p.grad =  sum_i g_i
 
     With ``relax=1`` the magnitudes are those of the anchor, with ``relax=0`` the terms are added as they are. A term
-    has no part in layers that it does not reach, and its norms stand still in steps in which it is absent.
+    has no part in layers that it does not reach, and its norms stand still in steps in which it is absent. Rounding
+    noise, which MTAdam leaves out of anchor and balance, is here added times ``1 - relax``.
 
     Args:
         relax: r, how far to go, from 0 to 1.
@@ -73,20 +74,26 @@ class MetaBalance(GradientBalancer):
             policies = ANCHOR_POLICIES
             raise TypeError(f"anchor must be one of {policies}, a term's name or None, but got {anchor!r}.")
         self.relax, self.beta, self.anchor = relax, beta, anchor
+        self._names: tuple[str, ...] = ()  # of this step's terms, which are not known to others before it is made
         if self._terms:
             check_anchor(anchor, self._terms)
 
     def balance_weights(self) -> dict[str, Tensor]:
-        """The balance weights n_i / n_anchor by layer, tensors [I], nan where a term never reached it."""
+        """The balance weights n_i / n_anchor by layer, tensors [I], nan where a term never reached it, or is noise."""
         if not self.state:
             return {}
-        norms = torch.stack([norms for norms, _ in self.state.values()])
+        norms = _heard(torch.stack([norms for norms, _ in self.state.values()]))
         return dict(zip(self.state, balancing.balance_weights(norms, self._reference(norms)).unbind(), strict=True))
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
         """As of every balancer."""
         super().check(batch, optimizer)
         check_anchor(self.anchor, self._terms or tuple(batch.losses))
+
+    def balance(self, batch: Batch) -> None:
+        """As of every balancer."""
+        self._names = batch.terms
+        super().balance(batch)
 
     def combine(self, step: StepGradients) -> list[Tensor | None]:
         """As of every balancer."""
@@ -103,9 +110,16 @@ class MetaBalance(GradientBalancer):
         after = torch.where(step.finite, torch.stack([norms, counts], 1), before)
         rows = zip(step.layers, step.reached, after.unbind(), strict=True)
         self.state = {**self.state_before, **{layer: row for layer, reached, row in rows if reached}}
-        scales = balancing.balance_scales(norms, self._reference(norms), torch.ones_like(norms[0]), math.inf)
+        heard = _heard(norms)
+        scales = balancing.balance_scales(heard, self._reference(heard), torch.ones_like(heard[0]), math.inf)
         return step.weighted_sum(self.relax * scales + (1 - self.relax))
 
     def _reference(self, norms: Tensor) -> Tensor:
         """n_anchor, [L, 1]."""
-        return balancing.reference_norms(norms, balancing.reference_of(self.anchor, self._terms))
+        return balancing.reference_norms(norms, balancing.reference_of(self.anchor, self._terms or self._names))
+
+
+def _heard(norms: Tensor) -> Tensor:
+    """The norms, zero where they are noise: [L, I]."""
+    counted = torch.ones_like(norms[0], dtype=torch.bool)
+    return norms.masked_fill(balancing.loudness(norms, counted)[0], 0)

@@ -37,7 +37,8 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
     if not view.numel():
         return
     scales = scales if shown.factor is None else scales * shown.factor.to(scales)
-    pieces = list(_pieces([view, *gradients]))
+    pieces, most = list(_pieces([view, *gradients])), scales == scales.amax()
+    parts = most / most.sum()  # of what is neither mask nor factor
 
     def whole_of(rows: Sequence[Tensor]) -> Tensor:
         return add_up(rows, scales, torch.empty_like(rows[0], dtype=scales.dtype))
@@ -47,9 +48,9 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
     for edited, *rows in pieces:
         whole = whole_of(rows)
         ratio = torch.where(told & (whole != 0), edited / whole, 1)
-        for row in rows:
+        for row, scale, part in zip(rows, scales, parts, strict=True):
             row.mul_(ratio)
-        rows[0].add_(torch.where(~told & (scales[0] > 0), (edited - whole) / scales[0], 0))
+            row.add_(torch.where(~told & (scale > 0), part * (edited - whole) / scale, 0))
 
 
 def _tolerance(view: Tensor) -> float:

@@ -25,7 +25,8 @@ class LowMemory:
     """A step in another order: each term's norms, scales and second moments, then all the rest.
 
     The anchor comes first, so that the scales of a term are known when its gradient is. At a layer that the anchor
-    does not reach, they depend on all terms: there the gradients wait. So the anchor is one term, "unit" or ``None``.
+    does not reach, or where a term is so faint that it may be noise, they depend on all terms: there the gradients
+    wait. So the anchor is one term, "unit" or ``None``.
     """
 
     def __init__(self, updater: Updater, watch: FiniteWatch) -> None:
@@ -51,7 +52,7 @@ class LowMemory:
             for name in names:
                 gradients = _averaged(next_gradients(found, name, batch), name, batch, memory)
                 if gradients is not None:
-                    self._absorb(name, gradients)
+                    self._absorb(name, gradients, name == names[-1])
                 del gradients  # the next term's need the place
             next(found, None)
         finally:
@@ -62,8 +63,9 @@ class LowMemory:
     def observe(self, _: object, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """As of ``Updater``. On the host it is known already that they are finite."""
         tables, norms = self.tables, self._norms_so_far()
-        anchored = tables.by_parameter(tables.norms_by_layer()[0])[:, self._anchor] > 0 if self._is_anchored else None
-        return norms, watch.check(norms, tables.names, tables.terms, anchored)
+        balances = tables.options.anchor is not None
+        settled = self._settled(*tables.norms_by_layer()).flatten() if balances else None
+        return norms, watch.check(norms, tables.names, tables.terms, settled)
 
     def balance(self, _: object, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """As of ``Updater``."""
@@ -99,7 +101,7 @@ class LowMemory:
         """Per parameter, whether any term reaches it."""
         return [any(flags) for flags in zip(*self._reached, strict=True)]
 
-    def _absorb(self, term: str, gradients: Gradients) -> None:
+    def _absorb(self, term: str, gradients: Gradients, last: bool) -> None:
         tables, column = self.tables, self.tables.terms.index(term)
         norms = norms_of([gradients[member] for member in tables.members])
         columns = [norms if other == term else [None] * len(norms) for other in tables.terms]
@@ -111,7 +113,7 @@ class LowMemory:
             left = "The parameters were not changed, but second moments have seen the terms before it."
             raise non_finite(observed, tables.names, tables.terms, left)
         self._observed[term] = observed[:, column]
-        pairs = list(zip(gradients, self._ready(), strict=True))
+        pairs = list(zip(gradients, self._ready(column, last), strict=True))
         self._late[column] = [None if gradient is None or now else gradient.clone() for gradient, now in pairs]
         self._consume(column, [gradient if now else None for gradient, now in pairs])
 
@@ -128,37 +130,37 @@ class LowMemory:
         everywhere = self.tables.constant([True] * len(self.tables.members), torch.bool)[:, None]
         return self.tables.averaged(self._norms_so_far(), everywhere, self._present())
 
-    def _ready(self) -> list[bool]:
-        """Per parameter, whether scales there depend on no term that is still to come: where the anchor has reached.
+    def _ready(self, column: int, last: bool) -> list[bool]:
+        """Per parameter, whether the scale of the term there depends on none that is still to come.
 
         The host does not wait for an accelerator to know: it is told of the step before the last, and keeps gradients
-        until then.
+        until then. Averages move slowly: a term that has become noise since is judged by what is known of the others.
         """
         tables, flags = self.tables, [True] * len(self.tables.parameters)
-        if self._is_anchored:
-            reached = [False] * len(tables.members)
-            if is_host(tables.device):
-                reached = (tables.by_parameter(self._averages()[0])[:, self._anchor] > 0).tolist()
-            elif len(self.watch.told) == len(reached) and all(group["betas"][2] > 0 for group in tables.distinct):
-                reached = self.watch.told  # no average that has once left zero comes back
-            for member, flag in zip(tables.members, reached, strict=True):
-                flags[member] = flag
+        if last or tables.options.anchor is None:
+            return flags
+        settled, count = [False] * len(tables.members), len(tables.terms)
+        if is_host(tables.device):
+            settled = self._settled(*self._averages())[:, column].tolist()
+        elif len(self.watch.told) == count * len(settled) and all(group["betas"][2] > 0 for group in tables.distinct):
+            settled = self.watch.told[column::count]
+        for member, flag in zip(tables.members, settled, strict=True):
+            flags[member] = flag
         return flags
 
-    @property
-    def _is_anchored(self) -> bool:
-        return self.tables.options.anchor not in (None, "unit")
+    def _settled(self, norms: Tensor, counts: Tensor) -> Tensor:  # [P, I]
+        tables, anchor = self.tables, None if self.tables.options.anchor == "unit" else self._anchor
+        return tables.by_parameter(tables.settled(norms, counts, anchor))
 
     def _consume(self, column: int, gradients: Gradients) -> None:
         tables, updater, flags = self.tables, self.updater, [gradient is not None for gradient in gradients]
         if not any(flags):
             return
         updater.follow_groups(finite=self._finite)
-        scales = tables.by_parameter(tables.scales(*self._averages()))[:, column, None]
+        scales = tables.scales(*self._averages())
+        weights, scales = self._weights(column, scales), tables.by_parameter(scales)[:, column, None]
         chunks = self.updater.chunks_like(self.sums, flags)
-        for chunk, scale, weight in zip(
-            chunks, chunks.spread(scales), chunks.spread(self._weights(column)), strict=True
-        ):
+        for chunk, scale, weight in zip(chunks, chunks.spread(scales), chunks.spread(weights), strict=True):
             gradient = chunk.elements_of([gradients[member] for member in chunk.members])
             squares = () if tables.options.denominator == "sum" else chunk.moment_rows.second[column : column + 1]
             kept, scratch = Moments((), squares), updater.scratch(chunk, chunk.dtype)
@@ -171,10 +173,9 @@ class LowMemory:
                 kept.keep(moments)
         self._reached[column] = [before or now for before, now in zip(self._reached[column], flags, strict=True)]
 
-    def _weights(self, column: int) -> Tensor:
-        """The weights of a term's squares in their average after this step, [P, 1]."""
-        reaching = torch.zeros_like(self.tables.norms, dtype=torch.bool)
-        reaching[:, column] = self._observed[self.tables.terms[column]] > 0
+    def _weights(self, column: int, scales: Tensor) -> Tensor:
+        """The weights of a term's squares in their average after this step, [P, 1]; ``scales`` are [L, I]."""
+        reaching = self.tables.reaching(self._norms_so_far(), scales)
         clocks = balancing.tick(self.tables.clocks, reaching, torch.ones_like(reaching[:, :1]))
         return self.tables.weights(clocks[:, 1 + column, None])
 

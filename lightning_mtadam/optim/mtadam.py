@@ -185,10 +185,13 @@ class MTAdam(TermOptimizer):
         return self._read_norms(lambda norms: norms)
 
     def balance_weights(self) -> dict[str, Tensor]:
-        """The balance weights n_i / n_anchor, or n_i / n_1 without an anchor, by layer: [I]; nan if never reached."""
+        """The balance weights n_i / n_anchor, or n_i / n_1 without an anchor, by layer: [I].
+
+        nan where a term never reached, or is left out as rounding noise (``docs/how_it_works.md``), with scale 0.
+        """
         weights, anchors, terms = balancing.balance_weights, balancing.reference_norms, self.terms
         reference = balancing.reference_of(self._options.anchor, terms) if terms else 0
-        return self._read_norms(lambda norms: weights(norms, anchors(norms, reference)))
+        return self._read_norms(lambda norms: weights(norms, anchors(norms, reference)), heard=True)
 
     def term_weights(self) -> dict[str, Tensor]:
         """Empty: no constant multiplies a loss. :func:`lightning_mtadam.export_weights` makes some."""
@@ -248,9 +251,10 @@ class MTAdam(TermOptimizer):
             lines += [f"Parameter Group {index} ({len(group['params'])} parameters)", *numbers]
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
-    def _read_norms(self, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def _read_norms(self, read: Callable[[Tensor], Tensor], *, heard: bool = False) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
         if not any(self.state.values()):
             return {}
         tables = self._updater().tables
-        return dict(zip(tables.layers.names, read(tables.corrected_norms()).clone().unbind(), strict=True))
+        norms = tables.corrected_norms(heard=heard)
+        return dict(zip(tables.layers.names, read(norms).clone().unbind(), strict=True))

@@ -110,7 +110,7 @@ class Tables:
         Gives the coefficients of all parameters.
         """
         changes = [(self.norms, self.by_parameter(weighed.norms)), (self.counts, self.by_parameter(weighed.counts))]
-        changes.append((self.clocks, balancing.tick(self.clocks, observed > 0, touched)))
+        changes.append((self.clocks, balancing.tick(self.clocks, self.reaching(observed, weighed.scales), touched)))
         for kept, moved in changes:
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
         scales = weighed.scales if finite is None else torch.where(finite, weighed.scales, 0)
@@ -133,9 +133,26 @@ class Tables:
 
     def scales(self, norms: Tensor, counts: Tensor) -> Tensor:
         """What multiplies each term's gradient: [L, I], from norms and counts of that shape."""
-        norms = self._corrected(norms, counts)
+        norms = self.heard(norms, counts)
         target = balancing.target_norms(norms, self.options.anchor, self.terms)
         return balancing.balance_scales(norms, target, self._importance, self.options.max_scale)
+
+    def reaching(self, observed: Tensor, scales: Tensor) -> Tensor:
+        """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
+        return (observed > 0) & ~self.by_parameter((scales == 0) & (self._importance > 0))
+
+    def heard(self, norms: Tensor, counts: Tensor) -> Tensor:
+        """The norms as the balance uses them, zero where they are noise: [L, I]; the arguments are those of scales."""
+        heard = self._corrected(norms, counts)
+        return heard if self.options.anchor is None else heard.masked_fill(self._loudness(heard, counts)[0], 0)
+
+    def settled(self, norms: Tensor, counts: Tensor, anchor: int | None) -> Tensor:
+        """Where a term's scale depends on no other but the ``anchor``, if there is one: [L, I] bool."""
+        _, faint, clear = self._loudness(self._corrected(norms, counts), counts)
+        if anchor is None:
+            return ~faint
+        at = slice(anchor, anchor + 1)
+        return (norms[:, at] > 0) & ~faint[:, at] & (~faint | clear[:, at])
 
     def weights(self, clocks: Tensor, correction: Tensor | None = None) -> Tensor:
         """``w = (1 - beta2) / (1 - beta2^clock)``, zero where the clock has not started: [P, k] -> [P, k]."""
@@ -155,10 +172,10 @@ class Tables:
         """Keep the scales of a measured step; ``None``: those that the tables give."""
         self._frozen = scales
 
-    def corrected_norms(self) -> Tensor:
-        """The gradient norms n_i as the balance uses them: [L, I]."""
+    def corrected_norms(self, *, heard: bool = False) -> Tensor:
+        """The gradient norms n_i: [L, I]; if only those that are ``heard``, zero where they are noise."""
         self.follow_groups()
-        return self._corrected(*self.norms_by_layer())
+        return (self.heard if heard else self._corrected)(*self.norms_by_layer())
 
     def average_scales(self) -> Tensor:
         """The mean scales so far, [L, I], float64 on the host: nan where never reached, zero where importance is."""
@@ -213,6 +230,11 @@ class Tables:
     def _corrected(self, norms: Tensor, counts: Tensor) -> Tensor:
         rule = self.options.norm_init
         return balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
+
+    def _loudness(self, corrected: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        began = self.options.norm_init == "one"
+        norms = balancing.without_start(corrected, counts, self._beta3) if began else corrected
+        return balancing.loudness(norms, self._importance > 0)
 
     def _column(self, values: Sequence[float], compute: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """What is computed of each parameter's number: a scalar on the host where all are the same, else [P, 1]."""
