@@ -2,7 +2,7 @@
 
 The first moment is taken from ``p.grad`` itself, so that every edit counts there. The second moments are those of the
 terms' gradients. A mask or a factor is the same for all terms. What is neither, such as noise, or a gradient that was
-added, is counted as the first term's.
+added, counts there as a part of the term with the largest scale.
 """
 
 from __future__ import annotations
