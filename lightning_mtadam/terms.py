@@ -254,6 +254,16 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether the host can read the device's tensors at once."""
+    return device.type == "cpu"
+
+
+def are_on_host(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host can read all of them at once."""
+    return all(map(is_host, {tensor.device for tensor in tensors}))
+
+
 def clean_names(names: Sequence[str]) -> list[str]:
     """Names without what ``torch.compile`` puts into them, and ``DistributedDataParallel`` before all of them."""
     names = [name.replace("_orig_mod.", "") for name in names]

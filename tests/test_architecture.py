@@ -20,7 +20,19 @@ PACKAGE = Path(lightning_mtadam.__file__).parent
 ROOT = "lightning_mtadam"
 FLOORS = (
     {
-        *("terms", "balancing", "checkpoint", "coupling", "graphs", "groups", "recomputed", "wrappers"),
+        *(
+            "terms",
+            "balancing",
+            "checkpoint",
+            "coupling",
+            "graphs",
+            "groups",
+            "recomputed",
+            "wrappers",
+            "constants",
+            "finite",
+            "layout",
+        ),
         "lightning_internals",
     },
     {"distributed"},

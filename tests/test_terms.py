@@ -180,3 +180,8 @@ def test_a_warning_points_at_the_users_line_even_in_a_folder_that_begins_like_th
     with pytest.warns(UserWarning, match="look here") as caught:
         exec(compile("\n\nterms.warn('look here')", user, "exec"), {"terms": terms})
     assert (caught[0].filename, caught[0].lineno) == (user, 3)
+
+
+def test_tensors_are_on_the_host_if_all_are():
+    assert terms.are_on_host([torch.zeros(1), torch.zeros(1)])
+    assert not terms.are_on_host([torch.zeros(1), torch.zeros(1, device="meta")])

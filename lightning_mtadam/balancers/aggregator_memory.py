@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_mtadam.collect.norms import is_host
+from lightning_mtadam.terms import is_host
 
 Aggregator: TypeAlias = Callable[[Tensor], Any]
 """Makes a vector [n] of a matrix [I, n]. A type that said so would keep LightningCLI from making objects that do."""

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
-from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import is_host, norm_table, norms_of, wide_dtype
+from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
+from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import run_hooks
 from lightning_mtadam.graphs import look_at
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.terms import PLACEHOLDER, clean_names, non_finite
+from lightning_mtadam.terms import PLACEHOLDER, clean_names, is_host, non_finite
 
 
 @dataclass(frozen=True)

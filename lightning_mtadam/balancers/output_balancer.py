@@ -14,7 +14,7 @@ from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
 from lightning_mtadam.balancing import corrected_norms, update_norms
-from lightning_mtadam.collect.constants import constant
+from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed.averaging import mean_over
 from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import plain

@@ -15,9 +15,9 @@ from lightning_mtadam import balancing
 from lightning_mtadam.balancers.aggregator_memory import Aggregator, AggregatorMemory
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
-from lightning_mtadam.collect.constants import constant
-from lightning_mtadam.collect.norms import Sent, is_host
-from lightning_mtadam.terms import NonFiniteError, non_finite, plain
+from lightning_mtadam.constants import constant
+from lightning_mtadam.finite import Sent
+from lightning_mtadam.terms import NonFiniteError, is_host, non_finite, plain
 
 
 class TorchJDBalancer(GradientBalancer):

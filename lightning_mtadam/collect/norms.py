@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.terms import Gradients, non_finite
+from lightning_mtadam.terms import Gradients
 
 
 def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -35,71 +33,3 @@ def norm_table(norms: Sequence[Gradients], like: Tensor, *, uniform: bool = Fals
     every = [zero if norm is None else norm for column in norms for norm in column]
     table = torch.stack(every if uniform else [norm.to(zero) for norm in every])
     return table.view(len(norms), -1).T.contiguous()
-
-
-def is_host(device: torch.device) -> bool:
-    """Whether the host can read the device's tensors at once."""
-    return device.type == "cpu"
-
-
-def are_on_host(tensors: Sequence[Tensor]) -> bool:
-    """Whether the host can read all of them at once."""
-    return all(map(is_host, {tensor.device for tensor in tensors}))
-
-
-class Sent:
-    """A tensor on its way to the host, which may be far ahead of an accelerator and is not to wait for it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        pinned = tensor.device.type == "cuda"
-        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-        self._copy.copy_(tensor, non_blocking=True)
-        self._event = None if tensor.device.type == "cpu" else torch.Event(tensor.device)
-        if self._event is not None:  # on the tensor's device, which need not be the current one
-            self._event.record(torch.accelerator.current_stream(tensor.device))
-
-    def receive(self) -> Any:
-        """Its elements, as lists; the host waits until they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._copy.tolist()
-
-
-class FiniteWatch:
-    """Looks at the norms of all gradients, once a step.
-
-    On the host a step with an inf or nan raises before it changes anything. An accelerator may be far behind the host:
-    there the step runs on, with a flag so that it changes nothing either, and the next call raises for it.
-    """
-
-    def __init__(self) -> None:
-        self.sent: tuple[Sent, Tensor, Sequence[str], Sequence[str]] | None = None
-        self.told: list[bool] = []  # what came along with the last flag
-
-    def check(
-        self, norms: Tensor, layers: Sequence[str], terms: Sequence[str], along: Tensor | None = None
-    ) -> Tensor | None:
-        """Look at the norms [P, I] of a step, of P named layers and I terms; ``NonFiniteError`` names term and layer.
-
-        ``along``, boolean [n], travels to the host with what was found, for who wants to know it later.
-
-        Returns:
-            ``None`` on the host; else a boolean scalar: whether the step may change anything.
-        """
-        if is_host(norms.device):
-            # Norms are not negative, so their sum is finite only if all are; it may overflow where none is.
-            if not math.isfinite(norms.sum()) and not bool(norms.isfinite().all()):
-                raise non_finite(norms, layers, terms)
-            return None
-        finite = norms.isfinite().all()
-        self.sent = Sent(finite[None] if along is None else torch.cat([finite[None], along])), norms, layers, terms
-        return finite
-
-    def recall(self) -> None:
-        """Raise ``NonFiniteError`` if the step before was not finite, and that was not known then."""
-        if self.sent is None:
-            return
-        (sent, norms, layers, terms), self.sent = self.sent, None
-        finite, *self.told = sent.receive()
-        if not finite:
-            raise non_finite(norms, layers, terms)

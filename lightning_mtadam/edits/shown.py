@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import are_on_host, is_host, norm_table, norms_of, wide_dtype
+from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.edits.refusing import refuse, refuse_unreached
+from lightning_mtadam.terms import are_on_host, is_host
 
 Labels: TypeAlias = Callable[[Iterable[int]], list[str]]
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]

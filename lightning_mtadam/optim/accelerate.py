@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_mtadam.collect import norms
+from lightning_mtadam import terms
 from lightning_mtadam.optim import algorithm
 from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.options import Denominator, Options
@@ -87,7 +87,7 @@ def fused_update(
 
 def _suits_fused(denominator: Denominator, device: torch.device, dtype: torch.dtype) -> bool:
     """It takes numbers that are known on the host."""
-    return denominator in ("max", "sum") and norms.is_host(device) and dtype in (torch.float32, torch.float64)
+    return denominator in ("max", "sum") and terms.is_host(device) and dtype in (torch.float32, torch.float64)
 
 
 def _balanced(gradients: Rows, local: Coefficients) -> Iterable[Any]:
@@ -119,7 +119,7 @@ def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
     threads, device = torch.get_num_threads(), chunk.gradients.device
     free = [None if one is None else 1.0 for one in numbers[:4]]
     kind = Numbers._make((*free, numbers.denominator, numbers.no_eps, numbers.skipped is None))
-    shared = not chunk.packed and threads > 1 and norms.is_host(device) and chunk.size >= SHARED
+    shared = not chunk.packed and threads > 1 and terms.is_host(device) and chunk.size >= SHARED
     terms = 0 if numbers.denominator == "sum" else len(chunk.gradients)
     moments = tuple(map(len, chunk.moment_rows))
     return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, chunk.block, threads, shared)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from lightning_mtadam.collect.memory import GradientMemory, Place
+from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.layout import Place
 from lightning_mtadam.optim.options import Denominator
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from lightning_mtadam import balancing
 from lightning_mtadam.collect import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import FiniteWatch, is_host, norm_table, norms_of
+from lightning_mtadam.collect.norms import norm_table, norms_of
 from lightning_mtadam.collect.pending import next_gradients
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.optim import algorithm
 from lightning_mtadam.optim.chunks import Coefficients, Moments
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import Gradients, check_reached, non_finite
+from lightning_mtadam.terms import Gradients, check_reached, is_host, non_finite
 
 
 class LowMemory:

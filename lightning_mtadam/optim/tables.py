@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam import balancing
-from lightning_mtadam.collect.constants import constant
 from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
+from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.chunks import Coefficients
 from lightning_mtadam.optim.layers import Layers

@@ -15,7 +15,6 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam.collect import Batch, as_losses, collect
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import FiniteWatch, are_on_host
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
@@ -23,6 +22,7 @@ from lightning_mtadam.distributed.probing import is_probed
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
+from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.graphs import look_at
 from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
 from lightning_mtadam.lightning_internals import as_fabric_backward
@@ -33,7 +33,7 @@ from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import Losses, NonFiniteError, check_losses, check_terms, warn
+from lightning_mtadam.terms import Losses, NonFiniteError, are_on_host, check_losses, check_terms, warn
 from lightning_mtadam.wrappers import who_steps
 
 _KIND = attrgetter("dtype", "shape")

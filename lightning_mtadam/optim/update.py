@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import FiniteWatch, is_host, norms_of
+from lightning_mtadam.collect.norms import norms_of
 from lightning_mtadam.edits.sharing import share
 from lightning_mtadam.edits.shown import ShownGradients
+from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.optim import accelerate, algorithm
 from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import join_moments, leading_of
 from lightning_mtadam.optim.tables import Tables, Weighed
+from lightning_mtadam.terms import is_host
 
 BLOCK = 1 << 18  # elements of a chunk of the host: calls cost little, and what all terms share stays in its cache
 SCRATCH = 1 << 26  # bytes of memory for results on an accelerator, beside one time the parameters

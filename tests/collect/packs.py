@@ -5,11 +5,11 @@ from unittest import mock
 import torch
 from hypothesis import strategies as st
 
-from lightning_mtadam.collect import memory
+from lightning_mtadam import layout
 
 LIMITS = {"PACKED": 6, "PACK": 15}
 
-small_packs = mock.patch.multiple(memory, **LIMITS)
+small_packs = mock.patch.multiple(layout, **LIMITS)
 
 
 @st.composite

@@ -145,7 +145,9 @@ class Coming(Regression):
         return given(three_losses(self.network, batch), self.schedule(batch_idx), self.zero)
 
 
-@pytest.mark.parametrize("make_optimizer", [lambda network: make_mtadam(network, terms=EVERY), adam], ids=["mtadam", "adam"])
+@pytest.mark.parametrize(
+    "make_optimizer", [lambda network: make_mtadam(network, terms=EVERY), adam], ids=["mtadam", "adam"]
+)
 @pytest.mark.parametrize("zero", ["zeros", "of its own"])
 @pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 2}], ids=str)
 def test_in_the_module_with_mtadam_and_with_plain_adam(make_optimizer, zero, flags):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mtadam.collect.memory import GradientMemory, pack_up
+from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.layout import pack_up
 from tests.collect.packs import LIMITS, networks, small_packs
 from tests.lightning_models import make_loader, make_mtadam, make_network, three_losses
 from tests.loops import backward, take_step

@@ -2,14 +2,14 @@
 
 import pytest
 
-from lightning_mtadam.collect import memory
+from lightning_mtadam import layout
 from lightning_mtadam.optim import accelerate
 
 
 @pytest.fixture
 def _apart(monkeypatch):
     """Small parameters do not lie side by side, so that chunks are as of large ones."""
-    monkeypatch.setattr(memory, "PACKED", -1)
+    monkeypatch.setattr(layout, "PACKED", -1)
 
 
 @pytest.fixture

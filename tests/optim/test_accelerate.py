@@ -17,7 +17,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from lightning_mtadam import MTAdam
-from lightning_mtadam.collect.memory import Place
+from lightning_mtadam.layout import Place
 from lightning_mtadam.optim import accelerate, algorithm, update
 from lightning_mtadam.optim.chunks import Chunk, Coefficients, Moments, Numbers
 from lightning_mtadam.optim.options import Options

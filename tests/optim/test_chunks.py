@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mtadam.collect.memory import GradientMemory, Place
+from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.layout import Place
 from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, Numbers
 from tests.collect.packs import networks, small_packs
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mtadam import NonFiniteError
-from lightning_mtadam.collect import norms
+from lightning_mtadam import NonFiniteError, finite, terms
 from lightning_mtadam.optim import MTAdam
 from tests import loops
 from tests.lightning_models import assert_same, assert_same_state, make_loader, make_network, three_losses
@@ -23,7 +22,8 @@ BATCHES = list(make_loader(12))
 
 @pytest.fixture(autouse=True)
 def _accelerator(monkeypatch):
-    monkeypatch.setattr(norms, "is_host", lambda device: False)
+    for module in (finite, terms):
+        monkeypatch.setattr(module, "is_host", lambda device: False)
 
 
 def make(dtype=torch.float64, **options):
@@ -87,7 +87,8 @@ def test_a_step_that_is_not_finite_changes_no_number(name, clip):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_where_all_is_finite_it_changes_nothing(name, monkeypatch):
     expected, expected_optimizer = run(OPTIONS[name])
-    monkeypatch.setattr(norms, "is_host", lambda device: True)
+    for module in (finite, terms):
+        monkeypatch.setattr(module, "is_host", lambda device: True)
     network, optimizer = run({**OPTIONS[name], "compile": False})
     tolerance = 1e-12 if OPTIONS[name].get("compile") else 0
     for one, other in zip(numbers(network, optimizer), numbers(expected, expected_optimizer), strict=True):

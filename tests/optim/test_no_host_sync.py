@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_mtadam.collect import norms
+from lightning_mtadam import finite, terms
 from lightning_mtadam.optim import accelerate
 from tests.lightning_models import make_loader, make_mtadam, make_network, three_losses
 
@@ -90,7 +90,8 @@ class Forbidding:
 
 @pytest.fixture
 def _accelerator(monkeypatch):
-    monkeypatch.setattr(norms, "is_host", lambda device: False)
+    for module in (finite, terms):
+        monkeypatch.setattr(module, "is_host", lambda device: False)
 
 
 def forbidding_run(

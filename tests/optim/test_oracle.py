@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mtadam.collect import memory
+from lightning_mtadam import layout
 from lightning_mtadam.optim import MTAdam
 from tests.optim.streams import NAMES, TERMS, feed, follow, layer_names, make, start, stream
 from tests.oracles.naive_mtadam import NaiveMTAdam
@@ -155,8 +155,8 @@ def test_blocks_cover_large_small_and_strided_parameters(monkeypatch):
 
     def run(limit):
         monkeypatch.setattr("lightning_mtadam.optim.update.BLOCK", limit)
-        monkeypatch.setattr(memory, "PACKED", limit // 2)
-        monkeypatch.setattr(memory, "PACK", limit)
+        monkeypatch.setattr(layout, "PACKED", limit // 2)
+        monkeypatch.setattr(layout, "PACK", limit)
         values = [*start(0)]
         parameters, optimizer = make(values, amsgrad=True)
         strided = torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lightning_mtadam.collect.memory import Place
+from lightning_mtadam.layout import Place
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.state import (
     AVERAGE_KEYS,

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mtadam import MTAdam
-from lightning_mtadam.collect import constants
-from lightning_mtadam.collect.constants import LIMIT, constant
+from lightning_mtadam import MTAdam, constants
+from lightning_mtadam.constants import LIMIT, constant
 
 HOST = torch.device("cpu")
 
