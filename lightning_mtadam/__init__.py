@@ -5,6 +5,7 @@ The names below are imported when they are first used, so that the optimizer wor
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,17 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def callbacks_of_trainers() -> list[object]:
+    """What Lightning adds to the callbacks of each trainer, as the entry point in ``pyproject.toml`` asks it to.
+
+    A plain LightningModule calls nothing of this package, so that nothing else could tell that its
+    ``configure_balancer`` is in vain. Where no balancer was imported there is nothing to add.
+    """
+    if "lightning_mtadam.balancers" not in sys.modules:
+        return []
+    return [import_module("lightning_mtadam.guard").PlainModuleGuard()]
 
 
 def __dir__() -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancer_slot import CHECKPOINT_KEY, balancer_of, mtadam_of
+from lightning_mtadam.balancer_slot import CHECKPOINT_KEY, BalancerSlot, balancer_of, mtadam_of
 from lightning_mtadam.balancers.balancer import Balancer, parameters_in
 from lightning_mtadam.distributed.agreement import host_group
 from lightning_mtadam.distributed.averaging import Averaging, devices_of
@@ -108,6 +108,20 @@ class Guard(pl.Callback):
             group = _group(trainer)
             if group is not None:
                 Averaging(group, devices_of(_balanced_parameters(trainer))).fail(exception)
+
+
+class PlainModuleGuard(pl.Callback):
+    """Raises where a module has a balancer that nothing would ask for: see ``callbacks_of_trainers`` in the package."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if ``configure_balancer`` belongs to a plain LightningModule."""
+        name = type(pl_module).__name__
+        if hasattr(pl_module, "configure_balancer") and not isinstance(pl_module, BalancerSlot):
+            raise MisconfigurationException(
+                f"{name} has configure_balancer, but is a plain LightningModule, which never calls it: it would train"
+                f" without a balancer. Write class {name}(MultiTermLightningModule), and return a dict of named losses"
+                " from training_step."
+            )
 
 
 def check_output(output: object, balancer: MTAdam | Balancer | None) -> None:

@@ -1,13 +1,32 @@
 """The guard refuses, before the first batch, what could not be right, with the reason and the alternative."""
 
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_mtadam.guard import Guard
-from tests.lightning_models import make_mtadam, make_network, make_trainer, sgd
+import lightning_mtadam
+from lightning_mtadam.balancers import MetaBalance
+from lightning_mtadam.guard import Guard, PlainModuleGuard
+from tests.lightning_models import (
+    QUIET,
+    Regression,
+    SumRegression,
+    adam,
+    assert_same,
+    fit,
+    make_loader,
+    make_mtadam,
+    make_network,
+    make_trainer,
+    sgd,
+)
 
 
 def start(strategy, world_size=1, make_optimizer=make_mtadam):
@@ -57,3 +76,50 @@ def test_a_trainer_has_one_guard_however_often_it_is_watched():
     for _ in range(3):
         Guard.watch(trainer)
     assert [type(callback) for callback in trainer.callbacks].count(Guard) == 1
+
+
+# A balancer that nothing asks for
+
+
+@pytest.fixture
+def entry_point(tmp_path, monkeypatch):
+    """Lightning finds the package's entry point, as it does where the package is installed."""
+    (folder := tmp_path / "entry_point-0.dist-info").mkdir()
+    text = (Path(lightning_mtadam.__file__).parents[1] / "pyproject.toml").read_text()
+    group = "lightning.pytorch.callbacks_factory"
+    name, value = text.split(f'[project.entry-points."{group}"]\n')[1].splitlines()[0].split(" = ")
+    value = value.strip('"')
+    (folder / "METADATA").write_text("Name: entry_point\nVersion: 0\n")
+    (folder / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return EntryPoint(name, value, group)
+
+
+class WithBalancer(SumRegression):
+    """A plain LightningModule."""
+
+    def configure_balancer(self):
+        return MetaBalance()
+
+
+@QUIET
+def test_a_balancer_of_a_plain_module_is_refused(entry_point):
+    module = WithBalancer(adam)
+    with pytest.raises(MisconfigurationException, match=r"WithBalancer has .*Write .*MultiTermLightningModule"):
+        fit(module, make_loader())
+    assert_same(module.network, make_network())
+
+
+@QUIET
+@pytest.mark.parametrize("make_module", [lambda: SumRegression(adam), Regression])
+def test_other_modules_are_let_be(make_module, entry_point):
+    trainer = fit(make_module(), make_loader())
+    assert any(isinstance(callback, PlainModuleGuard) for callback in trainer.callbacks)
+
+
+def test_trainers_get_nothing_where_no_balancer_was_imported(entry_point):
+    code = f"import sys, {entry_point.module}; print({entry_point.module}.{entry_point.attr}(), *sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert found[0] == "[]"
+    assert not {"lightning", "torch"} & set(found)
+    assert isinstance(entry_point.load()()[0], pl.Callback)

@@ -120,9 +120,9 @@ def _case_of(chunk: Chunk, numbers: Numbers) -> Case:
     free = [None if one is None else 1.0 for one in numbers[:4]]
     kind = Numbers._make((*free, numbers.denominator, numbers.no_eps, numbers.skipped is None))
     shared = not chunk.packed and threads > 1 and terms.is_host(device) and chunk.size >= SHARED
-    terms = 0 if numbers.denominator == "sum" else len(chunk.gradients)
+    count = 0 if numbers.denominator == "sum" else len(chunk.gradients)
     moments = tuple(map(len, chunk.moment_rows))
-    return Case(terms, moments, chunk.gradients.dtype, device, kind, chunk.packed, chunk.block, threads, shared)
+    return Case(count, moments, chunk.gradients.dtype, device, kind, chunk.packed, chunk.block, threads, shared)
 
 
 @cache

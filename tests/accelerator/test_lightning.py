@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_mtadam import MultiTermLightningModule, NonFiniteError, export_weights, partitioned_losses
 from lightning_mtadam.callbacks import BalanceWeightMonitor
-from tests.accelerator.device import NAME
+from tests.accelerator.device import NAME, Watch
 from tests.accelerator.training import DEVICE, FIRST, SECOND
 from tests.balancers.cases import CASES, Balanced
 from tests.lightning_models import GAN, QUIET, Regression, make_loader, make_mtadam, make_network, make_trainer
@@ -157,6 +157,51 @@ def test_a_last_step_that_is_not_finite_is_told_before_it_is_saved(tmp_path):
     with pytest.raises(NonFiniteError):
         fit(Spoiled(), True, enable_checkpointing=True, callbacks=[saver])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+class Waits(pl.Callback):
+    """In which batches, of all, the host waited for a number; from when a batch was there until it was logged."""
+
+    def __init__(self):
+        self.watch, self.batches = None, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.close()
+        self.watch = Watch()
+        self.watch.__enter__()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.close()
+
+    def close(self):
+        if self.watch is not None:
+            self.watch.__exit__()
+            self.batches.append(any(kind in ("item", "d2h") for kind, _, _ in self.watch.waits))
+            self.watch = None
+
+
+@pytest.mark.skipif(DEVICE != NAME, reason="waits are counted on the stand-in")
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_host_waits_for_what_is_logged_where_the_trainer_logs_only(automatic, tmp_path):
+    class Manual(Regression):
+        def training_step(self, batch, batch_idx):
+            losses = super().training_step(batch, batch_idx)
+            if self.automatic_optimization:
+                return losses
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.backward_terms(losses, optimizer)
+            optimizer.step()
+            return None
+
+    waits, module = Waits(), Manual()
+    module.automatic_optimization = automatic
+    logger = CSVLogger(tmp_path)
+    trainer = fit(module, True, callbacks=[waits], logger=logger, log_every_n_steps=3, max_epochs=2)
+    first, second = waits.batches[:6], waits.batches[6:]
+    assert second == [False, False, True] * 2
+    assert first[3:] == [False, False, True], "the first steps make what is kept"
+    assert trainer.progress_bar_metrics["train/loss"] == pytest.approx(float(trainer.callback_metrics["train/loss"]))
 
 
 @pytest.mark.parametrize("default", [None, FIRST, pytest.param(SECOND, marks=pytest.mark.two_devices)])
