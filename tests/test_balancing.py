@@ -238,6 +238,45 @@ def test_a_decay_for_each_layer_is_that_of_the_layer():
     close(norms, [[1.5], [1.1]])
 
 
+# Rounding noise
+
+
+@quick
+@given(rows=tables, factor=factors, counted=st.tuples(*[st.booleans()] * 3))
+def test_noise_is_a_faint_share_of_the_terms_own_norm_beside_a_clear_one_that_counts(rows, factor, counted):
+    faint = 128 * 2.0**-52
+    totals = [math.hypot(*column) or 1.0 for column in zip(*rows, strict=True)]
+    shares = [[value / total for value, total in zip(row, totals, strict=True)] for row in rows]
+    clear = [any(share > 100 * faint and flag for share, flag in zip(row, counted, strict=True)) for row in shares]
+    expected = [[flag and share < faint for share in row] for row, flag in zip(shares, clear, strict=True)]
+    found = balancing.loudness(table(rows) * table(factor), torch.tensor(counted))[0]
+    # a term that is zero everywhere is no noise, but not heard either
+    zero = torch.tensor([sum(column) == 0 for column in zip(*rows, strict=True)])
+    assert torch.equal(found & ~zero, torch.tensor(expected) & ~zero)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_norm_over_the_network_does_not_over_or_underflow(size):
+    norms = torch.tensor([[size, size], [1e-7 * size, size]])
+    assert balancing.loudness(norms, torch.tensor([True, True]))[0].tolist() == [[False, False], [True, False]]
+
+
+@quick
+@given(observed=st.lists(st.floats(0, 10), min_size=1, max_size=30), beta3=st.sampled_from([0.0, 0.5, 0.9]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_its_start_an_average_from_one_is_what_was_observed_but_for_rounding(dtype, observed, beta3):
+    norms = counts = torch.zeros(1, 1, dtype=dtype)
+    decay, here, expected = torch.tensor(beta3, dtype=torch.float64), torch.tensor([True]), 0.0
+    for value in [1.0, *observed]:
+        seen = torch.tensor([[value]], dtype=dtype)
+        norms, counts = balancing.update_norms(norms, counts, seen, here, decay, "one")
+        expected = beta3 * expected + (1 - beta3) * float(seen)
+    expected /= 1 - beta3 ** float(counts)
+    found, epsilon = float(balancing.without_start(norms, counts, decay)), torch.finfo(dtype).eps
+    lost = (float(counts) + 2) * epsilon * beta3 ** float(counts) / (1 - beta3 ** float(counts))
+    assert found == pytest.approx(expected, rel=40 * epsilon, abs=2 * lost)
+
+
 # Layers
 
 

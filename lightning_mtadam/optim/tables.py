@@ -133,7 +133,7 @@ class Tables:
 
     def scales(self, norms: Tensor, counts: Tensor) -> Tensor:
         """What multiplies each term's gradient: [L, I], from norms and counts of that shape."""
-        norms = self.heard(norms, counts)
+        norms = self._told_apart(norms, counts)[0]
         target = balancing.target_norms(norms, self.options.anchor, self.terms)
         return balancing.balance_scales(norms, target, self._importance, self.options.max_scale)
 
@@ -141,14 +141,9 @@ class Tables:
         """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
         return (observed > 0) & ~self.by_parameter((scales == 0) & (self._importance > 0))
 
-    def heard(self, norms: Tensor, counts: Tensor) -> Tensor:
-        """The norms as the balance uses them, zero where they are noise: [L, I]; the arguments are those of scales."""
-        heard = self._corrected(norms, counts)
-        return heard if self.options.anchor is None else heard.masked_fill(self._loudness(heard, counts)[0], 0)
-
     def settled(self, norms: Tensor, counts: Tensor, anchor: int | None) -> Tensor:
         """Where a term's scale depends on no other but the ``anchor``, if there is one: [L, I] bool."""
-        _, faint, clear = self._loudness(self._corrected(norms, counts), counts)
+        _, _, faint, clear = self._told_apart(norms, counts)
         if anchor is None:
             return ~faint
         at = slice(anchor, anchor + 1)
@@ -175,7 +170,7 @@ class Tables:
     def corrected_norms(self, *, heard: bool = False) -> Tensor:
         """The gradient norms n_i: [L, I]; if only those that are ``heard``, zero where they are noise."""
         self.follow_groups()
-        return (self.heard if heard else self._corrected)(*self.norms_by_layer())
+        return self._told_apart(*self.norms_by_layer())[0 if heard else 1]
 
     def average_scales(self) -> Tensor:
         """The mean scales so far, [L, I], float64 on the host: nan where never reached, zero where importance is."""
@@ -227,14 +222,14 @@ class Tables:
     def _by_layer(self, rows: Tensor) -> Tensor:
         return balancing.by_layer(rows, self._layer_of, len(self.layers.names))
 
-    def _corrected(self, norms: Tensor, counts: Tensor) -> Tensor:
+    def _told_apart(self, norms: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The norms n_i, zero where they are noise and left out; all of them; which are faint, which clear: [L, I]."""
         rule = self.options.norm_init
-        return balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
-
-    def _loudness(self, corrected: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        began = self.options.norm_init == "one"
-        norms = balancing.without_start(corrected, counts, self._beta3) if began else corrected
-        return balancing.loudness(norms, self._importance > 0)
+        found = seen = balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
+        if rule == "one":
+            seen = balancing.without_start(found, counts, self._beta3)
+        noise, faint, clear = balancing.loudness(seen, self._importance > 0)
+        return found if self.options.anchor is None else found.masked_fill(noise, 0), found, faint, clear
 
     def _column(self, values: Sequence[float], compute: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """What is computed of each parameter's number: a scalar on the host where all are the same, else [P, 1]."""

@@ -4,6 +4,7 @@ import torch
 from lightning_mtadam.balancers import MetaBalance
 from tests.balancers.gradients import TERMS, TwoHeads, assert_close, gradients_of, last_gradients, shown
 from tests.lightning_models import make_loader, make_mtadam, make_network, sgd, three_losses
+from tests.optim.test_noise import BeforeNorm, inputs
 from tests.oracles.naive_meta_balance import NaiveMetaBalance
 
 BATCHES = list(make_loader(9))
@@ -87,6 +88,42 @@ def test_norms_stay_with_their_layers_when_parameters_are_added():
     assert all(torch.allclose(after[layer], before[layer]) for layer in before)
     assert after["first.weight"][0] == 1
     assert after["first.weight"][1].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("anchor", ["first", "distance", "mean", "max"])
+@pytest.mark.parametrize("terms", [("entropy", "distance"), None])
+def test_rounding_noise_is_left_out_of_anchor_and_balance(terms, anchor, dtype):
+    """The bias before a batch normalisation: as the same function without the bias there."""
+    trained = []
+    for bias in (True, False):
+        model = BeforeNorm(bias=bias).to(dtype)
+        balancer, optimizer = (
+            MetaBalance(1.0, anchor=anchor, terms=terms),
+            torch.optim.Adam(model.parameters(), lr=1e-2),
+        )
+        for x in inputs(40, dtype):
+            optimizer.zero_grad()
+            balancer.backward(model.losses(x), optimizer, model=model)
+            optimizer.step()
+        trained.append(model)
+        assert balancer.balance_weights()["lin.bias"].isnan().tolist() == [True, False]
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    for ours, theirs in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("relax", [0.0, 0.7])
+def test_noise_is_added_as_it_is_times_one_minus_relax(relax):
+    """And equals the naive loop."""
+    w, v = (torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    model = torch.nn.ParameterList([w, v])
+    losses = {"a": 1e-16 * w[0] + v[0], "b": w[1] + v[1]}
+    gradients = gradients_of(losses, model)
+    balancer, naive = MetaBalance(relax, anchor="b", terms=("a", "b")), NaiveMetaBalance("ab", relax=relax, anchor="b")
+    found = shown(balancer, {"a": 1e-16 * w[0] + v[0], "b": w[1] + v[1]}, model)
+    assert found[0].tolist() == pytest.approx([1e-16 * (1 - relax), 1, 0], rel=1e-12)
+    assert_close(found, naive.combine(gradients), 1e-12)
 
 
 WRONG = {

@@ -22,6 +22,8 @@ class NaiveMetaBalance:
             for t in gradients:
                 if reaching:
                     self.observe(t, p, gradients[t][p])
+        for p in range(count):
+            reaching = {t: g[p] for t, g in gradients.items() if g[p] is not None}
             if reaching:
                 combined[p] = sum(self.factor(t, p) * np.asarray(g, np.float64) for t, g in reaching.items())
         return combined
@@ -36,10 +38,20 @@ class NaiveMetaBalance:
     def factor(self, term, p):
         if (term, p) not in self.n:
             return 0.0  # times a gradient of zeros
+        if self.is_noise(term, p):
+            return 1 - self.relax
         return self.relax * self.magnitude(p) / self.n[term, p] + 1 - self.relax
 
+    def share(self, term, p):
+        total = math.hypot(*[norm for (other, _), norm in self.n.items() if other == term])
+        return self.n.get((term, p), 0.0) / total if total > 0 else 0.0
+
+    def is_noise(self, term, p):
+        epsilon = 2.0**-52
+        return self.share(term, p) < 128 * epsilon and any(self.share(t, p) > 12800 * epsilon for t in self.terms)
+
     def magnitude(self, p):
-        known = {t: self.n[t, p] for t in self.terms if (t, p) in self.n}
+        known = {t: self.n[t, p] for t in self.terms if (t, p) in self.n and not self.is_noise(t, p)}
         geometric = math.exp(sum(map(math.log, known.values())) / len(known))
         if self.anchor == "mean":
             return geometric

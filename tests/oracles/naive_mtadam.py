@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+EPSILON = 2.0**-52
+
 
 class NaiveMTAdam:
     def __init__(
@@ -41,8 +43,29 @@ class NaiveMTAdam:
             return n / (1 - beta3 ** self.n_count[i, layer])
         return n
 
+    def share(self, i, layer):
+        """Of the term's norm over all layers; of what was observed, where the average began at one."""
+
+        def seen(where):
+            n, count = self.corrected(i, where), self.n_count[i, where]
+            if n is None or self.norm_init != "one":
+                return n or 0.0
+            beta3 = max(b[2] for b, other in zip(self.betas, self.layers, strict=True) if other == where)
+            return max(0.0, (n - beta3**count * (1 - count * EPSILON)) / (1 - beta3**count))
+
+        total = math.hypot(*map(seen, dict.fromkeys(self.layers)))
+        return seen(layer) / total if total > 0 else 0.0
+
+    def is_noise(self, i, layer):
+        counted = [j for j, term in enumerate(self.terms) if self.importance.get(term, 1.0) > 0]
+        clear = any(self.share(j, layer) > 100 * 128 * EPSILON for j in counted)
+        return self.anchor is not None and clear and self.share(i, layer) < 128 * EPSILON
+
+    def heard(self, i, layer):
+        return None if self.is_noise(i, layer) else self.corrected(i, layer)
+
     def reference(self, layer, anchor):
-        known = {i: self.corrected(i, layer) for i in range(len(self.terms))}
+        known = {i: self.heard(i, layer) for i in range(len(self.terms))}
         known = {i: n for i, n in known.items() if n is not None and n > 0}
         if not known:
             return None
@@ -55,7 +78,7 @@ class NaiveMTAdam:
         return known.get(index, geometric)
 
     def balance_weight(self, i, layer):
-        n, anchor = self.corrected(i, layer), "first" if self.anchor in ("unit", None) else self.anchor
+        n, anchor = self.heard(i, layer), "first" if self.anchor in ("unit", None) else self.anchor
         return math.nan if n is None or n == 0 else n / self.reference(layer, anchor)
 
     def step(self, gradients, clip=None):
@@ -75,6 +98,7 @@ class NaiveMTAdam:
             beta3 = max(self.betas[p][2] for p in mine)
             if any(touched[p] for p in mine):
                 self.average_norms(layer, mine, beta3, full, gradients)
+        for layer in dict.fromkeys(self.layers):
             for i, term in enumerate(self.terms):
                 self.scale[i, layer] = self.new_scale(i, term, layer)
         balanced = [
@@ -104,7 +128,7 @@ class NaiveMTAdam:
         importance = self.importance.get(term, 1.0)
         if self.anchor is None:
             return importance
-        n = self.corrected(i, layer)
+        n = self.heard(i, layer)
         if n is None or n == 0:
             return 0.0
         target = 1.0 if self.anchor == "unit" else self.reference(layer, self.anchor)
@@ -127,7 +151,7 @@ class NaiveMTAdam:
         for i in range(len(self.terms)):
             if self.own_clock[i][p] > 0:
                 self.own_clock[i][p] += 1
-            elif np.any(full[i] != 0):
+            elif np.any(full[i] != 0) and not self.is_noise(i, self.layers[p]):
                 self.own_clock[i][p] = self.shared_clock[p] if first_here else 1
             self.m[i][p] = beta1 * self.m[i][p] + (1 - beta1) * sign * balanced[i]
             self.v[i][p] = beta2 * self.v[i][p] + (1 - beta2) * balanced[i] ** 2
