@@ -28,11 +28,11 @@ from lightning_mtadam.optim.chunks import Coefficients, Moments, Numbers
 Rows: TypeAlias = Sequence[Tensor]
 
 
-def balance(gradients: Rows, scales: Rows | Tensor, total: Tensor) -> Tensor:
+def balance(gradients: Rows, scales: Rows | Tensor, total: Tensor, scratch: Tensor | None = None) -> Tensor:
     """``sum_i g~_i`` with ``g~_i = scale_i g_i``   (line 8), written to the total."""
     torch.mul(gradients[0], scales[0], out=total)
     for gradient, scale in zip(gradients[1:], scales[1:], strict=True):
-        total.addcmul_(gradient, scale)
+        total.add_(torch.mul(gradient, scale, out=scratch))  # not in one: then the last digit would tell the order
     return total
 
 

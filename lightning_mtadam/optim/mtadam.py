@@ -151,7 +151,7 @@ class MTAdam(TermOptimizer):
         if collected:
             self._meet_edits(parameters, goes_on=False)
         if self._pending.shown is not None:
-            self._update(parameters)
+            self._update()
             self._pending.spent = Spent(parameters)
         else:  # a closure may reset all gradients to skip the step
             self._check_nothing_to_do(skipped=closure is not None and (loss is None or collected))
@@ -159,18 +159,19 @@ class MTAdam(TermOptimizer):
         return loss
 
     @uninterrupted()
-    def _update(self, parameters: list[Tensor]) -> None:
+    def _update(self) -> None:
         """Algorithm 1, for the gradients that are pending."""
         self._recall()
-        updater = self._prepare_updater(parameters, self.terms)
-        stepper = self._pending.absorbed or updater
+        absorbed = self._pending.absorbed
+        updater = self._prepare_updater(self.terms) if absorbed is None else absorbed.updater
+        stepper = updater if absorbed is None else absorbed
         with self._skipping_nonfinite():
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
             scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
             self._count()  # line 3: t
             if updater.joined:
-                self._note_joined(updater, parameters)
+                self._note_joined(updater)
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
     def synchronize(self) -> None:

@@ -192,35 +192,35 @@ class TermOptimizer(GroupsOptimizer):
         pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
         pending.add(batch, rows)
         pending.light = factors is not None
-        updater = self._prepare_updater(batch.parameters, batch.terms)
+        updater = self._prepare_updater(batch.terms)
         shown = updater.show(pending)
         if updater.joined:
-            self._note_joined(updater, batch.parameters)
+            self._note_joined(updater)
         return shown
 
     def _absorb(self, batch: Batch) -> tuple[GradientMemory, list[bool]]:
         """Consume the gradients of the losses; give the balanced gradient."""
-        updater = self._prepare_updater(batch.parameters, batch.terms)
+        updater = self._prepare_updater(batch.terms)
         absorbed = LowMemory(updater, self._watch)
         if batch.averaging is not None:
             self._pending.memory = self._memory(1, batch)
         absorbed.absorb_all(batch, self._pending.memory)
         if updater.joined:
-            self._note_joined(updater, batch.parameters)
+            self._note_joined(updater)
         self._pending.absorbed = absorbed
         return absorbed.sums, absorbed.touched
 
-    def _prepare_updater(self, parameters: list[Tensor], terms: tuple[str, ...]) -> Updater:
+    def _prepare_updater(self, terms: tuple[str, ...]) -> Updater:
         if not self.terms:
             self._set_terms(terms)
-        if len(self.state) < len(parameters):
+        if len(self.state) < len(self._layer_names.parameters):
             self._allocate()
-        return self._updater(parameters)
+        return self._updater()
 
     def _meet_edits(self, parameters: list[Tensor], *, goes_on: bool) -> None:
         """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed."""
         if self._pending.meet_edits(parameters, self._labels, goes_on=goes_on):
-            self._updater(parameters).follow_edits(self._pending, goes_on=goes_on)
+            self._updater().follow_edits(self._pending, goes_on=goes_on)
 
     def _labels(self, indices: Iterable[int]) -> list[str]:
         return [self._layer_names.labels[index] for index in sorted(indices)]
@@ -268,25 +268,25 @@ class TermOptimizer(GroupsOptimizer):
         for group in self.param_groups:
             group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
 
-    def _updater(self, parameters: list[Tensor] | None = None) -> Updater:
+    def _updater(self) -> Updater:
         """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
-        parameters = self._parameters() if parameters is None else parameters
-        if not self._kept or self._kept[0] != self._key(parameters):
-            if drop_misfits(self.state, zip(self._layer_names.labels, parameters, strict=True)):
+        if not self._kept or self._kept[0] != self._key():
+            if drop_misfits(self.state, zip(self._layer_names.labels, self._layer_names.parameters, strict=True)):
                 self._allocate()
             layers = self._layer_names.layers(self.param_groups)
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
                 names, terms = self._layer_names.labels, self.terms
                 updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
-            self._kept[:] = [self._key(parameters), updater, self._moments()]  # the tables hold what else the key names
+            self._kept[:] = [self._key(), updater, self._moments()]  # the tables hold what else the key names
         return self._kept[1]  # type: ignore[no-any-return]
 
-    def _note_joined(self, updater: Updater, parameters: list[Tensor]) -> None:
+    def _note_joined(self, updater: Updater) -> None:
         """Note that moments lie elsewhere now, as the updater has joined some."""
         updater.joined = False
-        self._kept[::2] = [self._key(parameters), self._moments()]
+        self._kept[::2] = [self._key(), self._moments()]
 
-    def _key(self, parameters: list[Tensor]) -> tuple[object, ...]:
+    def _key(self) -> tuple[object, ...]:
+        parameters = self._layer_names.parameters  # as they were when they were last asked for
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
         kept = list(map(id, parameters)), list(map(id, clocks)), list(map(id, self._moments()))
         kinds = list(map(_KIND, filter(self.state.get, parameters)))

@@ -71,7 +71,8 @@ class Updater:
         for chunk, scales in zip(now.chunks, spread, strict=True):
             total, gradients = chunk.row_in(shown), chunk.gradient_rows
             if total.dtype == scales.dtype and not (self.options.compile and is_host(chunk.device)):
-                algorithm.balance(gradients, scales, total)
+                scratch = self.scratch(chunk, total.dtype)
+                algorithm.balance(gradients, scales, total, None if scratch is None else scratch[0])
                 continue
             length = BLOCK if is_host(chunk.device) else _length(chunk, 1)
             for piece in _pieces(total, length // chunk.block):

@@ -142,19 +142,6 @@ def test_what_is_pending_moves_to_another_memory():
     assert pending.touched == [True] * 6
 
 
-def test_dropped_gradients_are_gone_and_what_comes_begins_anew():
-    model = network()
-    pending, parameters = collected(model, losses_of(model)), list(model.parameters())
-    pending.drop([0, 1])
-    assert pending.touched == [False, False, True, True]
-    pending.add(Batch(losses_of(model), parameters, terms=TERMS), TERMS)
-    alone = expected(model, losses_of(model))
-    for name, gradients in pending.gradients.items():
-        assert_equal({name: gradients[:2]}, {name: alone[name][:2]})
-    pending.drop(range(4))
-    assert pending == PendingGradients(memory=pending.memory, spent=pending.spent)
-
-
 def test_a_term_that_fails_drops_all_that_was_pending():
     model = network()
     pending = collected(model, losses_of(model))
@@ -170,4 +157,4 @@ def test_clearing_forgets_all_but_the_memory_and_what_was_said():
     pending.skip, pending.light, pending.warned = True, True, True
     memory = pending.memory
     pending.clear()
-    assert pending == PendingGradients(memory=memory, spent=pending.spent, warned=True)
+    assert pending == PendingGradients(memory=memory, warned=True)

@@ -152,12 +152,20 @@ def test_light_steps_leave_the_balance_as_it_is():
             assert torch.equal(one["global"], other["global"]) == same
 
 
+def _scales_of_the_next_step(network, optimizer, accumulate):
+    optimizer.zero_grad()
+    for batch in make_loader(accumulate, seed=5):
+        optimizer.backward(three_losses(network, batch))
+    optimizer.step()
+    return optimizer.scales()["global"]
+
+
 @pytest.mark.parametrize("loss_scale", [None, 8.0])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_shown_gradient_is_the_plain_sum_in_full_and_the_balanced_sum_in_light_steps(accumulate, loss_scale):
+def test_the_shown_gradient_is_the_balanced_sum_in_full_and_in_light_steps(accumulate, loss_scale):
     for step in (LIGHT, LIGHT + 1):
-        network, optimizer = run(step)
-        scales = optimizer.scales()["global"] if step == LIGHT else torch.ones(3)
+        (network, optimizer), ahead = run(step), run(step)
+        scales = _scales_of_the_next_step(*ahead, accumulate)
         optimizer.zero_grad()
         expected = [torch.zeros_like(p) for p in network.parameters()]
         for batch in make_loader(accumulate, seed=5):
