@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.terms import is_host, non_finite
+from lightning_mtadam.terms import NonFiniteError, is_host, non_finite, warn
 
 
 class Sent:
@@ -37,7 +38,8 @@ class FiniteWatch:
     there the step runs on, with a flag so that it changes nothing either, and the next call raises for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, skips: bool = False) -> None:
+        self.skips, self._warned = skips, False
         self.sent: tuple[Sent, Tensor, Sequence[str], Sequence[str]] | None = None
         self.told: list[bool] = []  # what came along with the last flag
 
@@ -68,3 +70,15 @@ class FiniteWatch:
         finite, *self.told = sent.receive()
         if not finite:
             raise non_finite(norms, layers, terms)
+
+    @contextmanager
+    def tolerating(self) -> Iterator[None]:
+        """Warn of what is not finite, once, in place of raising, if such steps are to be skipped."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if not self.skips:
+                raise
+            if not self._warned:
+                self._warned = True
+                warn(f"A step was skipped; others will be without a word. {error}")

@@ -30,6 +30,16 @@ def within(optimizer: Optimizer) -> Iterator[Optimizer]:
         yield from within(held)
 
 
+def nothing_to_consume(optimizer: Optimizer) -> RuntimeError:
+    """The error of a ``step()`` before which no terms were differentiated."""
+    return RuntimeError(
+        "step() has nothing to consume: it takes the gradients of terms, not p.grad. Call, in place of loss.backward(),"
+        " optimizer.backward({'name': loss}) before. In Lightning return {'name': loss} from a"
+        " MultiTermLightningModule, or call its backward_terms({'name': loss}, optimizer) manually."
+        f"{who_steps(optimizer)}"
+    )
+
+
 def who_steps(optimizer: Optimizer) -> str:
     """What to call instead, where a wrapper or a gradient scaler has called ``step()`` in vain; else empty."""
     found: dict[str, None] = {}  # in order

@@ -32,7 +32,6 @@ class PendingGradients:
     absorbed: Any = None  # what has consumed the gradients already, with low_memory
     skip: bool = False  # whether the next step is to do nothing
     seen: set[str] = field(default_factory=set)  # the terms whose graphs were looked at
-    warned: bool = False  # whether it was said that a step was skipped
     probed: bool = False  # whether torch.distributed.checkpoint has called step before the terms were known
 
     def clear(self) -> None:

@@ -17,3 +17,11 @@ def is_probed(optimizer: Optimizer) -> bool:
         and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
         and all(gradient is not None and not bool(gradient.any()) for gradient in gradients)
     )
+
+
+def refuse_probing() -> None:
+    """Raise for an optimizer that cannot have a state yet."""
+    raise RuntimeError(
+        "torch.distributed.checkpoint needs the optimizer's state, which there is not before the terms are known. Name"
+        " them ahead: MTAdam(..., terms=(...)). Nothing was changed."
+    )

@@ -17,6 +17,7 @@ from lightning_mtadam.edits.shown import Spent
 from lightning_mtadam.groups import materialized
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
+from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
 from lightning_mtadam.terms import plain
 
@@ -165,7 +166,7 @@ class MTAdam(TermOptimizer):
         absorbed = self._pending.absorbed
         updater = self._prepare_updater(self.terms) if absorbed is None else absorbed.updater
         stepper = updater if absorbed is None else absorbed
-        with self._skipping_nonfinite():
+        with self._watch.tolerating():
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
             scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
@@ -210,7 +211,7 @@ class MTAdam(TermOptimizer):
         """
         if not any(self.state.values()):
             return {}
-        return dict(zip(self.terms, self._updater().tables.average_scales().unbind(1), strict=True))
+        return dict(zip(self.terms, self._tables().average_scales().unbind(1), strict=True))
 
     def layer_sizes(self) -> Tensor:
         """The number of elements of each layer: [L], float64, on the host."""
@@ -256,6 +257,11 @@ class MTAdam(TermOptimizer):
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
         if not any(self.state.values()):
             return {}
-        tables = self._updater().tables
+        tables = self._tables()
         norms = tables.corrected_norms(heard=heard)
         return dict(zip(tables.layers.names, read(norms).clone().unbind(), strict=True))
+
+    def _tables(self) -> Tables:
+        """Those of the parameters as they are now."""
+        self._parameters()
+        return self._updater().tables

@@ -91,6 +91,14 @@ class Options:
             if name not in terms:
                 raise ValueError(unknown_name_message("importance", name, terms))
 
+    def refuse_with_low_memory(self, what: str) -> None:
+        """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""
+        if self.low_memory:
+            raise ValueError(
+                f"low_memory=True consumes each term's gradient as soon as it is there, but {what} needs those of all"
+                " terms at once. Leave out low_memory=True, or do without."
+            )
+
     @property
     def fixes_squares(self) -> bool:
         """Whether second moments cannot follow what is made of the balanced gradient after ``backward``."""

@@ -93,7 +93,8 @@ class Tables:
         for name in rows:
             norms = pending.norms.get(name) or norms_of(pending.gradients.get(name) or [None] * len(self.parameters))
             columns.append(norms if self._every else [norms[member] for member in self.members])
-        return sharding.join_rows(norm_table(columns, self.norms, uniform=self._uniform), self.shardings)
+        table = norm_table(columns, self.norms, uniform=self._uniform)
+        return sharding.join_rows(table, self.shardings) if any(self.shardings) else table
 
     def weighed(self, observed: Tensor, touched: Tensor, present: Tensor) -> Weighed:
         """The norms after a step with the gradients of every term, and the scales by them   (Alg. 1, lines 7 and 8).

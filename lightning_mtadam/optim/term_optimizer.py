@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -18,7 +17,7 @@ from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
-from lightning_mtadam.distributed.probing import is_probed
+from lightning_mtadam.distributed.probing import is_probed, refuse_probing
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
@@ -33,8 +32,8 @@ from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.terms import Losses, NonFiniteError, are_on_host, check_losses, check_terms, warn
-from lightning_mtadam.wrappers import who_steps
+from lightning_mtadam.terms import Losses, NonFiniteError, are_on_host, check_losses, check_terms
+from lightning_mtadam.wrappers import nothing_to_consume
 
 _KIND = attrgetter("dtype", "shape")
 
@@ -101,9 +100,9 @@ class TermOptimizer(GroupsOptimizer):
         if pending.shown is not None:
             self._meet_edits(parameters, goes_on=True)
         if loss_scale is not None:
-            self._refuse_with_low_memory("a gradient scaler")
+            self._options.refuse_with_low_memory("a gradient scaler")
         if pending.absorbed is not None:
-            self._refuse_with_low_memory("accumulation over several backward passes")
+            self._options.refuse_with_low_memory("accumulation over several backward passes")
         losses, given = as_losses(losses, self, by=type(self).__name__), (grad_output, loss_scale)
         batch = Batch(losses, parameters, model, *given, processes_of(model, parameters), retain_graph=retain_graph)
         take = partial(self._take, others=others)
@@ -117,10 +116,7 @@ class TermOptimizer(GroupsOptimizer):
         self._pending.clear()
         super().zero_grad(set_to_none)
         if probed:
-            raise RuntimeError(
-                "torch.distributed.checkpoint needs the optimizer's state, which there is not before the terms are"
-                " known. Name them ahead: MTAdam(..., terms=(...)). Nothing was changed."
-            )
+            refuse_probing()
 
     def skip_step(self) -> None:
         """Let the next :meth:`step` do nothing, as after a forward pass alone."""
@@ -133,7 +129,7 @@ class TermOptimizer(GroupsOptimizer):
         ``limit`` is the largest L2 norm over all parameters ("norm"), or magnitude of an entry ("value"), without the
         loss scale. All terms take the same factor, so that clipping does not disturb the balance.
         """
-        self._refuse_with_low_memory("clipping")
+        self._options.refuse_with_low_memory("clipping")
         self._pending.clip(self._parameters(), limit, algorithm)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +146,7 @@ class TermOptimizer(GroupsOptimizer):
     def _reset_transient(self) -> None:
         self._pending = ShownGradients(fixed=self._options.fixes_squares)
         self._last_scales: dict[str, Tensor] = {}
-        self._watch = FiniteWatch()
+        self._watch = FiniteWatch(skips=self._options.on_nonfinite == "skip")
         self._kept: list[Any] = []  # the key of the updater, the updater, and the moments that the key names
         self._counted: dict[str, Any] = {}  # what was counted before the last step
         self._ranks = Ranks(late=True)
@@ -242,25 +238,13 @@ class TermOptimizer(GroupsOptimizer):
         """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
         if self._watch.sent is None:
             return
-        with self._skipping_nonfinite():
+        with self._watch.tolerating():
             try:
                 self._watch.recall()
             except NonFiniteError:
                 for group in self.param_groups:
                     group.update(self._counted)
                 raise
-
-    @contextmanager
-    def _skipping_nonfinite(self) -> Iterator[None]:
-        """Warn of gradients that are inf or nan in place of raising, if the user wants it so."""
-        try:
-            yield
-        except NonFiniteError as error:
-            if self._options.on_nonfinite == "raise":
-                raise
-            if not self._pending.warned:
-                self._pending.warned = True
-                warn(f"A step was skipped; others will be without a word. {error}")
 
     def _count(self) -> None:
         self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})
@@ -311,14 +295,6 @@ class TermOptimizer(GroupsOptimizer):
         if new:
             allocate(self.state, self.param_groups, held, self._options, len(self.terms))
 
-    def _refuse_with_low_memory(self, what: str) -> None:
-        """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""
-        if self._options.low_memory:
-            raise ValueError(
-                f"low_memory=True consumes each term's gradient as soon as it is there, but {what} needs those of all"
-                " terms at once. Leave out low_memory=True, or do without."
-            )
-
     def _memory(self, rows: int, batch: Batch) -> GradientMemory:
         """The memory that is there, if it fits."""
         parameters, sharded = batch.parameters, batch.processes.sharded
@@ -362,9 +338,4 @@ class TermOptimizer(GroupsOptimizer):
             self._pending.probed = True
             return
         if not skipped or any(p.grad is not None and bool(p.grad.any()) for p in self._parameters()):
-            raise RuntimeError(
-                "step() has nothing to consume: it takes the gradients of terms, not p.grad. Call, in place of"
-                " loss.backward(), optimizer.backward({'name': loss}) before. In Lightning return {'name': loss}"
-                " from a MultiTermLightningModule, or call its backward_terms({'name': loss}, optimizer) manually."
-                f"{who_steps(self)}"
-            )
+            raise nothing_to_consume(self)

@@ -34,6 +34,7 @@ class _Prepared(NamedTuple):
     chunks: Chunks
     flags: list[bool]  # [P], whether any term's graph reaches the parameter
     touched: Tensor  # the same of those that have a state, [P, 1]
+    present: Tensor  # [I], whether the term has gradients
     jobs: dict[Any, list[tuple[Chunk, Callable[..., None] | None]]]  # with what updates each, by kinds of numbers
 
 
@@ -106,7 +107,7 @@ class Updater:
         if self._weighed is None:  # the updater is new since
             self._weighed = self._weigh(pending, self._prepare(pending))
         norms = self._weighed.observed
-        return norms, watch.check(norms, self.tables.names, _rows_of(pending, self.tables))
+        return norms, watch.check(norms, self.tables.names, (SUM,) if pending.light else self.tables.terms)
 
     def balance(self, pending: ShownGradients, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """Let norms, scales and clocks see the step; what cannot be compiled raises before.
@@ -120,7 +121,7 @@ class Updater:
         self._shown, self._now = pending.shown.memory, self._prepare(pending)
         self._jobs = self._find_jobs()
         if weighed is not None and self._now.touched is not touched:  # some gradients were taken away
-            weighed = self._steps.weighed(norms, self._now.touched, self._present(pending))
+            weighed = self._steps.weighed(norms, self._now.touched, self._now.present)
         if weighed is None:
             scales = tables.frozen_scales
             coefficients = self._steps.light(norms, self._now.touched, scales, finite)
@@ -195,25 +196,23 @@ class Updater:
     def _weigh(self, pending: ShownGradients, now: _Prepared) -> _Looked:
         """The norms of the gradients and what follows; nothing from those of a sum."""
         self.tables.follow_groups()
-        norms = self.tables.observe(pending, _rows_of(pending, self.tables))
-        weighed = None if pending.light else self._steps.weighed(norms, now.touched, self._present(pending))
+        norms = self.tables.observe(pending, (SUM,) if pending.light else self.tables.terms)
+        weighed = None if pending.light else self._steps.weighed(norms, now.touched, now.present)
         return _Looked(norms, now.touched, weighed)
-
-    def _present(self, pending: ShownGradients) -> Tensor:
-        return self.tables.constant([term in pending.gradients for term in self.tables.terms], torch.bool)
 
     def _prepare(self, pending: ShownGradients) -> _Prepared:
         """Find the chunks over the parameters that have gradients, unless they are as before."""
         memory, tables, touched = pending.memory, self.tables, pending.touched
         assert memory is not None
-        key = memory, memory.active, tuple(touched)
+        key = memory, memory.active, tuple(touched), tuple(pending.gradients)
         if key not in self._prepared:
             if len(self._prepared) > 8 or any(kept.memory is not memory for kept in self._prepared.values()):
                 self._prepared.clear()
             wholes, compiled = self._wholes(memory), self.options.compile
             chunks = self._cut(wholes, touched, lambda one: BLOCK if is_host(one.device) and not compiled else WHOLE)
             flags = tables.constant([touched[member] for member in tables.members], torch.bool)[:, None]
-            self._prepared[key] = _Prepared(memory, chunks, touched, flags, {})
+            present = tables.constant([term in pending.gradients for term in tables.terms], torch.bool)
+            self._prepared[key] = _Prepared(memory, chunks, touched, flags, present, {})
         return self._prepared[key]
 
     def _find_jobs(self) -> list[tuple[Chunk, Callable[..., None] | None]]:
@@ -260,11 +259,6 @@ class Updater:
             gradients, owner = memory.columns(index), (tables.groups[row], row, tables.shardings[row])
             lies = places, index, 0, 0, gradients.shape[1]
             yield Chunk(tuple(pack), parameters, *lies, gradients, tuple(moments), *owner)
-
-
-def _rows_of(pending: ShownGradients, tables: Tables) -> tuple[str, ...]:
-    """What the rows of the gradients' memory are called."""
-    return (SUM,) if pending.light else tables.terms
 
 
 def _balance(gradients: algorithm.Rows, scales: Tensor, total: Tensor) -> None:

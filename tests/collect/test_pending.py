@@ -151,10 +151,10 @@ def test_a_term_that_fails_drops_all_that_was_pending():
     assert (pending.gradients, pending.norms, pending.memory) == ({}, {}, None)
 
 
-def test_clearing_forgets_all_but_the_memory_and_what_was_said():
+def test_clearing_forgets_all_but_the_memory():
     model = network()
     pending = collected(model, losses_of(model))
-    pending.skip, pending.light, pending.warned = True, True, True
+    pending.skip, pending.light = True, True
     memory = pending.memory
     pending.clear()
-    assert pending == PendingGradients(memory=memory, warned=True)
+    assert pending == PendingGradients(memory=memory)
