@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_mtadam.terms import Gradients
+
 NormInit: TypeAlias = Literal["first", "unbiased", "one"]
 Reference: TypeAlias = int | Literal["mean", "max"]
 ROUNDING = 128.0  # epsilons: the share of a term's norm over the network below which a gradient may be rounding alone
@@ -25,6 +27,31 @@ def reference_of(anchor: str | None, terms: Sequence[str]) -> Reference:
     if anchor == "mean" or anchor == "max":
         return anchor  # type: ignore[return-value]
     return 0 if anchor in ("first", "unit", None) else terms.index(anchor)
+
+
+def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of norms, scales and clocks: fp32, or wider if any tensor is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def norms_of(gradients: Gradients) -> list[Tensor | None]:
+    """The L2 norm of each, a scalar in fp32, or wider if any gradient is; ``None`` where there is none."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return [None] * len(gradients)
+    found = iter(torch._foreach_norm(present, 2.0, dtype=wide_dtype(present)))
+    return [None if gradient is None else next(found) for gradient in gradients]
+
+
+def norm_table(norms: Sequence[Gradients], like: Tensor, *, uniform: bool = False) -> Tensor:
+    """The norms of all terms, zero where there is none: I lists of P -> [P, I], of the dtype and device of ``like``."""
+    zero = like.new_zeros(())
+    every = [zero if norm is None else norm for column in norms for norm in column]
+    table = torch.stack(every if uniform else [norm.to(zero) for norm in every])
+    return table.view(len(norms), -1).T.contiguous()
 
 
 def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tensor:

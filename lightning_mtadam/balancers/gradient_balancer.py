@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
+from lightning_mtadam.balancing import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed.uninterrupted import uninterrupted

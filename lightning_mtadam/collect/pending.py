@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mtadam.balancing import wide_dtype
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
 
 CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from lightning_mtadam.balancing import wide_dtype
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import wide_dtype
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.layout import Place
 from lightning_mtadam.optim.options import Denominator
+from lightning_mtadam.terms import is_host
 
 
 class Numbers(NamedTuple):
@@ -89,6 +90,7 @@ class Chunk:
     rows: int | Tensor  # which rows of tables [P, k] are its parameters': one for all of it, or one for each block
     cut: sharding.Sharding | None  # how its parameters are sharded
     device: torch.device = field(init=False)  # where it lies
+    on_host: bool = field(init=False)
     block: int = field(init=False)  # elements of which each parameter takes whole blocks: 1 on the host
     dtype: torch.dtype = field(init=False)  # of the arithmetic
     packed: bool = field(init=False)  # whether it is of several parameters: coefficients differ from block to block
@@ -96,8 +98,9 @@ class Chunk:
     moment_rows: Moments = field(init=False)
 
     def __post_init__(self) -> None:
-        first = self.parameters[0]
-        self.__dict__.update(device=first.device, block=self.places[0].block, dtype=wide_dtype([first]))
+        first, block = self.parameters[0], self.places[0].block
+        host = is_host(first.device)
+        self.__dict__.update(device=first.device, on_host=host, block=block, dtype=wide_dtype([first]))
         self.__dict__.update(
             packed=len(self.members) > 1,
             gradient_rows=() if self.gradients is None else self.in_blocks(self.gradients).unbind(),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam import balancing
+from lightning_mtadam.balancing import norm_table, norms_of
 from lightning_mtadam.collect import Batch
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import norm_table, norms_of
 from lightning_mtadam.collect.pending import next_gradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.finite import FiniteWatch

@@ -164,7 +164,7 @@ class MTAdam(TermOptimizer):
         """Algorithm 1, for the gradients that are pending."""
         self._recall()
         absorbed = self._pending.absorbed
-        updater = self._prepare_updater(self.terms) if absorbed is None else absorbed.updater
+        updater = self._prepare_updater() if absorbed is None else absorbed.updater
         stepper = updater if absorbed is None else absorbed
         with self._watch.tolerating():
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
@@ -223,7 +223,7 @@ class MTAdam(TermOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as for every torch optimizer; with or without names, whatever the others have."""
         if self._pending.absorbed is not None:
-            self._refuse_with_low_memory("a parameter group that is added between backward() and step()")
+            self._options.refuse_with_low_memory("a parameter group that is added between backward() and step()")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

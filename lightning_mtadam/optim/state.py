@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_mtadam import checkpoint
-from lightning_mtadam.collect.norms import wide_dtype
+from lightning_mtadam.balancing import wide_dtype
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.layout import Place, pack_up, places_of
 from lightning_mtadam.optim.options import Options

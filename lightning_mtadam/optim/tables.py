@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam import balancing
-from lightning_mtadam.collect.norms import norm_table, norms_of, wide_dtype
+from lightning_mtadam.balancing import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed import sharding
@@ -193,12 +193,8 @@ class Tables:
 
     def _coefficients(self, scales: Tensor, finite: Tensor | None) -> Coefficients:
         """The coefficients of all parameters, from scales [L, I] or [L, 1] and the clocks   (Alg. 1, lines 11, 12)."""
-        balancing.record_scales(
-            self.log_scales,
-            self.log_scale_counts,
-            scales if len(scales) == 1 else self.by_parameter(scales),
-            finite,
-        )
+        spread = self.by_parameter(scales)
+        balancing.record_scales(self.log_scales, self.log_scale_counts, spread, finite)
         shared, own, denominator = self.clocks[:, :1], self.clocks[:, 1:], self.options.denominator
         squares = shared if denominator == "sum" else own
         correction = balancing.bias_correction(squares, self._log_beta2)
@@ -213,7 +209,7 @@ class Tables:
         if finite is not None:
             weights, factor = torch.where(finite, weights, 0), torch.where(finite, factor, torch.inf)
         return Coefficients(
-            scales=None if denominator == "sum" else self.by_parameter(scales),
+            scales=None if denominator == "sum" else spread,
             weights=weights,
             factor=factor,
             reaching=reaching if denominator == "mean" else None,

@@ -206,8 +206,9 @@ class TermOptimizer(GroupsOptimizer):
         self._pending.absorbed = absorbed
         return absorbed.sums, absorbed.touched
 
-    def _prepare_updater(self, terms: tuple[str, ...]) -> Updater:
-        if not self.terms:
+    def _prepare_updater(self, terms: tuple[str, ...] = ()) -> Updater:
+        """For these terms, if none are known yet."""
+        if terms and not self.terms:
             self._set_terms(terms)
         if len(self.state) < len(self._layer_names.parameters):
             self._allocate()
@@ -318,9 +319,10 @@ class TermOptimizer(GroupsOptimizer):
 
     def _check(self, batch: Batch) -> Parameters:
         finite = batch.loss_scale is None and self._options.on_nonfinite == "raise" and are_on_host(batch.parameters)
-        check_losses(batch.losses, self.terms or None, finite=finite, graph=not batch.replicated)
+        known = self.terms
+        check_losses(batch.losses, known or None, finite=finite, graph=not batch.replicated)
         if not self._last_scales:  # what holds for the first step holds for all
-            self._options.check_terms(self.terms or tuple(batch.losses))
+            self._options.check_terms(known or tuple(batch.losses))
         if self._layer_names.found is None:
             self._layer_names.layers(self.param_groups)
         if batch.processes.group is None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_mtadam.balancing import norms_of
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.collect.norms import norms_of
 from lightning_mtadam.edits.sharing import share
 from lightning_mtadam.edits.shown import ShownGradients
 from lightning_mtadam.finite import FiniteWatch
@@ -20,7 +20,6 @@ from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, 
 from lightning_mtadam.optim.schedule import SUM
 from lightning_mtadam.optim.state import join_moments, leading_of
 from lightning_mtadam.optim.tables import Tables, Weighed
-from lightning_mtadam.terms import is_host
 
 BLOCK = 1 << 18  # elements of a chunk of the host: calls cost little, and what all terms share stays in its cache
 SCRATCH = 1 << 26  # bytes of memory for results on an accelerator, beside one time the parameters
@@ -71,11 +70,11 @@ class Updater:
         spread = now.chunks.spread(self.tables.by_parameter(weighed.scales))
         for chunk, scales in zip(now.chunks, spread, strict=True):
             total, gradients = chunk.row_in(shown), chunk.gradient_rows
-            if total.dtype == scales.dtype and not (self.options.compile and is_host(chunk.device)):
+            if total.dtype == scales.dtype and not (self.options.compile and chunk.on_host):
                 scratch = self.scratch(chunk, total.dtype)
                 algorithm.balance(gradients, scales, total, None if scratch is None else scratch[0])
                 continue
-            length = BLOCK if is_host(chunk.device) else _length(chunk, 1)
+            length = BLOCK if chunk.on_host else _length(chunk, 1)
             for piece in _pieces(total, length // chunk.block):
                 _balance([row[piece] for row in gradients], _cut_at(piece, scales), total[piece])
         return shown, now.flags
@@ -168,7 +167,7 @@ class Updater:
 
     def scratch(self, chunk: Chunk, dtype: torch.dtype) -> Tensor | None:
         """Memory [2, b] for results; fresh memory for every chunk would cost more than what is done with it."""
-        if (self.options.compile and chunk.size > 1) or not is_host(chunk.device):
+        if (self.options.compile and chunk.size > 1) or not chunk.on_host:
             return None
         kept = self._scratch
         if kept.dtype != dtype or kept.numel() < 2 * chunk.size:
@@ -185,7 +184,7 @@ class Updater:
             if len(self._kept) > 64:  # flags that change from step to step
                 self._kept.clear()
             wholes = (replace(whole, gradients=None) for whole in self._wholes(memory))
-            self._kept[key] = self._cut(wholes, wanted, lambda one: BLOCK if is_host(one.device) else _length(one, 4))
+            self._kept[key] = self._cut(wholes, wanted, lambda one: BLOCK if one.on_host else _length(one, 4))
         return self._kept[key]
 
     def _cut(self, wholes: Iterable[Chunk], wanted: Sequence[bool], limit: Callable[[Chunk], int]) -> Chunks:
@@ -209,7 +208,7 @@ class Updater:
             if len(self._prepared) > 8 or any(kept.memory is not memory for kept in self._prepared.values()):
                 self._prepared.clear()
             wholes, compiled = self._wholes(memory), self.options.compile
-            chunks = self._cut(wholes, touched, lambda one: BLOCK if is_host(one.device) and not compiled else WHOLE)
+            chunks = self._cut(wholes, touched, lambda one: BLOCK if one.on_host and not compiled else WHOLE)
             flags = tables.constant([touched[member] for member in tables.members], torch.bool)[:, None]
             present = tables.constant([term in pending.gradients for term in tables.terms], torch.bool)
             self._prepared[key] = _Prepared(memory, chunks, touched, flags, present, {})
@@ -226,7 +225,7 @@ class Updater:
     def _update_of(self, chunk: Chunk) -> Callable[..., None] | None:
         """What updates the chunk; ``None``: the gradients' own memory serves for results."""
         faster = accelerate.faster(chunk, self.numbers_at(chunk), self.options)
-        if faster is not None or is_host(chunk.device):
+        if faster is not None or chunk.on_host:
             return faster or algorithm.update
         many = 3 * len(chunk.gradient_rows) + 4
         return (
