@@ -50,6 +50,7 @@ class Shown:
         watched: whether an edit must be found that leaves no trace, as through ``.data``.
 
     Attributes:
+        held: what was put into ``p.grad``, by the parameter's index.
         edited: the indices of those that were changed by others.
         factor: by what :meth:`shorten` has multiplied all of them; ``None`` if it has not.
         clamped: whether :meth:`clamp` was called.
@@ -66,24 +67,21 @@ class Shown:
     ) -> None:
         self.memory, self.edited, self._loss_scale, self._watched = memory, set[int](), loss_scale, watched
         self.factor: Tensor | None = None
-        self._held: dict[int, Tensor] = {}
+        self.held: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
         for index, (parameter, flag, view) in enumerate(zip(parameters, touched, memory.views[0], strict=True)):
             parameter.grad = None
             if flag and view is not None:
                 whole = sharding.like(view.data, parameter) if hasattr(parameter, "to_local") else view.data
-                parameter.grad = self._held[index] = whole
+                parameter.grad = self.held[index] = whole
                 self._versions[index] = whole._version
         self._norms = self._norms_now() if watched or loss_scale is not None else {}  # with the loss scale
         self.clamped = False
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     @property
     def changed(self) -> list[int]:
         """The indices of those that are not what they were, but for a factor that all have."""
-        return list(self._held) if self.clamped else sorted(self.edited)
+        return list(self.held) if self.clamped else sorted(self.edited)
 
     def gradient(self, index: int) -> Tensor:
         """What lies in the memory for a parameter that was shown, in its shape."""
@@ -94,9 +92,9 @@ class Shown:
     def add(self, parameters: Sequence[Tensor], others: Mapping[int, Tensor]) -> None:
         """Add gradients that were in ``p.grad`` before, by index: an edit. Where nothing is shown they come back."""
         for index, other in others.items():
-            if index in self._held:
+            if index in self.held:
                 self.edited.add(index)
-                self._held[index].add_(other)
+                self.held[index].add_(other)
             else:
                 parameters[index].grad = other
 
@@ -104,7 +102,7 @@ class Shown:
         """Forget some of them."""
         for index in indices:
             self.edited.discard(index)
-            del self._held[index]
+            del self.held[index]
 
     def look(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         """The indices of those that are gone, set to ``None``, and of others that have come; both only where known.
@@ -114,9 +112,9 @@ class Shown:
         gone, come = list[int](), list[int]()
         for index, parameter in enumerate(parameters):
             gradient = parameter.grad
-            if gradient is None and index in self._held:
+            if gradient is None and index in self.held:
                 gone.append(index)
-            elif gradient is not None and index not in self._held and (not is_host(gradient.device) or gradient.any()):
+            elif gradient is not None and index not in self.held and (not is_host(gradient.device) or gradient.any()):
                 come.append(index)
         return gone, come
 
@@ -142,7 +140,7 @@ class Shown:
     def shorten(self, parameters: Sequence[Tensor], limit: float) -> None:
         """Multiply all by one factor, so that their L2 norm, without the loss scale, is at most the limit: no edit."""
         self._bring(parameters)
-        shardings = [sharding.sharding_of(parameters[index]) for index in self._held]
+        shardings = [sharding.sharding_of(parameters[index]) for index in self.held]
         wide = self.memory.rows[0].new_empty(0, dtype=wide_dtype(self.memory.rows))
         norms = sharding.join_rows(norm_table([list(self._norms_now().values())], wide), shardings)
         scale, norm = self._scale(), torch.linalg.vector_norm(norms)
@@ -174,7 +172,7 @@ class Shown:
 
     def _bring(self, parameters: Sequence[Tensor]) -> None:
         """Note what was changed, and take what has replaced ours."""
-        for index, held in self._held.items():
+        for index, held in self.held.items():
             gradient = parameters[index].grad
             if gradient is held and held._version == self._versions[index]:
                 continue
@@ -190,8 +188,8 @@ class Shown:
             rows.mul_(factor.to(rows))
 
     def _norms_now(self) -> dict[int, Tensor]:
-        found = norms_of([self.memory.views[0][index] for index in self._held])
-        return {index: norm for index, norm in zip(self._held, found, strict=True) if norm is not None}
+        found = norms_of([self.memory.views[0][index] for index in self.held])
+        return {index: norm for index, norm in zip(self.held, found, strict=True) if norm is not None}
 
 
 @dataclass
@@ -223,7 +221,7 @@ class ShownGradients(PendingGradients):
         """
         shown: Shown = self.shown
         gone, come = shown.look(parameters)
-        if len(gone) == len(shown):
+        if len(gone) == len(shown.held):
             self.drop_gradients()
             return False
         if self.absorbed is not None and goes_on:

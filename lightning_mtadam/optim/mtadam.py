@@ -162,7 +162,8 @@ class MTAdam(TermOptimizer):
     @uninterrupted()
     def _update(self) -> None:
         """Algorithm 1, for the gradients that are pending."""
-        self._recall()
+        if self._watch.sent is not None:
+            self._recall()
         absorbed = self._pending.absorbed
         updater = self._prepare_updater() if absorbed is None else absorbed.updater
         stepper = updater if absorbed is None else absorbed
@@ -172,7 +173,7 @@ class MTAdam(TermOptimizer):
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
             self._count()  # line 3: t
             if updater.joined:
-                self._note_joined(updater)
+                self._keep(updater)
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
 
     def synchronize(self) -> None:

@@ -158,7 +158,7 @@ class TermOptimizer(GroupsOptimizer):
             self._watch.told = []
             for group in self.param_groups:
                 group.update(steps=0, measured=())
-        factors = self._factors(batch)
+        factors = self._factors(batch) if self._options.balance_every > 1 else None
         try:
             with as_fabric_backward():
                 if not pending.seen.issuperset(batch.losses):
@@ -178,7 +178,8 @@ class TermOptimizer(GroupsOptimizer):
                 self.state.clear()
                 self._set_terms(())
             raise
-        pending.shown.add(batch.parameters, others)
+        if others:
+            pending.shown.add(batch.parameters, others)
 
     def _collect(self, batch: Batch, factors: Mapping[str, Tensor] | None) -> tuple[GradientMemory, list[bool]]:
         """Hold the gradients of the losses, or of their sum times these factors; give the balanced gradient."""
@@ -191,7 +192,7 @@ class TermOptimizer(GroupsOptimizer):
         updater = self._prepare_updater(batch.terms)
         shown = updater.show(pending)
         if updater.joined:
-            self._note_joined(updater)
+            self._keep(updater)
         return shown
 
     def _absorb(self, batch: Batch) -> tuple[GradientMemory, list[bool]]:
@@ -202,7 +203,7 @@ class TermOptimizer(GroupsOptimizer):
             self._pending.memory = self._memory(1, batch)
         absorbed.absorb_all(batch, self._pending.memory)
         if updater.joined:
-            self._note_joined(updater)
+            self._keep(updater)
         self._pending.absorbed = absorbed
         return absorbed.sums, absorbed.touched
 
@@ -225,8 +226,6 @@ class TermOptimizer(GroupsOptimizer):
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
         every, group, pending = self._options.balance_every, self.param_groups[0], self._pending
-        if every == 1:
-            return None
         self._recall()  # whether the step before counts must be known now
         light = pending.light
         if not pending.gradients:
@@ -255,31 +254,30 @@ class TermOptimizer(GroupsOptimizer):
 
     def _updater(self) -> Updater:
         """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
-        if not self._kept or self._kept[0] != self._key():
+        if not self._kept or self._kept[0] != self._key()[0]:
             if drop_misfits(self.state, zip(self._layer_names.labels, self._layer_names.parameters, strict=True)):
                 self._allocate()
             layers = self._layer_names.layers(self.param_groups)
             with torch.inference_mode(False):  # what an evaluation makes must be changed by the next step
                 names, terms = self._layer_names.labels, self.terms
                 updater = Updater(Tables(self._options, self.param_groups, self.state, layers, names, terms))
-            self._kept[:] = [self._key(), updater, self._moments()]  # the tables hold what else the key names
+            self._keep(updater)
         return self._kept[1]  # type: ignore[no-any-return]
 
-    def _note_joined(self, updater: Updater) -> None:
-        """Note that moments lie elsewhere now, as the updater has joined some."""
+    def _keep(self, updater: Updater) -> None:
+        """Keep it, with what moments are there: it may have joined some."""
         updater.joined = False
-        self._kept[::2] = [self._key(), self._moments()]
+        key, moments = self._key()
+        self._kept[:] = key, updater, moments  # the tables hold what else the key names
 
-    def _key(self) -> tuple[object, ...]:
+    def _key(self) -> tuple[object, list[Tensor | None]]:
+        """What an updater belongs to, and all moments in the state: one that was replaced counts."""
         parameters = self._layer_names.parameters  # as they were when they were last asked for
         clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
-        kept = list(map(id, parameters)), list(map(id, clocks)), list(map(id, self._moments()))
+        moments = [state.get(key) for state in self.state.values() for key in MOMENT_KEYS]
+        kept = list(map(id, parameters)), list(map(id, clocks)), list(map(id, moments))
         kinds = list(map(_KIND, filter(self.state.get, parameters)))
-        return self._layer_names.found, self.param_groups[0]["terms"], kept, kinds
-
-    def _moments(self) -> list[Tensor | None]:
-        """All moments in the state: one that was replaced counts."""
-        return [state.get(key) for state in self.state.values() for key in MOMENT_KEYS]
+        return (self._layer_names.found, self.param_groups[0]["terms"], kept, kinds), moments
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms
