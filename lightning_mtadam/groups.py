@@ -237,6 +237,19 @@ def complete_groups(
             check(group)
 
 
+def begin_anew(groups: Sequence[dict[str, Any]]) -> None:
+    """Count no steps, and no terms that were measured: of the whole optimizer, in all of its groups."""
+    for group in groups:
+        group.update(steps=0, measured=())
+
+
+def count(groups: Sequence[dict[str, Any]], before: dict[str, Any], measured: Iterable[str]) -> None:
+    """Count one more step, in which these terms were measured; what was counted ``before`` is kept there."""
+    before.update({key: groups[0][key] for key in ("steps", "measured")})
+    for group in groups:
+        group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
+
+
 def _check_form(index: int, group: object) -> None:
     where = f"optimizer.param_groups[{index}]"
     if not isinstance(group, dict):

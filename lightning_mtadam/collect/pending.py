@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_mtadam.balancing import wide_dtype
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.distributed import sharding
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
 
 CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
@@ -49,6 +50,13 @@ class PendingGradients:
         """Whether any term has a gradient, per parameter; empty if nothing is pending."""
         columns = zip(*self.gradients.values(), strict=True)
         return [not all(map(is_, column, repeat(None))) for column in columns]
+
+    def fitting(self, batch: Batch, groups: Sequence[Mapping[str, Any]], rows: int) -> GradientMemory:
+        """The memory that is there, if it fits: for so many gradients of each parameter of an optimizer's groups."""
+        parameters, sharded = batch.parameters, batch.processes.sharded
+        parts = list(map(sharding.local, parameters)) if sharded else parameters
+        keys = [None if sharded else id(group) for group in groups for _ in group["params"]]
+        return GradientMemory.fitting(self.memory, parts, [one.requires_grad for one in parameters], keys, rows)
 
     def use(self, memory: GradientMemory, rows: Sequence[str]) -> None:
         """Collect into this memory, whose rows are these terms; what is pending moves there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -15,9 +15,9 @@ from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.edits.refusing import refuse, refuse_unreached
+from lightning_mtadam.groups import ParameterNames
 from lightning_mtadam.terms import are_on_host, is_host
 
-Labels: TypeAlias = Callable[[Iterable[int]], list[str]]
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 
 
@@ -46,7 +46,7 @@ class Shown:
         memory: holds them in one row. ``p.grad`` are views into it, each with a version counter of its own.
         parameters: those of the optimizer.
         touched: whether a parameter has a gradient.
-        loss_scale: what a gradient scaler is to divide them by, and they are multiplied by already.
+        loss_scale: what they are multiplied by, for a gradient scaler to divide by it.
         watched: whether an edit must be found that leaves no trace, as through ``.data``.
 
     Attributes:
@@ -69,6 +69,8 @@ class Shown:
         self.factor: Tensor | None = None
         self.held: dict[int, Tensor] = {}
         self._versions: dict[int, int] = {}
+        if loss_scale is not None:
+            self._multiply(loss_scale)
         for index, (parameter, flag, view) in enumerate(zip(parameters, touched, memory.views[0], strict=True)):
             parameter.grad = None
             if flag and view is not None:
@@ -208,12 +210,12 @@ class ShownGradients(PendingGradients):
         if self.shown is not None:
             (self.shown.shorten if algorithm == "norm" else self.shown.clamp)(parameters, float(limit))
 
-    def meet_edits(self, parameters: Sequence[Tensor], labels: Labels, *, goes_on: bool) -> bool:
+    def meet_edits(self, parameters: Sequence[Tensor], names: ParameterNames, *, goes_on: bool) -> bool:
         """Take back what is in ``p.grad``, and say whether the terms' gradients have to follow.
 
         Args:
             parameters: those of the optimizer.
-            labels: gives the names of the parameters of some indices.
+            names: theirs.
             goes_on: whether another batch comes to it, so that no gradient scaler has divided yet.
 
         Raises:
@@ -231,9 +233,9 @@ class ShownGradients(PendingGradients):
         shown.take_back(parameters, scaled=goes_on)
         changed = shown.edited.union(gone) if self.absorbed is not None else shown.edited
         if changed and self.fixed:
-            refuse(labels(changed), self.absorbed is not None)
+            refuse([names.labels[index] for index in sorted(changed)], self.absorbed is not None)
         if come and not goes_on:
-            refuse_unreached(labels(come))
+            refuse_unreached([names.labels[index] for index in come])
         if gone:
             (self if self.absorbed is None else self.absorbed).drop(gone)
         return self.absorbed is None and (shown.clamped or bool(shown.edited))

@@ -222,12 +222,12 @@ class Chunks:
     """The chunks of a step, and the coefficients of each. ``device``: where tables are."""
 
     def __init__(self, chunks: Iterable[Chunk], device: torch.device) -> None:
-        self._chunks = tuple(replace(c, rows=c.rows.to(device)) if isinstance(c.rows, Tensor) else c for c in chunks)
-        alone = [chunk.rows for chunk in self._chunks if isinstance(chunk.rows, int)]
+        self.parts = tuple(replace(c, rows=c.rows.to(device)) if isinstance(c.rows, Tensor) else c for c in chunks)
+        alone = [chunk.rows for chunk in self.parts if isinstance(chunk.rows, int)]
         self._alone = torch.tensor(alone, dtype=torch.int64, device=device)
 
     def __iter__(self) -> Iterator[Chunk]:
-        return iter(self._chunks)
+        return iter(self.parts)
 
     def spread(self, table: Tensor) -> list[Any]:
         """Give each element the row of its parameter, in its arithmetic, for each chunk.
@@ -235,7 +235,7 @@ class Chunks:
         [P, k] -> [k, b], or [k, b / block, 1] in blocks; [k, 1] for one parameter.
         """
         alone, found = iter(table.index_select(0, self._alone)[:, :, None].unbind() if len(self._alone) else ()), []
-        for chunk in self._chunks:
+        for chunk in self.parts:
             spread = next(alone) if isinstance(chunk.rows, int) else table.T.index_select(1, chunk.rows)
             if chunk.packed and chunk.block > 1:
                 spread = spread[:, :, None]
@@ -244,5 +244,5 @@ class Chunks:
 
     def local(self, table: Coefficients) -> Iterable[Coefficients]:
         """The coefficients of each chunk, of those of all parameters."""
-        none: list[Any] = [None] * len(self._chunks)
+        none: list[Any] = [None] * len(self.parts)
         return map(Coefficients, *[none if one is None else self.spread(one) for one in table])

@@ -14,7 +14,7 @@ from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups, without_numpy
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
-from lightning_mtadam.groups import materialized
+from lightning_mtadam.groups import count, materialized
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.tables import Tables
@@ -171,7 +171,7 @@ class MTAdam(TermOptimizer):
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
             scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
-            self._count()  # line 3: t
+            count(self.param_groups, self._counted, () if self._pending.light else self._pending.gradients)  # line 3: t
             if updater.joined:
                 self._keep(updater)
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))

@@ -14,7 +14,6 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam.collect import Batch, as_losses, collect
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.distributed import sharding
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed, refuse_probing
@@ -23,7 +22,7 @@ from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
 from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.graphs import look_at
-from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
+from lightning_mtadam.groups import GroupsOptimizer, begin_anew, drop_misfits, materialized
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.low_memory import LowMemory
@@ -156,8 +155,7 @@ class TermOptimizer(GroupsOptimizer):
         pending, known = self._pending, self.terms
         if not self.state:  # also where a user has cleared it
             self._watch.told = []
-            for group in self.param_groups:
-                group.update(steps=0, measured=())
+            begin_anew(self.param_groups)
         factors = self._factors(batch) if self._options.balance_every > 1 else None
         try:
             with as_fabric_backward():
@@ -167,9 +165,6 @@ class TermOptimizer(GroupsOptimizer):
                     memory, touched = self._absorb(batch)
                 else:
                     memory, touched = self._collect(batch, factors)
-            if batch.loss_scale is not None:
-                for rows in memory.rows:
-                    rows.mul_(batch.loss_scale.to(rows))
             watched = pending.fixed or batch.processes.sharded
             pending.shown = Shown(memory, batch.parameters, touched, batch.loss_scale, watched=watched)
         except BaseException:
@@ -186,7 +181,7 @@ class TermOptimizer(GroupsOptimizer):
         pending, rows = self._pending, batch.terms
         if factors is not None:
             batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
-        pending.use(self._memory(len(batch.terms), batch).use(len(rows)), rows)
+        pending.use(pending.fitting(batch, self.param_groups, len(batch.terms)).use(len(rows)), rows)
         pending.add(batch, rows)
         pending.light = factors is not None
         updater = self._prepare_updater(batch.terms)
@@ -200,7 +195,7 @@ class TermOptimizer(GroupsOptimizer):
         updater = self._prepare_updater(batch.terms)
         absorbed = LowMemory(updater, self._watch)
         if batch.averaging is not None:
-            self._pending.memory = self._memory(1, batch)
+            self._pending.memory = self._pending.fitting(batch, self.param_groups, 1)
         absorbed.absorb_all(batch, self._pending.memory)
         if updater.joined:
             self._keep(updater)
@@ -217,11 +212,8 @@ class TermOptimizer(GroupsOptimizer):
 
     def _meet_edits(self, parameters: list[Tensor], *, goes_on: bool) -> None:
         """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed."""
-        if self._pending.meet_edits(parameters, self._labels, goes_on=goes_on):
+        if self._pending.meet_edits(parameters, self._layer_names, goes_on=goes_on):
             self._updater().follow_edits(self._pending, goes_on=goes_on)
-
-    def _labels(self, indices: Iterable[int]) -> list[str]:
-        return [self._layer_names.labels[index] for index in sorted(indices)]
 
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
@@ -245,12 +237,6 @@ class TermOptimizer(GroupsOptimizer):
                 for group in self.param_groups:
                     group.update(self._counted)
                 raise
-
-    def _count(self) -> None:
-        self._counted.update({key: self.param_groups[0][key] for key in ("steps", "measured")})
-        measured = () if self._pending.light else self._pending.gradients
-        for group in self.param_groups:
-            group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
 
     def _updater(self) -> Updater:
         """The one of the last step, unless parameters, terms, layers or states have been added, loaded or replaced."""
@@ -293,14 +279,6 @@ class TermOptimizer(GroupsOptimizer):
         new = [index for index, parameter in enumerate(self._parameters()) if not self.state.get(parameter)]
         if new:
             allocate(self.state, self.param_groups, held, self._options, len(self.terms))
-
-    def _memory(self, rows: int, batch: Batch) -> GradientMemory:
-        """The memory that is there, if it fits."""
-        parameters, sharded = batch.parameters, batch.processes.sharded
-        parts = [sharding.local(parameter) for parameter in parameters] if sharded else parameters
-        keys = [None if sharded else id(group) for group in self.param_groups for _ in group["params"]]
-        trained = [parameter.requires_grad for parameter in parameters]
-        return GradientMemory.fitting(self._pending.memory, parts, trained, keys, rows)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group, self._options, self.terms)

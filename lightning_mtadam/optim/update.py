@@ -68,7 +68,7 @@ class Updater:
                 mine.copy_(rows[:1])
             return shown, now.flags
         spread = now.chunks.spread(self.tables.by_parameter(weighed.scales))
-        for chunk, scales in zip(now.chunks, spread, strict=True):
+        for chunk, scales in zip(now.chunks.parts, spread, strict=True):
             total, gradients = chunk.row_in(shown), chunk.gradient_rows
             if total.dtype == scales.dtype and not (self.options.compile and chunk.on_host):
                 scratch = self.scratch(chunk, total.dtype)
