@@ -59,7 +59,9 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
     """
     if not loss.requires_grad:  # a constant on this process
         return None
-    found = torch.autograd.grad(loss, shared, batch.factor.to(loss, copy=True), retain_graph=True, allow_unused=True)
+    # By one, if no small gradient can vanish: a fused loss holds its gradient, and multiplies it in place in each pass.
+    factor = torch.ones_like(loss) if batch.loss_scale is None else batch.factor.to(loss, copy=True)
+    found = torch.autograd.grad(loss, shared, factor, retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in found):
         if batch.processes.group is None:
             raise ValueError(unreached_message(name))
@@ -69,4 +71,4 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
         for gradient, parameter in zip(found, shared, strict=True)
     ]
     flat = torch.cat([piece.flatten() for piece in pieces]).to(dtype)
-    return flat if batch.loss_scale is None else flat / batch.loss_scale.to(flat)
+    return flat * batch.share.to(flat) if batch.loss_scale is None else flat / batch.loss_scale.to(flat)
