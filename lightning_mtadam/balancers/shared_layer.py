@@ -60,7 +60,8 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
     """
     if not loss.requires_grad:  # a constant on this process
         return None
-    scale = None if batch.loss_scale is None else batch.factor.to(loss, copy=True)  # a backward may write to it
+    # By one, if no small gradient can vanish: a fused loss holds its gradient, and multiplies it in place in each pass.
+    scale = None if batch.loss_scale is None else batch.factor.to(loss, copy=True)
     found = torch.autograd.grad(loss, shared, scale, retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in found):
         if batch.processes.group is None:

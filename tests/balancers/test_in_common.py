@@ -326,6 +326,33 @@ def test_a_loss_whose_backward_works_in_place_leaves_the_others_alone(case):
     assert_same_balance(in_place.balancer, plain.balancer)
 
 
+class Fused(torch.autograd.Function):
+    """A mean of squares that makes its gradient in its forward pass, as fused losses do, and scales it in backward."""
+
+    @staticmethod
+    def forward(ctx, error):
+        ctx.gradient = 2 * error.detach() / error.numel()
+        return error.square().mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.gradient.mul_(gradient)
+
+
+@every_case
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_fused_loss_trains_as_any_other(case, accumulate):
+    def with_fit(square_mean):
+        def losses(network, batch):
+            return {**case.losses(network, batch), "fit": square_mean(network(batch[0]) - batch[1])}
+
+        return replace(case, losses=losses)
+
+    plain, fused = (with_fit(mean) for mean in (lambda error: error.square().mean(), Fused.apply))
+    first, second = (balanced_by_hand(each, make_loader(8), accumulate=accumulate) for each in (plain, fused))
+    assert largest_difference(first, second) < 1e-12
+
+
 @every_case
 def test_a_retained_graph_is_there_for_another_optimizer(case):
     """The balancer's parameters get what they get alone, and the others what a graph of their own gives."""
