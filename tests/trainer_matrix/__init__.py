@@ -7,6 +7,7 @@ import pytest
 _GROUPS = (
     "gradients",
     "edits",
+    "steps",
     "learning_rate",
     "averaging",
     "length",
