@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.edits.shown import Shown
+from lightning_mtadam.terms import is_host
 
 PIECE = 1 << 20  # elements that are looked at together
 
@@ -21,10 +22,11 @@ PIECE = 1 << 20  # elements that are looked at together
 AddUp: TypeAlias = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
 
 
-def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor, add_up: AddUp) -> None:
+def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor, add_up: AddUp) -> bool:
     """Change the terms' gradients of a parameter such that they add up to what is in ``p.grad``.
 
-    The host reads nothing.
+    Where all are zero they cannot, and nothing would bound the step: gives whether that is so. An accelerator, of which
+    the host reads nothing, is left without the edit there.
 
     Args:
         shown: holds what is in ``p.grad``.
@@ -35,7 +37,7 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
     """
     view = shown.gradient(index)
     if not view.numel():
-        return
+        return False
     scales = scales if shown.factor is None else scales * shown.factor.to(scales)
     pieces, most = list(_pieces([view, *gradients])), scales == scales.amax()
     parts = most / most.sum()  # of what is neither mask nor factor
@@ -51,6 +53,10 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
         for row, scale, part in zip(rows, scales, parts, strict=True):
             row.mul_(ratio)
             row.add_(torch.where(~told & (scale > 0), part * (edited - whole) / scale, 0))
+    if is_host(view.device):
+        return not bool(scales.any()) and bool(view.any())
+    view.mul_(scales.amax() > 0)
+    return False
 
 
 def _tolerance(view: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtadam.balancing import norms_of
 from lightning_mtadam.collect.memory import GradientMemory
+from lightning_mtadam.edits.refusing import refuse_unreached
 from lightning_mtadam.edits.sharing import share
 from lightning_mtadam.edits.shown import ShownGradients
 from lightning_mtadam.finite import FiniteWatch
@@ -97,9 +98,11 @@ class Updater:
             else:
                 scales = self.tables.by_parameter(weighed.scales)[self.tables.row_of[index]]
                 columns = [self.tables.terms.index(name) for name in rows]
-                share(shown, index, list(rows.values()), scales[columns], algorithm.balance)
+                if share(shown, index, list(rows.values()), scales[columns], algorithm.balance):
+                    refuse_unreached([self.tables.names[self.tables.row_of[index]]])
             for name, norm in zip(rows, norms_of(list(rows.values())), strict=True):
-                pending.norms[name][index] = norm
+                if name in pending.norms:
+                    pending.norms[name][index] = norm
 
     def observe(self, pending: ShownGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""

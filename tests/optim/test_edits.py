@@ -394,6 +394,29 @@ def test_a_gradient_where_no_term_has_one_is_refused(early):
     assert torch.equal(entries(model), before)
 
 
+def test_noise_where_the_gradients_are_zero_is_refused_as_nothing_would_bound_the_step():
+    model = M()
+    optimizer = MTAdam(model.named_parameters(), lr=1e-2)
+    before = entries(model)
+    for edit in (STOPS["times zero"], OTHERS["noise"]):
+        optimizer.zero_grad()
+        optimizer.backward({name: loss + 0 * model.head.weight.sum() for name, loss in _of_the_backbone(model).items()})
+        edit([model.head.weight])
+        if edit is STOPS["times zero"]:
+            optimizer.step()
+            assert not torch.equal(entries(model.backbone), before[: 6 * 8 + 8])
+            continue
+        before = entries(model)
+        with pytest.raises(RuntimeError, match=r"'head.weight' holds a gradient, but no loss of this step reaches it"):
+            optimizer.step()
+        assert torch.equal(entries(model), before)
+
+
+def _of_the_backbone(model):
+    output = model.backbone(X)
+    return {"sq": output.square().mean(), "ab": 9 * output.abs().mean()}
+
+
 def test_hooks_that_wait_for_the_gradient_are_called_once_and_their_edits_count():
     model, called = M(), []
     before = entries(model.head)
