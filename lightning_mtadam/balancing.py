@@ -129,17 +129,17 @@ def without_start(norms: Tensor, counts: Tensor, beta3: Tensor) -> Tensor:
     return ((norms - start * (1 - counts * torch.finfo(norms.dtype).eps)) / (1 - start)).clamp(min=0)
 
 
-def loudness(norms: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loudness(norms: Tensor, silent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where a term's gradient is noise, where it is faint, and where it is clear: [L, I] -> [L, I] each, bool.
 
     What counts is its share of the same term's norm over the network, so that no factor matters. A gradient that is
     zero but for rounding is faint; but so are real ones in a deep network's first layers. So a term is noise only
-    where another, one of those ``counted`` [I], is clear.
+    where another is clear, which those that are ``silent`` [I] never are. Of a term that is zero everywhere, nothing.
     """
-    peak = norms.amax(0)  # relative to it no square over- or underflows
-    total = peak * (norms / torch.where(peak > 0, peak, 1)).square().sum(0).sqrt()
-    threshold = ROUNDING * torch.finfo(norms.dtype).eps * total
-    faint, clear = norms < threshold, (norms > CLEAR * threshold) & counted
+    relative = norms / norms.amax(0)  # no square over- or underflows
+    shares = relative / torch.linalg.vector_norm(relative, dim=0)
+    threshold = ROUNDING * torch.finfo(norms.dtype).eps
+    faint, clear = shares < threshold, (shares > CLEAR * threshold).masked_fill(silent, False)
     return faint & clear.any(1, keepdim=True), faint, clear
 
 

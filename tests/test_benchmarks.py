@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mtadam import MTAdam
-from tests.benchmarks import exchange, memory, optimizer_step, rivals, scaling, step_cost
+from tests.benchmarks import exchange, memory, noise, optimizer_step, rivals, scaling, step_cost
 from tests.benchmarks.authors import AuthorsMTAdam
 from tests.benchmarks.measuring import Piece, interleave, ratio
 from tests.benchmarks.methods import GradNorm, Method, weight_gradients
@@ -150,6 +150,14 @@ def test_the_command_for_rivals_names_what_it_leaves_out(known_peaks, monkeypatc
     printed = capsys.readouterr().out
     assert "Left out: GradNorm, which needs no_such_package." in printed
     assert re.search(rf"\| MTAdam +\| {RATIO}", printed)
+
+
+def test_the_command_for_noise_prints_its_tables(capsys):
+    noise.main(["--quick"])
+    rows = re.findall(r"\| (float\d+) +\| (.e-\d+) .* (.e-\d+) +\| (\d\.\de-\d+) +\|", capsys.readouterr().out)
+    assert [dtype for dtype, *_ in rows] == ["float64", "float32"]
+    for _, share, _, threshold in rows:
+        assert float(share) < float(threshold) / 30
 
 
 @QUIET

@@ -121,5 +121,5 @@ class MetaBalance(GradientBalancer):
 
 def _heard(norms: Tensor) -> Tensor:
     """The norms, zero where they are noise: [L, I]."""
-    counted = torch.ones_like(norms[0], dtype=torch.bool)
-    return norms.masked_fill(balancing.loudness(norms, counted)[0], 0)
+    none = torch.zeros_like(norms[0], dtype=torch.bool)
+    return norms.masked_fill(balancing.loudness(norms, none)[0], 0)

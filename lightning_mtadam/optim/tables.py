@@ -65,7 +65,9 @@ class Tables:
         self._layer_of = layers.layer_of.to(self.device)
         if not self._every:
             self._layer_of = self._layer_of[self.constant(self.members, torch.int64)]
-        self._importance = self.constant([float(options.importance.get(term, 1)) for term in terms])
+        importance = [float(options.importance.get(term, 1)) for term in terms]
+        self._importance = self.constant(importance)
+        self._silent = self.constant([one == 0 for one in importance], torch.bool)
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
@@ -140,7 +142,7 @@ class Tables:
 
     def reaching(self, observed: Tensor, scales: Tensor) -> Tensor:
         """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
-        return (observed > 0) & ~self.by_parameter((scales == 0) & (self._importance > 0))
+        return (observed > 0) & self.by_parameter((scales > 0) | self._silent)
 
     def settled(self, norms: Tensor, counts: Tensor, anchor: int | None) -> Tensor:
         """Where a term's scale depends on no other but the ``anchor``, if there is one: [L, I] bool."""
@@ -225,7 +227,7 @@ class Tables:
         found = seen = balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
         if rule == "one":
             seen = balancing.without_start(found, counts, self._beta3)
-        noise, faint, clear = balancing.loudness(seen, self._importance > 0)
+        noise, faint, clear = balancing.loudness(seen, self._silent)
         return found if self.options.anchor is None else found.masked_fill(noise, 0), found, faint, clear
 
     def _column(self, values: Sequence[float], compute: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
