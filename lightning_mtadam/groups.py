@@ -1,7 +1,4 @@
-"""An optimizer's parameters and groups as its user changes them: taken over and made complete, or refused by name.
-
-It knows nothing of terms.
-"""
+"""An optimizer's parameters and groups as its user changes them: taken over and made complete, or refused by name."""
 
 from __future__ import annotations
 
