@@ -12,10 +12,11 @@ from torch.autograd.graph import Node
 from lightning_mtadam.terms import Losses, warn
 
 
-def look_at(losses: Losses, seen: set[str], parameters: Sequence[Tensor], *, sharded: bool = False) -> None:
-    """Raise for a graph that hides a part from the gradients of single terms; warn if it adds what is no term's.
+def look_at(losses: Losses, seen: set[str]) -> list[str]:
+    """Raise for a graph that hides a part from the gradients of single terms.
 
-    ``seen`` are the terms that were looked at before; the names of these are added.
+    Gives the losses through whose graphs :func:`tell_of_added_gradients` should look. ``seen`` are the terms that were
+    looked at before; the names of these are added.
 
     Raises:
         ValueError: a loss passes through reentrant activation checkpointing. Its part of the graph is built during
@@ -24,10 +25,21 @@ def look_at(losses: Losses, seen: set[str], parameters: Sequence[Tensor], *, sha
     new = {name: loss for name, loss in losses.items() if name not in seen}
     custom = [name for name, loss in new.items() if _has_custom_function(name, loss.grad_fn)]
     seen.update(new)
-    if custom and len(losses) > 1 and not sharded and _adds_gradients(losses, parameters):
+    return custom if len(losses) > 1 else []
+
+
+def tell_of_added_gradients(losses: Losses, parameters: Sequence[Tensor], name: str) -> None:
+    """Warn if a graph adds a gradient that is no term's: it is there for losses that are multiplied by zero, too.
+
+    It is the last backward pass of these graphs: fused losses may hold gradients that every pass multiplies in place.
+    """
+    found = [loss for loss in losses.values() if loss.requires_grad]
+    inputs, zeros = [one for one in parameters if one.requires_grad], [torch.zeros_like(loss) for loss in found]
+    gradients = torch.autograd.grad(found, inputs, zeros, allow_unused=True)
+    if any(one is not None and bool((one.abs() > 0).any()) for one in gradients):  # not nan, which may be 0 times inf
         warn(
-            f"The backward pass of losses[{custom[0]!r}] adds a gradient that does not come from the loss, such as that"
-            " of an auxiliary loss: it is there even if the loss is multiplied by zero. As there is a backward pass for"
+            f"The backward pass of losses[{name!r}] adds a gradient that does not come from the loss, such as that of"
+            " an auxiliary loss: it is there even if the loss is multiplied by zero. As there is a backward pass for"
             " each term, it counts once per term. Return what it comes from as a term."
         )
 
@@ -49,13 +61,3 @@ def _has_custom_function(name: str, root: Node | None) -> bool:
             found |= not getattr(node, "_forward_cls", Node).__module__.startswith("torch.")
         waiting += [following for following, _ in node.next_functions]
     return found
-
-
-def _adds_gradients(losses: Losses, parameters: Sequence[Tensor]) -> bool:
-    """Whether there is a gradient of losses that are multiplied by zero."""
-    found = [loss for loss in losses.values() if loss.requires_grad]
-    inputs, zeros = [one for one in parameters if one.requires_grad], [torch.zeros_like(loss) for loss in found]
-    gradients = torch.autograd.grad(found, inputs, zeros, retain_graph=True, allow_unused=True)
-    return any(
-        one is not None and bool((one.abs() > 0).any()) for one in gradients
-    )  # not nan, which may be 0 times inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import run_hooks
-from lightning_mtadam.graphs import look_at
+from lightning_mtadam.graphs import look_at, tell_of_added_gradients
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.terms import PLACEHOLDER, clean_names, is_host, non_finite
 
@@ -149,13 +149,14 @@ class GradientBalancer(Balancer):
     @uninterrupted()
     def balance(self, batch: Batch) -> None:
         """Differentiate the terms, and leave what ``combine`` makes of them in ``p.grad``."""
+        before = self.state_before  # the gradients of earlier batches are dropped, too
         if batch.begins:
-            self._others = [parameter.grad for parameter in batch.parameters]
+            self._others, before = [parameter.grad for parameter in batch.parameters], self.state
         try:
             combined = self._combined(batch)
         except BaseException:
             self._pending.clear()
-            self.state = self.state_before
+            self.state = before
             for parameter, other in zip(batch.parameters, self._others, strict=True):
                 parameter.grad = other
             raise
@@ -173,8 +174,10 @@ class GradientBalancer(Balancer):
         memory = GradientMemory.fitting(pending.memory, parameters, trained, keys, len(batch.terms))
         pending.use(memory, batch.terms)
         with as_fabric_backward():
-            look_at(batch.losses, pending.seen, parameters)
-            pending.add(batch, batch.terms)
+            custom = [] if batch.retain_graph else look_at(batch.losses, pending.seen)
+            pending.add(replace(batch, retain_graph=True) if custom else batch, batch.terms)
+            if custom:
+                tell_of_added_gradients(batch.losses, parameters, custom[0])
         step = self._observe(batch, memory)
         if batch.loss_scale is None and is_host(step.norms.device) and not bool(step.finite):
             raise non_finite(step.norms, step.layers, batch.terms)

@@ -21,7 +21,7 @@ from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
 from lightning_mtadam.finite import FiniteWatch
-from lightning_mtadam.graphs import look_at
+from lightning_mtadam.graphs import look_at, tell_of_added_gradients
 from lightning_mtadam.groups import GroupsOptimizer, begin_anew, drop_misfits, materialized
 from lightning_mtadam.lightning_internals import as_fabric_backward
 from lightning_mtadam.optim.layers import LayerNames
@@ -159,12 +159,12 @@ class TermOptimizer(GroupsOptimizer):
         factors = self._factors(batch) if self._options.balance_every > 1 else None
         try:
             with as_fabric_backward():
-                if not pending.seen.issuperset(batch.losses):
-                    look_at(batch.losses, pending.seen, batch.parameters, sharded=batch.processes.sharded)
-                if self._options.low_memory:
-                    memory, touched = self._absorb(batch)
-                else:
-                    memory, touched = self._collect(batch, factors)
+                custom = [] if pending.seen.issuperset(batch.losses) else look_at(batch.losses, pending.seen)
+                looks = custom and not (batch.retain_graph or batch.processes.sharded)
+                kept = replace(batch, retain_graph=True) if looks else batch
+                memory, touched = self._absorb(kept) if self._options.low_memory else self._collect(kept, factors)
+                if looks:
+                    tell_of_added_gradients(batch.losses, batch.parameters, custom[0])
             watched = pending.fixed or batch.processes.sharded
             pending.shown = Shown(memory, batch.parameters, touched, batch.loss_scale, watched=watched)
         except BaseException:
