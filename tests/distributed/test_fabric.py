@@ -35,7 +35,7 @@ def set_up(network, optimizer, **options):
 
 
 def public_methods():
-    mine = [name for base in MTAdam.__mro__[:2] for name in vars(base) if not name.startswith("_")]
+    mine = [name for base in MTAdam.__mro__[:3] for name in vars(base) if not name.startswith("_")]
     return {*mine, "state_dict"}
 
 
