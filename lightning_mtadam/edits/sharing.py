@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.edits.shown import Shown
-from lightning_mtadam.terms import is_host
+from lightning_mtadam.terms import are_on_host
 
 PIECE = 1 << 20  # elements that are looked at together
 
@@ -53,7 +53,7 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
         for row, scale, part in zip(rows, scales, parts, strict=True):
             row.mul_(ratio)
             row.add_(torch.where(~told & (scale > 0), part * (edited - whole) / scale, 0))
-    if is_host(view.device):
+    if are_on_host([view]):
         return not bool(scales.any()) and bool(view.any())
     view.mul_(scales.amax() > 0)
     return False

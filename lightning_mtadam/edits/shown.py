@@ -16,7 +16,7 @@ from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.edits.refusing import refuse, refuse_unreached
 from lightning_mtadam.groups import ParameterNames
-from lightning_mtadam.terms import are_on_host, is_host
+from lightning_mtadam.terms import are_on_host
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 
@@ -116,7 +116,7 @@ class Shown:
             gradient = parameter.grad
             if gradient is None and index in self.held:
                 gone.append(index)
-            elif gradient is not None and index not in self.held and (not is_host(gradient.device) or gradient.any()):
+            elif gradient is not None and index not in self.held and (not are_on_host([gradient]) or gradient.any()):
                 come.append(index)
         return gone, come
 

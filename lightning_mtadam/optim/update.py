@@ -97,7 +97,7 @@ class Updater:
                 rows[SUM].copy_(shown.gradient(index))
             else:
                 scales = self.tables.by_parameter(weighed.scales)[self.tables.row_of[index]]
-                columns = [self.tables.terms.index(name) for name in rows]
+                columns = self.tables.constant([self.tables.terms.index(name) for name in rows], torch.int64)
                 if share(shown, index, list(rows.values()), scales[columns], algorithm.balance):
                     refuse_unreached([self.tables.names[self.tables.row_of[index]]])
             for name, norm in zip(rows, norms_of(list(rows.values())), strict=True):
