@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -17,15 +16,6 @@ ANEW = (
     "Load only the weights, and let the optimizer begin anew: leave out optimizer.load_state_dict, or in Lightning give"
     " fit() the module of load_from_checkpoint(path), and no ckpt_path"
 )
-
-
-def without_numpy(value: Any) -> Any:
-    """The same with Python's numbers in place of numpy's, which ``torch.load(weights_only=True)`` would refuse."""
-    if isinstance(value, dict):
-        return {key: without_numpy(one) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(without_numpy, value))
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_form(state_dict: object) -> None:

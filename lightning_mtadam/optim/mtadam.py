@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
-from lightning_mtadam.checkpoint import check_options_of_groups, without_numpy
+from lightning_mtadam.checkpoint import check_options_of_groups
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
 from lightning_mtadam.groups import count, materialized
@@ -234,7 +234,7 @@ class MTAdam(TermOptimizer):
         found = super().state_dict()
         states = found["state"].items()
         kept = {index: {key: own_memory(one) for key, one in state.items()} for index, state in states}
-        return {**found, "state": kept, "param_groups": without_numpy(found["param_groups"])}
+        return {**found, "state": kept, "param_groups": plain(found["param_groups"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
