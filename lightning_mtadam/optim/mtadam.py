@@ -68,8 +68,8 @@ class MTAdam(TermOptimizer):
         low_memory: consume each term's gradient as soon as it is there, which saves the memory of I gradients. The host
             waits for each term, and what needs all gradients at once is refused: accumulation, scalers, clipping. After
             a backward pass that fails, or that no step follows, second moments have seen the terms before.
-        compile: join the update to one kernel, and the balance to one call, by :func:`torch.compile`, which takes some
-            seconds at the first step; the call is compiled anew after a load, or when parameters are added.
+        compile: join the update to one kernel, and the balance to two calls, by :func:`torch.compile`, which takes some
+            seconds at the first step; these are compiled anew after a load, or when parameters are added.
 
     Raises:
         ValueError: an option is out of range, or names a term that is not in ``terms``.
