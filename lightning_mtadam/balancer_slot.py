@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.lightning_internals import has_trainer
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import warn
 from lightning_mtadam.wrappers import wrapped_in
@@ -89,7 +90,7 @@ def _then_load_balancer(hook: Callable[..., None]) -> Callable[..., None]:
     def on_load_checkpoint(self: BalancerSlot, checkpoint: dict[str, Any]) -> None:
         hook(self, checkpoint)
         outermost: Any = type(self).on_load_checkpoint
-        if outermost is on_load_checkpoint and getattr(self, "_trainer", None) is None:
+        if outermost is on_load_checkpoint and not has_trainer(self):
             _load_or_warn(self.balancer, checkpoint.get(CHECKPOINT_KEY))
 
     on_load_checkpoint.then_loads_balancer = True  # type: ignore[attr-defined]

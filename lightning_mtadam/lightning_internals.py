@@ -112,6 +112,11 @@ def skips_backward(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
 
 
+def has_trainer(module: object) -> bool:
+    """Whether a module is attached to a trainer; to ask for its trainer would raise if not."""
+    return getattr(module, "_trainer", None) is not None
+
+
 def unwrap(optimizer: Optimizer) -> Optimizer:
     """The optimizer that Lightning wrapped, or the one given."""
     from lightning.pytorch.core.optimizer import LightningOptimizer

@@ -141,7 +141,7 @@ def test_a_forward_pass_elsewhere_meanwhile_counts():
     network = Segment(checkpointed=True)
     output = Meanwhile.apply(network(X))
     make_mtadam(network).backward({"fit": output.square().mean(), "size": output.abs().mean()})
-    assert int(other.num_batches_tracked) == 2
+    assert int(other.num_batches_tracked) == 3  # one of them looks for gradients that no loss gives
     assert int(network.body[1].num_batches_tracked) == 1
 
 
