@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import is_
+from operator import is_, or_
 from typing import Any
 
 import torch
@@ -56,7 +56,10 @@ class PendingGradients:
         parameters, sharded = batch.parameters, batch.processes.sharded
         parts = list(map(sharding.local, parameters)) if sharded else parameters
         keys = [None if sharded else id(group) for group in groups for _ in group["params"]]
-        return GradientMemory.fitting(self.memory, parts, [one.requires_grad for one in parameters], keys, rows)
+        trained = [one.requires_grad for one in parameters]
+        if self.gradients:  # what was frozen since keeps what it has
+            trained = list(map(or_, trained, self.touched))
+        return GradientMemory.fitting(self.memory, parts, trained, keys, rows)
 
     def use(self, memory: GradientMemory, rows: Sequence[str]) -> None:
         """Collect into this memory, whose rows are these terms; what is pending moves there."""

@@ -25,3 +25,11 @@ def refuse_unreached(names: Sequence[str]) -> None:
         f"p.grad of {', '.join(map(repr, names))} holds a gradient, but no loss of this step reaches"
         f" {'it' if len(names) == 1 else 'them'}. Return what it comes from as one of the losses."
     )
+
+
+def refuse_unbounded(names: Sequence[str]) -> None:
+    """Raise ``RuntimeError`` for what was added to gradients of zeros: no second moment would bound the step."""
+    raise RuntimeError(
+        f"p.grad of {', '.join(map(repr, names))} was changed, but the gradient of every term is zero there, so that"
+        " nothing bounds the step. Return what was added as one of the losses; for weight decay use weight_decay=."
+    )

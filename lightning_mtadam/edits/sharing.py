@@ -38,12 +38,14 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
     view = shown.gradient(index)
     if not view.numel():
         return False
-    scales = scales if shown.factor is None else scales * shown.factor.to(scales)
     pieces, most = list(_pieces([view, *gradients])), scales == scales.amax()
     parts = most / most.sum()  # of what is neither mask nor factor
+    factor = scales.new_ones(()) if shown.factor is None else shown.factor.to(view.dtype).to(scales)
 
     def whole_of(rows: Sequence[Tensor]) -> Tensor:
-        return add_up(rows, scales, torch.empty_like(rows[0], dtype=scales.dtype))
+        """What was shown, to the last digit."""
+        whole = add_up([row.to(scales.dtype) for row in rows], scales, torch.empty_like(rows[0], dtype=scales.dtype))
+        return (whole.to(view.dtype) * factor.to(view.dtype)).to(scales.dtype)
 
     looked = [_compare(edited.to(scales), whole_of(rows), _tolerance(view)) for edited, *rows in pieces]
     told = _are_told(torch.stack(looked), _tolerance(view))
@@ -52,7 +54,7 @@ def share(shown: Shown, index: int, gradients: Sequence[Tensor], scales: Tensor,
         ratio = torch.where(told & (whole != 0), edited / whole, 1)
         for row, scale, part in zip(rows, scales, parts, strict=True):
             row.mul_(ratio)
-            row.add_(torch.where(~told & (scale > 0), part * (edited - whole) / scale, 0))
+            row.add_(torch.where(~told & (scale > 0), part * (edited - whole) / (scale * factor), 0))
     if are_on_host([view]):
         return not bool(scales.any()) and bool(view.any())
     view.mul_(scales.amax() > 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -24,7 +24,7 @@ ClipAlgorithm: TypeAlias = Literal["norm", "value"]
 class Spent:
     """The gradients that a step has used up: they are no part of the next one, unless they were changed since."""
 
-    def __init__(self, parameters: Sequence[Tensor] = ()) -> None:
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self._known = {
             id(one.grad): (weakref.ref(one.grad), one.grad._version) for one in parameters if one.grad is not None
         }
@@ -32,7 +32,7 @@ class Spent:
     def others(self, parameters: Sequence[Tensor]) -> dict[int, Tensor]:
         """What lies in ``p.grad`` beside them, by the parameter's index."""
         found = {at: one.grad for at, one in enumerate(parameters) if one.grad is not None}
-        return {at: gradient for at, gradient in found.items() if not self._holds(gradient)} if found else found
+        return {at: one for at, one in found.items() if not self._holds(one) and not _is_zero(one)} if found else found
 
     def _holds(self, gradient: Tensor) -> bool:
         reference, version = self._known.get(id(gradient), (None, 0))
@@ -86,10 +86,10 @@ class Shown:
         return list(self.held) if self.clamped else sorted(self.edited)
 
     def gradient(self, index: int) -> Tensor:
-        """What lies in the memory for a parameter that was shown, in its shape."""
+        """What lies in the memory for a parameter that was shown, in its shape, without the loss scale."""
         view = self.memory.views[0][index]
         assert view is not None
-        return view
+        return view if self._loss_scale is None else view / self._loss_scale.to(view)
 
     def add(self, parameters: Sequence[Tensor], others: Mapping[int, Tensor]) -> None:
         """Add gradients that were in ``p.grad`` before, by index: an edit. Where nothing is shown they come back."""
@@ -100,6 +100,10 @@ class Shown:
             else:
                 parameters[index].grad = other
 
+    def others(self, parameters: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What lies in the ``p.grad`` of parameters that were not shown, by their index."""
+        return {at: one.grad for at, one in enumerate(parameters) if one.grad is not None and at not in self.held}
+
     def let_go(self, indices: Sequence[int]) -> None:
         """Forget some of them."""
         for index in indices:
@@ -107,30 +111,27 @@ class Shown:
             del self.held[index]
 
     def look(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-        """The indices of those that are gone, set to ``None``, and of others that have come; both only where known.
-
-        On the host a gradient of zeros has not come.
-        """
+        """The indices of those that are gone, set to ``None``, and of others that have come and are not zero."""
         gone, come = list[int](), list[int]()
         for index, parameter in enumerate(parameters):
             gradient = parameter.grad
             if gradient is None and index in self.held:
                 gone.append(index)
-            elif gradient is not None and index not in self.held and (not are_on_host([gradient]) or gradient.any()):
+            elif gradient is not None and index not in self.held and _is_something(gradient):
                 come.append(index)
         return gone, come
 
     def take_back(self, parameters: Sequence[Tensor], *, scaled: bool) -> None:
-        """Bring what is in ``p.grad`` to the memory, without the loss scale, and find out what was ``edited``.
+        """Bring what is in ``p.grad`` to the memory, and find out what was ``edited``.
 
-        ``scaled``: whether no gradient scaler can have divided yet. It does so without a trace, as who goes through
-        ``.data``; the norms tell. An accelerator, which the host is not to wait for, is asked for the scale only.
+        ``scaled``: whether no gradient scaler can have divided yet; else the loss scale is taken out. A scaler divides
+        without a trace, as who goes through ``.data``; the norms tell. An accelerator, which the host is not to wait
+        for, is asked for the scale only.
         """
         self._bring(parameters)
-        scale = self._loss_scale
-        if scale is not None:
-            left = scale if scaled else self._scale()
-            self._multiply((scale if left is None else left).reciprocal())
+        scale, left = self._loss_scale, None if scaled else self._scale()
+        if scale is not None and left is not None:
+            self._multiply(left.reciprocal())
             self._loss_scale, self._norms = None, {index: norm / scale.to(norm) for index, norm in self._norms.items()}
         if self._watched and are_on_host(self.memory.rows):
             kinds = [rows.dtype for rows in self.memory.rows]
@@ -142,9 +143,12 @@ class Shown:
     def shorten(self, parameters: Sequence[Tensor], limit: float) -> None:
         """Multiply all by one factor, so that their L2 norm, without the loss scale, is at most the limit: no edit."""
         self._bring(parameters)
-        shardings = [sharding.sharding_of(parameters[index]) for index in self.held]
+        found = {at: norm for at, norm in self._norms_now().items() if parameters[at].grad is not None}
+        if not found:
+            return
+        shardings = [sharding.sharding_of(parameters[index]) for index in found]
         wide = self.memory.rows[0].new_empty(0, dtype=wide_dtype(self.memory.rows))
-        norms = sharding.join_rows(norm_table([list(self._norms_now().values())], wide), shardings)
+        norms = sharding.join_rows(norm_table([list(found.values())], wide), shardings)
         scale, norm = self._scale(), torch.linalg.vector_norm(norms)
         norm = norm if scale is None else norm / scale.to(norm)
         factor = (limit / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
@@ -161,7 +165,10 @@ class Shown:
                 rows.clamp_(-limit, limit)
             else:
                 rows.clamp_(-limit * scale.to(rows), limit * scale.to(rows))
-        self.clamped, self._norms = True, self._norms_now() if self._norms else {}
+        self.clamped = True
+        if self._norms:  # with the loss scale, whether it is still in them or not
+            again = 1 if scale is None or self._loss_scale is None else self._loss_scale / scale
+            self._norms = {index: norm * again for index, norm in self._norms_now().items()}
 
     def _scale(self) -> Tensor | None:
         """The loss scale that is still in what was not edited, which may be one; if all was, a scaler has divided."""
@@ -176,7 +183,7 @@ class Shown:
         """Note what was changed, and take what has replaced ours."""
         for index, held in self.held.items():
             gradient = parameters[index].grad
-            if gradient is held and held._version == self._versions[index]:
+            if gradient is None or (gradient is held and held._version == self._versions[index]):
                 continue
             self.edited.add(index)
             if gradient is not held:
@@ -228,17 +235,20 @@ class ShownGradients(PendingGradients):
             return False
         if self.absorbed is not None and goes_on:
             return False  # what comes is refused
+        held = dict(shown.held)
         if gone:
             shown.let_go(gone)
         shown.take_back(parameters, scaled=goes_on)
         changed = shown.edited.union(gone) if self.absorbed is not None else shown.edited
+        if (changed and self.fixed) or (come and not goes_on):
+            shown.held = held  # as it was
         if changed and self.fixed:
             refuse([names.labels[index] for index in sorted(changed)], self.absorbed is not None)
         if come and not goes_on:
             refuse_unreached([names.labels[index] for index in come])
         if gone:
             (self if self.absorbed is None else self.absorbed).drop(gone)
-        return self.absorbed is None and (shown.clamped or bool(shown.edited))
+        return self.absorbed is None and (shown.clamped or bool(shown.edited) or (goes_on and shown.factor is not None))
 
     def drop(self, indices: Sequence[int]) -> None:
         """Forget the gradients of some parameters; all, if no other has any."""
@@ -251,6 +261,16 @@ class ShownGradients(PendingGradients):
                 norms[index] = None
         if indices and not any(self.touched):
             self.drop_gradients()
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    """Whether it is; of an accelerator, which the host is not to wait for, that is not known."""
+    return are_on_host([gradient]) and not bool(gradient.any())
+
+
+def _is_something(gradient: Tensor) -> bool:
+    """Whether it is known not to be zero."""
+    return are_on_host([gradient]) and bool(gradient.any())
 
 
 def run_hooks(parameters: Sequence[Tensor]) -> None:

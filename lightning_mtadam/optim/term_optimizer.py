@@ -19,7 +19,7 @@ from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.probing import is_probed, refuse_probing
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
-from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, run_hooks
+from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, Spent, run_hooks
 from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.graphs import look_at, tell_of_added_gradients
 from lightning_mtadam.groups import GroupsOptimizer, begin_anew, drop_misfits, materialized
@@ -80,9 +80,8 @@ class TermOptimizer(GroupsOptimizer):
 
         Args:
             losses: named scalar losses. Terms may be absent, or zero without a graph; an unknown name is an error.
-            model: the network as it is called; needed only where several processes train together. If wrapped by
-                ``DistributedDataParallel``, its processes average gradients, and agree on the terms in each call; not
-                within its ``no_sync()``. Parameters sharded by ``fully_shard`` are always averaged.
+            model: the network as it is called; needed only where several processes train together. They agree on the
+                terms in each call, and average gradients: wrapped by ``DistributedDataParallel`` not in ``no_sync()``.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
             loss_scale: what a gradient scaler multiplied into ``grad_output``: the gradients are divided by it.
             retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
@@ -95,7 +94,7 @@ class TermOptimizer(GroupsOptimizer):
             RuntimeError: another process has failed.
         """
         parameters, pending = materialized(self._parameters()), self._pending
-        others = pending.spent.others(parameters) if pending.shown is None else {}
+        others = (pending.spent if pending.shown is None else pending.shown).others(parameters)
         if pending.shown is not None:
             self._meet_edits(parameters, goes_on=True)
         if loss_scale is not None:
@@ -114,13 +113,15 @@ class TermOptimizer(GroupsOptimizer):
         probed, self._pending.probed = self._pending.probed, False
         self._pending.clear()
         super().zero_grad(set_to_none)
+        if not set_to_none:
+            self._pending.spent = Spent(self._parameters())
         if probed:
             refuse_probing()
 
     def skip_step(self) -> None:
         """Let the next :meth:`step` do nothing, as after a forward pass alone."""
         self._pending.clear()
-        self._pending.skip = True
+        self._pending.skip, self._pending.spent = True, Spent(self._parameters())
 
     def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
         """Clip the balanced gradient, the sum over the terms, that :meth:`backward` has left in ``p.grad``.
@@ -141,6 +142,7 @@ class TermOptimizer(GroupsOptimizer):
         self.defaults.pop("differentiable", None)  # which torch has added, for groups that come later
         self._layer_names.seen, self._layer_names.groups = [], []
         self._reset_transient()
+        self._pending.spent = Spent(one for group in self.param_groups for one in group["params"])
 
     def _reset_transient(self) -> None:
         self._pending = ShownGradients(fixed=self._options.fixes_squares)
@@ -152,7 +154,7 @@ class TermOptimizer(GroupsOptimizer):
 
     def _take(self, batch: Batch, others: Mapping[int, Tensor]) -> None:
         """Differentiate the losses, and show the balanced gradient; ``others`` were in ``p.grad`` before."""
-        pending, known = self._pending, self.terms
+        pending, known, goes_on = self._pending, self.terms, self._pending.shown is not None
         if not self.state:  # also where a user has cleared it
             self._watch.told = []
             begin_anew(self.param_groups)
@@ -168,6 +170,8 @@ class TermOptimizer(GroupsOptimizer):
             watched = pending.fixed or batch.processes.sharded
             pending.shown = Shown(memory, batch.parameters, touched, batch.loss_scale, watched=watched)
         except BaseException:
+            if goes_on:  # earlier batches are dropped, too
+                pending.spent = Spent(batch.parameters)
             pending.clear()
             if not known:  # nor are the terms now
                 self.state.clear()
@@ -203,7 +207,6 @@ class TermOptimizer(GroupsOptimizer):
         return absorbed.sums, absorbed.touched
 
     def _prepare_updater(self, terms: tuple[str, ...] = ()) -> Updater:
-        """For these terms, if none are known yet."""
         if terms and not self.terms:
             self._set_terms(terms)
         if len(self.state) < len(self._layer_names.parameters):
@@ -213,7 +216,7 @@ class TermOptimizer(GroupsOptimizer):
     def _meet_edits(self, parameters: list[Tensor], *, goes_on: bool) -> None:
         """Let what was made of ``p.grad`` since the last backward pass count, or raise before anything is changed."""
         if self._pending.meet_edits(parameters, self._layer_names, goes_on=goes_on):
-            self._updater().follow_edits(self._pending, goes_on=goes_on)
+            self._prepare_updater().follow_edits(self._pending, goes_on=goes_on)
 
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""

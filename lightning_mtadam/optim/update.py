@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_mtadam.balancing import norms_of
 from lightning_mtadam.collect.memory import GradientMemory
-from lightning_mtadam.edits.refusing import refuse_unreached
+from lightning_mtadam.edits.refusing import refuse_unbounded
 from lightning_mtadam.edits.sharing import share
 from lightning_mtadam.edits.shown import ShownGradients
 from lightning_mtadam.finite import FiniteWatch
@@ -89,7 +89,8 @@ class Updater:
         assert shown is not None
         if self.options.denominator == "sum" and not goes_on:
             return
-        weighed = (self._weighed or self._weigh(pending, self._prepare(pending))).weighed
+        self._weighed = self._weighed or self._weigh(pending, self._prepare(pending))
+        weighed = self._weighed.weighed
         for index in shown.changed:
             found = {name: gradients[index] for name, gradients in pending.gradients.items()}
             rows = {name: gradient for name, gradient in found.items() if gradient is not None}
@@ -98,11 +99,14 @@ class Updater:
             else:
                 scales = self.tables.by_parameter(weighed.scales)[self.tables.row_of[index]]
                 columns = self.tables.constant([self.tables.terms.index(name) for name in rows], torch.int64)
-                if share(shown, index, list(rows.values()), scales[columns], algorithm.balance):
-                    refuse_unreached([self.tables.names[self.tables.row_of[index]]])
-            for name, norm in zip(rows, norms_of(list(rows.values())), strict=True):
-                if name in pending.norms:
-                    pending.norms[name][index] = norm
+                mine = scales[columns].to(shown.gradient(index).device)
+                if share(shown, index, list(rows.values()), mine, algorithm.balance):
+                    refuse_unbounded([self.tables.names[self.tables.row_of[index]]])
+        if goes_on:
+            for gradients in pending.gradients.values():
+                if shown.factor is not None:
+                    torch._foreach_mul_([one for one in gradients if one is not None], shown.factor)
+            pending.norms = {name: norms_of(gradients) for name, gradients in pending.gradients.items()}
 
     def observe(self, pending: ShownGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
@@ -154,6 +158,7 @@ class Updater:
         for (chunk, _), held in zip(self._jobs, early, strict=True):
             if held is not None and (chunk.packed or chunk.block > 1):
                 chunk.put_back(held)
+        self._shown = None  # it would take the place of the next
 
     def follow_groups(self, finite: Tensor | None = None) -> None:
         """Take the numbers of the groups as they are now. ``finite``: as of :meth:`observe`."""

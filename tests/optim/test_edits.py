@@ -1,6 +1,7 @@
 """What is done to ``p.grad`` between ``backward`` and ``step`` counts, or is refused."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -407,7 +408,9 @@ def test_noise_where_the_gradients_are_zero_is_refused_as_nothing_would_bound_th
             assert not torch.equal(entries(model.backbone), before[: 6 * 8 + 8])
             continue
         before = entries(model)
-        with pytest.raises(RuntimeError, match=r"'head.weight' holds a gradient, but no loss of this step reaches it"):
+        with pytest.raises(
+            RuntimeError, match=r"'head.weight' was changed, but the gradient of every term is zero there"
+        ):
             optimizer.step()
         assert torch.equal(entries(model), before)
 
@@ -439,3 +442,186 @@ def test_an_edit_changes_nothing_of_the_next_step():
     train(again, loaded, lambda parameters: None, 2)
     assert torch.equal(entries(model), entries(again))
     assert_same_state(optimizer, loaded)
+
+
+P = nn.Parameter
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_clipping_after_a_scaler_has_divided_is_that_without_one(clip):
+    found = []
+    for scale in (None, 1024.0):
+        p = P(torch.ones(4))
+        optimizer, factor = MTAdam([p], lr=0.1), None if scale is None else torch.tensor(scale)
+        optimizer.backward({"a": (p * torch.tensor([1.0, 2, 3, 4])).sum()}, grad_output=factor, loss_scale=factor)
+        if scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            scaler.scale(torch.ones(()))
+            scaler.unscale_(optimizer)
+        optimizer.clip_gradients(2.5, clip)
+        optimizer.step()
+        found.append(optimizer.state[p])
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(found[0][key], found[1][key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [True, False])
+def test_masks_and_clipping_together_are_told_apart_from_noise(dtype, first):
+    """Also at entries where the terms nearly cancel."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(4000, generator=generator), 3 * torch.randn(4000, generator=generator)
+    p = P(torch.ones(4000, dtype=dtype))
+    optimizer = MTAdam([p])
+    optimizer.backward({"a": (p * x.to(dtype)).sum(), "b": (p * y.to(dtype)).sum()})
+    if first:
+        optimizer.clip_gradients(1.0)
+    p.grad[:2000] = 0
+    optimizer.step()
+    squares = optimizer.state[p]["exp_avg_sq"]
+    assert not squares[:, :2000].any()
+    assert bool((squares[:, 2000:] > 0).any())
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_clipping_leaves_out_what_was_set_to_none(clip):
+    a, b = P(torch.ones(2)), P(torch.ones(2))
+    optimizer = MTAdam([a, b])
+    optimizer.backward({"t": 3 * a.sum() + 1000 * b.sum()})
+    b.grad = None
+    optimizer.clip_gradients(1.0, clip)
+    torch.testing.assert_close(a.grad, torch.full((2,), 0.5**0.5 if clip == "norm" else 1.0))
+    optimizer.step()
+    assert torch.equal(b, torch.ones(2))
+    assert not torch.equal(a, torch.ones(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"denominator": "own"}, {"low_memory": True}], ids=str)
+@pytest.mark.parametrize("who", ["optimizer", "model"])
+def test_resetting_to_zeros_before_a_batch_is_no_edit(options, who):
+    plain, zeroed = M(), M()
+    for model in (plain, zeroed):
+        optimizer = MTAdam(model.named_parameters(), lr=1e-2, **options)
+        for _ in range(3):
+            (model if who == "model" else optimizer).zero_grad(set_to_none=model is plain)
+            optimizer.backward(model.losses())
+            optimizer.step()
+    assert torch.equal(entries(plain), entries(zeroed))
+
+
+def test_what_was_skipped_loaded_or_dropped_does_not_come_back():
+    def after(between):
+        p = P(torch.ones(4))
+        optimizer = MTAdam([p], lr=0.1, terms=("a", "b"))
+        for _ in range(2):
+            optimizer.backward({"a": p.square().sum(), "b": p.sum()})
+            optimizer.step()
+            between(optimizer, p)
+        return p.detach()
+
+    def skips(optimizer, p):
+        optimizer.backward({"a": (7 * p).sum()})
+        optimizer.skip_step()
+        optimizer.step()
+
+    def fails(optimizer, p):
+        optimizer.backward({"a": (7 * p).sum()})
+        elsewhere = P(torch.ones(2)).sum()
+        with pytest.raises(ValueError, match="reaches no parameter"):
+            optimizer.backward({"a": (7 * p).sum(), "b": elsewhere})
+
+    plain = after(lambda optimizer, p: None)
+    loaded = after(lambda optimizer, p: optimizer.load_state_dict(optimizer.state_dict()))
+    for found in (loaded, after(skips), after(fails)):
+        assert torch.equal(found, plain)
+
+
+def test_gradients_from_elsewhere_between_accumulated_batches_count():
+    a, b = P(torch.ones(2)), P(torch.ones(2))
+    optimizer = MTAdam([a, b])
+    optimizer.backward({"t": a.sum()})
+    (3 * b).sum().backward()
+    optimizer.backward({"t": a.sum() + b.sum()})
+    assert b.grad.tolist() == [4, 4]
+    assert a.grad.tolist() == [2, 2]
+
+
+def test_what_is_frozen_between_accumulated_batches_keeps_what_it_has():
+    a, b = P(torch.ones(2)), P(torch.ones(2))
+    optimizer = MTAdam([a, b], lr=0.1)
+    optimizer.backward({"t": a.sum() + b.sum()})
+    b.requires_grad_(False)
+    optimizer.backward({"t": a.sum()})
+    optimizer.step()
+    torch.testing.assert_close(b.detach(), torch.full((2,), 0.9))
+
+
+def test_clipping_between_accumulated_batches_shortens_what_was_there():
+    p = P(torch.ones(4))
+    optimizer = MTAdam([p])
+    for clip in (True, False):
+        optimizer.backward({"a": (p * torch.tensor([1.0, 2, 3, 4])).sum()})
+        if clip:
+            optimizer.clip_gradients(1e-3)
+    torch.testing.assert_close(p.grad, torch.tensor([1.0, 2, 3, 4]) * (1 + 1e-3 / 30**0.5))
+
+
+def test_a_group_that_comes_after_an_edit_changes_no_scale():
+    def scales(add):
+        p = P(torch.ones(4))
+        optimizer = MTAdam([p], lr=0.1)
+        one, other = torch.tensor([1.0, 2, 3, 4]), torch.tensor([4.0, -3, 2, 2])
+        optimizer.backward({"a": (p * one).sum(), "b": (p * other).sum()})
+        p.grad[:2] = 0
+        if add:
+            optimizer.add_param_group({"params": [P(torch.ones(2))]})
+        optimizer.step()
+        return [
+            optimizer.scales()["parameter_0"],
+            *(optimizer.state[p][key] for key in ("exp_avg_sq", "gradient_norm")),
+        ]
+
+    for one, other in zip(scales(False), scales(True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_backward_pass_that_is_refused_leaves_the_loss_scale_where_it_was():
+    p, scale = P(torch.ones(4)), torch.tensor(1024.0)
+    optimizer = MTAdam([p], lr=0.1, terms=("a",))
+    optimizer.backward({"a": p.sum()}, grad_output=scale, loss_scale=scale)
+    with pytest.raises(ValueError, match="typo"):
+        optimizer.backward({"typo": p.sum()}, grad_output=scale, loss_scale=scale)
+    assert p.grad.tolist() == [1024] * 4
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((4,), 0.1))
+
+
+def test_after_a_refusal_what_was_set_to_none_stays_alone():
+    a, b = P(torch.ones(2)), P(torch.ones(2))
+    optimizer = MTAdam([a, b], lr=0.1, low_memory=True)
+    optimizer.backward({"t": a.sum() + b.sum()})
+    b.grad = None
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="'parameter_1' was changed"):
+            optimizer.step()
+    assert torch.equal(b, torch.ones(2))
+
+
+def test_a_cleared_state_after_an_edit_begins_anew():
+    p = P(torch.ones(4))
+    optimizer = MTAdam([p], lr=0.1)
+    optimizer.backward({"a": p.sum()})
+    p.grad.mul_(0.5)
+    optimizer.state.clear()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((4,), 0.05))
+
+
+def test_the_balanced_gradient_is_let_go_with_p_grad():
+    model = M()
+    optimizer = MTAdam(model.named_parameters())
+    optimizer.backward(model.losses())
+    memory = weakref.ref(optimizer._pending.shown.memory)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert memory() is None
