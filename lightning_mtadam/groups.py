@@ -242,7 +242,7 @@ def begin_anew(groups: Sequence[dict[str, Any]]) -> None:
 
 def count(groups: Sequence[dict[str, Any]], before: dict[str, Any], measured: Iterable[str]) -> None:
     """Count one more step, in which these terms were measured; what was counted ``before`` is kept there."""
-    before.update({key: groups[0][key] for key in ("steps", "measured")})
+    before.update(steps=groups[0]["steps"], measured=groups[0]["measured"])
     for group in groups:
         group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
 

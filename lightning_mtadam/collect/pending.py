@@ -57,8 +57,7 @@ class PendingGradients:
         parts = list(map(sharding.local, parameters)) if sharded else parameters
         keys = [None if sharded else id(group) for group in groups for _ in group["params"]]
         trained = [one.requires_grad for one in parameters]
-        if self.gradients:  # what was frozen since keeps what it has
-            trained = list(map(or_, trained, self.touched))
+        trained = list(map(or_, trained, self.touched)) if self.gradients else trained  # frozen since
         return GradientMemory.fitting(self.memory, parts, trained, keys, rows)
 
     def use(self, memory: GradientMemory, rows: Sequence[str]) -> None:

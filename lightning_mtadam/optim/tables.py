@@ -108,10 +108,7 @@ class Tables:
         return Weighed(norms, counts, self.scales(norms, counts))
 
     def measured(self, observed: Tensor, touched: Tensor, weighed: Weighed, finite: Tensor | None) -> Coefficients:
-        """What that step does to the tables; where ``finite`` is false nothing changes.
-
-        Gives the coefficients of all parameters.
-        """
+        """Let the tables see that step, unless ``finite`` is false; gives the coefficients of all parameters."""
         changes = [(self.norms, self.by_parameter(weighed.norms)), (self.counts, self.by_parameter(weighed.counts))]
         changes.append((self.clocks, balancing.tick(self.clocks, self.reaching(observed, weighed.scales), touched)))
         for kept, moved in changes:

@@ -73,10 +73,9 @@ class TermOptimizer(GroupsOptimizer):
     ) -> None:
         """Differentiate each loss by itself and hold its gradients for :meth:`step`; in place of ``sum.backward()``.
 
-        ``p.grad`` is then the balanced gradient, the sum over the terms as scaled, from which :meth:`step` takes the
-        first moment: what is done to it counts. Gradients add up over several calls until :meth:`step` consumes them,
-        or :meth:`zero_grad` drops them. Leaves of the graph that are not the optimizer's get no gradient. A hook of
-        ``p.register_hook`` sees the gradient of each term, one of ``p.register_post_accumulate_grad_hook`` ``p.grad``.
+        ``p.grad`` is then the balanced gradient, from which :meth:`step` takes the first moment: what is done to it
+        counts. Gradients add up until :meth:`step` or :meth:`zero_grad` drops them; leaves that are not the optimizer's
+        get none. ``p.register_hook`` sees each term, ``p.register_post_accumulate_grad_hook`` ``p.grad``.
 
         Args:
             losses: named scalar losses. Terms may be absent, or zero without a graph; an unknown name is an error.
@@ -113,8 +112,7 @@ class TermOptimizer(GroupsOptimizer):
         probed, self._pending.probed = self._pending.probed, False
         self._pending.clear()
         super().zero_grad(set_to_none)
-        if not set_to_none:
-            self._pending.spent = Spent(self._parameters())
+        self._pending.spent = self._pending.spent if set_to_none else Spent(self._parameters())
         if probed:
             refuse_probing()
 

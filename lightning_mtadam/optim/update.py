@@ -71,22 +71,18 @@ class Updater:
         spread = now.chunks.spread(self.tables.by_parameter(weighed.scales))
         for chunk, scales in zip(now.chunks.parts, spread, strict=True):
             total, gradients = chunk.row_in(shown), chunk.gradient_rows
-            if total.dtype == scales.dtype and not (self.options.compile and chunk.on_host):
-                scratch = self.scratch(chunk, total.dtype)
-                algorithm.balance(gradients, scales, total, None if scratch is None else scratch[0])
+            scratch = self.scratch(chunk, scales.dtype)
+            if scratch is not None and total.dtype == scales.dtype:
+                algorithm.balance(gradients, scales, total, scratch[0])
                 continue
-            length = BLOCK if chunk.on_host else _length(chunk, 1)
+            length = BLOCK if chunk.on_host else _length(chunk, 2)
             for piece in _pieces(total, length // chunk.block):
                 _balance([row[piece] for row in gradients], _cut_at(piece, scales), total[piece])
         return shown, now.flags
 
     def follow_edits(self, pending: ShownGradients, *, goes_on: bool) -> None:
-        """Let the terms' gradients follow what users have made of ``p.grad``, where more than that is looked at.
-
-        ``goes_on``: whether gradients of another batch come to it.
-        """
+        """Let the terms' gradients follow what users have made of ``p.grad``. ``goes_on``: another batch follows."""
         shown = pending.shown
-        assert shown is not None
         if self.options.denominator == "sum" and not goes_on:
             return
         self._weighed = self._weighed or self._weigh(pending, self._prepare(pending))
@@ -121,7 +117,6 @@ class Updater:
         Gives what multiplies the terms' gradients, [L, I], and the coefficients of all parameters.
         """
         assert self._weighed is not None
-        assert pending.shown is not None
         (_, touched, weighed), self._weighed, tables = self._weighed, None, self.tables
         self.follow_groups(finite=finite)
         self._shown, self._now = pending.shown.memory, self._prepare(pending)
@@ -270,6 +265,9 @@ class Updater:
 
 def _balance(gradients: algorithm.Rows, scales: Tensor, total: Tensor) -> None:
     """The balanced gradient; a narrow dtype saturates, unless a gradient is not finite."""
+    if total.dtype == scales.dtype:
+        algorithm.balance(gradients, scales, total)
+        return
     most, wide = torch.finfo(total.dtype).max, torch.empty_like(total, dtype=scales.dtype)
     total.copy_(algorithm.balance(gradients, scales, wide).clamp_(-most, most))
 
