@@ -129,7 +129,7 @@ def without_start(norms: Tensor, counts: Tensor, beta3: Tensor) -> Tensor:
     return ((norms - start * (1 - counts * torch.finfo(norms.dtype).eps)) / (1 - start)).clamp(min=0)
 
 
-def loudness(norms: Tensor, silent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loudness(norms: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Where a term's gradient is noise, where it is faint, and where it is clear: [L, I] -> [L, I] each, bool.
 
     What counts is its share of the same term's norm over the network, so that no factor matters. A gradient that is
@@ -139,7 +139,8 @@ def loudness(norms: Tensor, silent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     relative = norms / norms.amax(0)  # no square over- or underflows
     shares = relative / torch.linalg.vector_norm(relative, dim=0)
     threshold = ROUNDING * torch.finfo(norms.dtype).eps
-    faint, clear = shares < threshold, (shares > CLEAR * threshold).masked_fill(silent, False)
+    faint, clear = shares < threshold, shares > CLEAR * threshold
+    clear = clear if silent is None else clear.masked_fill(silent, False)
     return faint & clear.any(1, keepdim=True), faint, clear
 
 

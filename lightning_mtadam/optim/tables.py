@@ -67,7 +67,7 @@ class Tables:
             self._layer_of = self._layer_of[self.constant(self.members, torch.int64)]
         importance = [float(options.importance.get(term, 1)) for term in terms]
         self._importance = self.constant(importance)
-        self._silent = self.constant([one == 0 for one in importance], torch.bool)
+        self._silent = self.constant([one == 0 for one in importance], torch.bool) if 0 in importance else None
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
@@ -139,7 +139,7 @@ class Tables:
 
     def reaching(self, observed: Tensor, scales: Tensor) -> Tensor:
         """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
-        return (observed > 0) & self.by_parameter((scales > 0) | self._silent)
+        return (observed > 0) & self.by_parameter(scales > 0 if self._silent is None else (scales > 0) | self._silent)
 
     def settled(self, norms: Tensor, counts: Tensor, anchor: int | None) -> Tensor:
         """Where a term's scale depends on no other but the ``anchor``, if there is one: [L, I] bool."""
