@@ -81,7 +81,7 @@ def fused_update(
     lr = numbers.lr / float(local.factor)
     decay = (1 - numbers.decay) / lr if lr and numbers.decay is not None else 0.0
     lists = ([parameter], [total], [moments.first[0]], divisors, [], [LONG_AGO])
-    betas = {"beta1": 1 - numbers.share, "beta2": decays[0]}
+    betas = {"beta1": 1 - numbers.share, "beta2": min(decays[0], STANDING)}
     torch._fused_adamw_(*lists, lr=lr, weight_decay=decay, amsgrad=False, **betas, **rest)  # type: ignore[call-overload]
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -67,6 +67,7 @@ def arguments(chunk, local, numbers):
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=0, reached=[False], denominator="sum", dtype=torch.float32, beta1=0.0, lr=0.01, decay=None, size=1)
 @given(
     seed=st.integers(0, 10_000),
     reached=st.lists(st.booleans(), min_size=1, max_size=12),
