@@ -14,10 +14,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_mtadam.meetings import Reference
 from lightning_mtadam.terms import Gradients
 
 NormInit: TypeAlias = Literal["first", "unbiased", "one"]
-Reference: TypeAlias = int | Literal["mean", "max"]
 ROUNDING = 128.0  # epsilons: the share of a term's norm over the network below which a gradient may be rounding alone
 CLEAR = 100.0  # times that: terms' shares at a layer of a deep network differ by less
 
@@ -171,13 +171,6 @@ def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
     return torch.where(anchor > 0, anchor, geometric_mean(norms))
 
 
-def target_norms(norms: Tensor, anchor: str | None, terms: Sequence[str]) -> Tensor | None:
-    """The magnitude that the terms are brought to, [L, 1]; ``None`` if they are left as they are."""
-    if anchor is None:
-        return None
-    return norms.new_ones(len(norms), 1) if anchor == "unit" else reference_norms(norms, reference_of(anchor, terms))
-
-
 def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, max_scale: float) -> Tensor:
     """What multiplies each term's gradient: ``importance_i n_anchor / n_i`` (Alg. 1, line 8). [L, I] -> [L, I].
 
@@ -190,14 +183,18 @@ def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, 
     """
     if reference is None:
         return importance.expand_as(norms)
-    largest = torch.finfo(norms.dtype).max
-    ratios = torch.where(norms > 0, (reference / norms).clamp(max=min(max_scale, largest)), 0)
-    return (ratios * importance).clamp(max=largest)
+    return limited(torch.where(norms > 0, reference / norms, 0), importance, max_scale)
+
+
+def limited(ratios: Tensor, importance: Tensor, max_scale: float) -> Tensor:
+    """The scales that follow from ``n_anchor / n_i``, [L, I]: up to ``max_scale``, times the importance; finite."""
+    largest = torch.finfo(ratios.dtype).max
+    return (ratios.clamp(max=min(max_scale, largest)) * importance).clamp(max=largest)
 
 
 def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:
     """The balance weights ``n_i / n_anchor``, nan where the term has not reached the layer. [L, I]."""
-    return torch.where(norms > 0, norms / reference, math.nan)
+    return torch.where((norms > 0) & (reference > 0), norms / reference, math.nan)
 
 
 def tick(clocks: Tensor, reaching: Tensor, touched: Tensor) -> Tensor:

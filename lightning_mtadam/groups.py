@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from numbers import Real
 from operator import is_, itemgetter
 from typing import Any, TypeAlias
 
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.optim import Optimizer
 
-from lightning_mtadam.terms import PLACEHOLDER, clean_names
+from lightning_mtadam.schedule import COUNTED
+from lightning_mtadam.terms import PLACEHOLDER, clean_names, plain
 
 Group: TypeAlias = dict[str, Any]
 
@@ -221,7 +224,7 @@ def complete_groups(
     members = [set(map(id, group["params"])) for group in groups]
     if len(set().union(*members)) < sum(map(len, members)):
         raise ValueError("A parameter is in more than one parameter group. Leave it in one of them.")
-    counted: Group = {key: group[key] for group in before[:1] for key in ("steps", "measured") if key in group}
+    counted: Group = {key: group[key] for group in before[:1] for key in COUNTED if key in group}
     known, terms = set(map(id, before)), defaults["terms"]
     for group in groups:
         for key, value in defaults.items():
@@ -232,19 +235,6 @@ def complete_groups(
     for group in groups:
         if id(group) not in known:
             check(group)
-
-
-def begin_anew(groups: Sequence[dict[str, Any]]) -> None:
-    """Count no steps, and no terms that were measured: of the whole optimizer, in all of its groups."""
-    for group in groups:
-        group.update(steps=0, measured=())
-
-
-def count(groups: Sequence[dict[str, Any]], before: dict[str, Any], measured: Iterable[str]) -> None:
-    """Count one more step, in which these terms were measured; what was counted ``before`` is kept there."""
-    before.update(steps=groups[0]["steps"], measured=groups[0]["measured"])
-    for group in groups:
-        group.update(steps=group["steps"] + 1, measured=tuple(dict.fromkeys((*group["measured"], *measured))))
 
 
 def _check_form(index: int, group: object) -> None:
@@ -308,3 +298,19 @@ def drop_misfits(state: MutableMapping[Tensor, Any], named: Iterable[tuple[str, 
     for parameter in dropped:
         del state[parameter]
     return bool(dropped)
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise unless a group's numbers are in range."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = plain(group[name])
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, but got {value!r}.")
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, but got {value!r}.")
+    betas = plain(group["betas"])
+    if not isinstance(betas, (tuple, list)) or len(betas) != 3:
+        raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), but got {betas!r}.")
+    for index, beta in enumerate(betas, start=1):
+        if not isinstance(beta, Real) or not 0 <= float(beta) < 1:
+            raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")

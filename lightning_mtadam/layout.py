@@ -92,3 +92,13 @@ def places_of(parameters: Sequence[Tensor], key: Hashable | None) -> tuple[Place
     """The places of the parameters of a pack, one after the other."""
     block = block_of(parameters[0], key)
     return tuple(Place.of(parameter, block) for parameter in parameters)
+
+
+def overlaps(parameter: Tensor) -> bool:
+    """Whether two of its elements lie in one place."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return parameter.numel() > 0
+        reach += (size - 1) * stride
+    return False

@@ -29,6 +29,7 @@ class PendingGradients:
     norms: dict[str, list[Tensor | None]] = field(default_factory=dict)  # of the terms whose norms are known, [P] each
     memory: GradientMemory | None = None  # what holds the gradients; None before the first backward pass
     light: bool = False  # whether they are of one weighted sum of the losses, as in most steps with balance_every
+    awaited: dict[str, int] = field(default_factory=dict)  # the terms that came too late to be measured, and until when
     shown: Any = None  # the balanced gradient as it is in p.grad
     absorbed: Any = None  # what has consumed the gradients already, with low_memory
     skip: bool = False  # whether the next step is to do nothing
@@ -42,7 +43,7 @@ class PendingGradients:
 
     def drop_gradients(self) -> None:
         """Forget the gradients."""
-        self.gradients, self.norms, self.terms = {}, {}, ()
+        self.gradients, self.norms, self.terms, self.awaited = {}, {}, (), {}
         self.light, self.absorbed, self.shown = False, None, None
 
     @property

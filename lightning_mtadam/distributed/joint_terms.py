@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_mtadam.distributed.agreement import Announcement, Numbers, Parameters
 from lightning_mtadam.distributed.processes import Processes
-from lightning_mtadam.terms import Losses
+from lightning_mtadam.terms import Losses, plain
 
 
 def alike(losses: Losses, parameter: Tensor) -> Losses:
@@ -28,6 +29,7 @@ class Ranks:
         parameters: what they agreed to train in the last batch; ``None`` before the first.
         synced: whether the network has ``SyncBatchNorm``; ``None`` until it was looked at.
         seen: the terms that were not absent in every step so far.
+        early: whether it must be known before the backward passes of this batch which terms are absent.
     """
 
     late: bool
@@ -35,6 +37,7 @@ class Ranks:
     parameters: Parameters | None = None
     synced: bool | None = None
     seen: set[str] = field(default_factory=set)
+    early: bool = False
 
     def announce(
         self,
@@ -56,4 +59,19 @@ class Ranks:
     def agree_before(self, mine: Announcement) -> bool:
         """Whether they must agree before the backward passes: what these send depends on it, or they wait in these."""
         known = self.parameters == mine.parameters and self.seen.issuperset(mine.terms)
-        return not self.late or not mine.averages or not known or bool(self.synced)
+        return not self.late or not mine.averages or not known or bool(self.synced) or self.early
+
+
+def told_options(options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Numbers:
+    """What must be the same on all ranks, as they tell each other: what holds for all, and the groups' numbers."""
+    told = [(name, _name_of(value) if callable(value) else repr(value)) for name, value in options.items()]
+    for index, group in enumerate(groups):
+        where = f" of group {index}" if len(groups) > 1 else ""
+        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        told += [(f"{name}{where}", repr(plain(group[name]))) for name in names]
+    return tuple(told)
+
+
+def _name_of(rule: Callable[[str], str]) -> str:
+    """A function by its name: what else stands for it differs between processes."""
+    return getattr(rule, "__qualname__", type(rule).__qualname__)

@@ -18,6 +18,7 @@ from lightning_mtadam.distributed import sharding
 from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.optim import algorithm
 from lightning_mtadam.optim.chunks import Coefficients, Moments
+from lightning_mtadam.optim.tables import Averages
 from lightning_mtadam.optim.update import Updater
 from lightning_mtadam.terms import Gradients, check_reached, is_host, non_finite
 
@@ -65,7 +66,7 @@ class LowMemory:
         """As of ``Updater``. On the host it is known already that they are finite."""
         tables, norms = self.tables, self._norms_so_far()
         balances = tables.options.anchor is not None
-        settled = self._settled(*tables.norms_by_layer()).flatten() if balances else None
+        settled = self._settled(tables.averages()).flatten() if balances else None
         return norms, watch.check(norms, tables.names, tables.terms, settled)
 
     def balance(self, _: object, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
@@ -126,7 +127,7 @@ class LowMemory:
         zero = torch.zeros_like(self.tables.norms[:, 0])
         return torch.stack([self._observed.get(term, zero) for term in self.tables.terms], 1)
 
-    def _averages(self) -> tuple[Tensor, Tensor]:
+    def _averages(self) -> Averages:
         """The averages of the norms, and their counts, after this step, at the layers that the last term reaches."""
         everywhere = self.tables.constant([True] * len(self.tables.members), torch.bool)[:, None]
         return self.tables.averaged(self._norms_so_far(), everywhere, self._present())
@@ -142,23 +143,23 @@ class LowMemory:
             return flags
         settled, count = [False] * len(tables.members), len(tables.terms)
         if is_host(tables.device):
-            settled = self._settled(*self._averages())[:, column].tolist()
+            settled = self._settled(self._averages())[:, column].tolist()
         elif len(self.watch.told) == count * len(settled) and all(group["betas"][2] > 0 for group in tables.distinct):
             settled = self.watch.told[column::count]
         for member, flag in zip(tables.members, settled, strict=True):
             flags[member] = flag
         return flags
 
-    def _settled(self, norms: Tensor, counts: Tensor) -> Tensor:  # [P, I]
+    def _settled(self, averages: Averages) -> Tensor:  # [P, I]
         tables, anchor = self.tables, None if self.tables.options.anchor == "unit" else self._anchor
-        return tables.by_parameter(tables.settled(norms, counts, anchor))
+        return tables.by_parameter(tables.settled(averages, anchor))
 
     def _consume(self, column: int, gradients: Gradients) -> None:
         tables, updater, flags = self.tables, self.updater, [gradient is not None for gradient in gradients]
         if not any(flags):
             return
         updater.follow_groups(finite=self._finite)
-        scales = tables.scales(*self._averages())
+        scales = tables.scales(self._averages())
         weights, scales = self._weights(column, scales), tables.by_parameter(scales)[:, column, None]
         chunks = self.updater.chunks_like(self.sums, flags)
         for chunk, scale, weight in zip(chunks, chunks.spread(scales), chunks.spread(weights), strict=True):

@@ -14,11 +14,12 @@ from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
-from lightning_mtadam.groups import count, materialized
-from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
+from lightning_mtadam.groups import check_numbers, materialized
+from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
+from lightning_mtadam.schedule import COUNTED, count
 from lightning_mtadam.terms import plain
 
 
@@ -128,7 +129,7 @@ class MTAdam(TermOptimizer):
         )
         options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
+        super().__init__(params, {**numbers, "maximize": maximize, **COUNTED}, options, terms)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -171,7 +172,8 @@ class MTAdam(TermOptimizer):
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
             scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
-            count(self.param_groups, self._counted, () if self._pending.light else self._pending.gradients)  # line 3: t
+            measured = () if self._pending.light else self._pending.gradients
+            count(self.param_groups, self._counted, measured, self._pending.awaited)  # line 3: t
             if updater.joined:
                 self._keep(updater)
             self._last_scales.update(zip(updater.tables.layers.names, scales.unbind(), strict=True))
@@ -185,16 +187,15 @@ class MTAdam(TermOptimizer):
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """The moving averages n_i of the terms' gradient norms, by layer: tensors [I]; zero where never reached."""
-        return self._read_norms(lambda norms: norms)
+        return self._read(Tables.corrected_norms)
 
     def balance_weights(self) -> dict[str, Tensor]:
         """The balance weights n_i / n_anchor, or n_i / n_1 without an anchor, by layer: [I].
 
-        nan where a term never reached, or is left out as rounding noise (``docs/how_it_works.md``), with scale 0.
+        Of a layer of several parameters, the norms are of those that both reach. nan where a term never reached, or is
+        left out as rounding noise (``docs/how_it_works.md``), with scale 0.
         """
-        weights, anchors, terms = balancing.balance_weights, balancing.reference_norms, self.terms
-        reference = balancing.reference_of(self._options.anchor, terms) if terms else 0
-        return self._read_norms(lambda norms: weights(norms, anchors(norms, reference)), heard=True)
+        return self._read(Tables.balance_weights)
 
     def term_weights(self) -> dict[str, Tensor]:
         """Empty: no constant multiplies a loss. :func:`lightning_mtadam.export_weights` makes some."""
@@ -240,27 +241,30 @@ class MTAdam(TermOptimizer):
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
         self._parameters()
         check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
-        check_options_of_groups(state_dict["param_groups"], self.defaults.keys() - {"steps", "measured"}, check_numbers)
+        check_options_of_groups(state_dict["param_groups"], self.defaults.keys() - COUNTED.keys(), check_numbers)
         super().load_state_dict(state_dict)
-        restore(self.state, self.param_groups, state_dict)
+        restore(self.state, self.param_groups, state_dict, self._options)
+        for group in self.param_groups:
+            if any(isinstance(entry, str) for entry in group["measured"]):  # as it was written down before
+                group["measured"] = ()
+            group.setdefault("awaited", ())
         self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)
 
     def __repr__(self) -> str:
         """The options and the groups' hyper-parameters, without what is only counted."""
-        hidden = {"params", "param_names", "steps", "measured", "terms", *self._options.state_meaning}
+        hidden = {"params", "param_names", *COUNTED, "terms", *self._options.state_meaning}
         lines = [f"    {name}: {value!r}" for name, value in [("terms", self.terms), *vars(self._options).items()]]
         for index, group in enumerate(self.param_groups):
             numbers = [f"    {key}: {value!r}" for key, value in group.items() if key not in hidden]
             lines += [f"Parameter Group {index} ({len(group['params'])} parameters)", *numbers]
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
-    def _read_norms(self, read: Callable[[Tensor], Tensor], *, heard: bool = False) -> dict[str, Tensor]:
-        """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
+    def _read(self, method: Callable[[Tables], Tensor]) -> dict[str, Tensor]:
+        """What a method of the tables gives, [L, I], by layer; empty before the first step or preallocation."""
         if not any(self.state.values()):
             return {}
         tables = self._tables()
-        norms = tables.corrected_norms(heard=heard)
-        return dict(zip(tables.layers.names, read(norms).clone().unbind(), strict=True))
+        return dict(zip(tables.layers.names, method(tables).clone().unbind(), strict=True))
 
     def _tables(self) -> Tables:
         """Those of the parameters as they are now."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_mtadam.balancing import NormInit
-from lightning_mtadam.distributed.agreement import Numbers
-from lightning_mtadam.optim.schedule import SUM
-from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, plain, unknown_name_message
+from lightning_mtadam.groups import check_numbers
+from lightning_mtadam.layout import overlaps
+from lightning_mtadam.optim.light import SUM
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
 
 LayerRule: TypeAlias = str | Callable[[str], str]
 Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
@@ -109,6 +108,11 @@ class Options:
         """Whether squares of norms are averaged: where a scale lasts for many steps."""
         return self.balance_every > 1
 
+    @property
+    def shares_layers(self) -> bool:
+        """Whether a layer may have several parameters."""
+        return self.layers != "parameter"
+
     def moments(self, terms: int) -> tuple[int, int]:
         """How many first and second moments there are of each element."""
         return (terms if self.denominator == "own" else 1), (1 if self.denominator == "sum" else terms)
@@ -118,22 +122,6 @@ class Options:
         """The options that say what the numbers in the state mean: a checkpoint must agree on them."""
         layers = "callable" if callable(self.layers) else self.layers
         return {"layers": layers, "norm_init": self.norm_init, "denominator": self.denominator}
-
-
-def check_numbers(group: Mapping[str, Any]) -> None:
-    """Raise unless a group's numbers are in range."""
-    for name in ("lr", "eps", "weight_decay"):
-        value = plain(group[name])
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, but got {value!r}.")
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, but got {value!r}.")
-    betas = plain(group["betas"])
-    if not isinstance(betas, (tuple, list)) or len(betas) != 3:
-        raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), but got {betas!r}.")
-    for index, beta in enumerate(betas, start=1):
-        if not isinstance(beta, Real) or not 0 <= float(beta) < 1:
-            raise ValueError(f"beta{index} must be in [0, 1), but got {beta!r}.")
 
 
 def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ...]) -> None:
@@ -146,38 +134,12 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
     if any(parameter.is_complex() for parameter in group["params"]):
         raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")
     for index, parameter in enumerate(group["params"]):
-        if not is_lazy(parameter) and _overlaps(parameter):
+        if not is_lazy(parameter) and overlaps(parameter):
             raise ValueError(
                 f"Elements of parameter {index} of a group share memory: its shape is {tuple(parameter.shape)}, its"
                 f" strides are {parameter.stride()}. No step can move them apart. Train a copy,"
                 " torch.nn.Parameter(p.clone()), or what it was expanded from."
             )
-
-
-def _overlaps(parameter: Tensor) -> bool:
-    """Whether two of its elements lie in one place."""
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return parameter.numel() > 0
-        reach += (size - 1) * stride
-    return False
-
-
-def told_options(options: Options, terms: tuple[str, ...], groups: Sequence[Mapping[str, Any]]) -> Numbers:
-    """What must be the same on all ranks, as they tell each other. ``terms``: those that were given."""
-    layers = options.layers if isinstance(options.layers, str) else _name_of(options.layers)
-    told = [(name, repr(value)) for name, value in {**vars(options), "layers": layers, "terms": terms}.items()]
-    for index, group in enumerate(groups):
-        where = f" of group {index}" if len(groups) > 1 else ""
-        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-        told += [(f"{name}{where}", repr(plain(group[name]))) for name in names]
-    return tuple(told)
-
-
-def _name_of(rule: Callable[[str], str]) -> str:
-    """A function by its name: what else stands for it differs between processes."""
-    return getattr(rule, "__qualname__", type(rule).__qualname__)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -16,12 +17,15 @@ from lightning_mtadam.distributed import sharding
 from lightning_mtadam.layout import Place, pack_up, places_of
 from lightning_mtadam.optim.options import Options
 
+_KIND = attrgetter("dtype", "shape")
+
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 
 AVERAGE_KEYS = ("log_scale", "log_scale_count")  # of the scales' average; checkpoints from before it lack them
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 BALANCE_KEYS = ("step", "gradient_norm", "gradient_norm_count", *AVERAGE_KEYS)  # small, in fp32 or better
+SHARES = "gradient_share"  # so, too; only where layers have several parameters
 
 
 def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad: bool) -> dict[str, tuple[int, ...]]:
@@ -31,7 +35,8 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
     second moments, or one per term with denominator "own"; ``exp_avg_sq`` [I, *shape], or [1, *shape] with denominator
     "sum": the second moments, their bias already corrected; ``max_exp_avg_sq`` with amsgrad, not corrected;
     ``gradient_norm`` and ``gradient_norm_count`` [I]: the moving averages of the layer's norms; ``log_scale`` and
-    ``log_scale_count`` [I]: the mean logarithm of the layer's scales, and over how many steps.
+    ``log_scale_count`` [I]: the mean logarithm of the layer's scales, and over how many steps; ``gradient_share`` [I]:
+    the parameter's share in the square of the layer's norm, where a layer has several.
     """
     shape = tuple(parameter.shape)
     first, second = options.moments(terms)
@@ -40,6 +45,7 @@ def expected_shapes(parameter: Tensor, options: Options, terms: int, *, amsgrad:
         "exp_avg": (first, *shape) if options.denominator == "own" else shape,
         "exp_avg_sq": (second, *shape),
         **dict.fromkeys(BALANCE_KEYS[1:], (terms,)),
+        **({SHARES: (terms,)} if options.shares_layers else {}),
         **({"max_exp_avg_sq": (second, *shape)} if amsgrad else {}),
     }
 
@@ -76,7 +82,7 @@ def _zeros(parameter: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> State:
     wide, device, sharded = wide_dtype([parameter]), parameter.device, hasattr(parameter, "to_local")
     return {
         key: torch.zeros(shape, dtype=wide, device=device)
-        if key in BALANCE_KEYS
+        if key in (*BALANCE_KEYS, SHARES)
         else sharding.zeros(shape, parameter.dtype, parameter)
         if sharded
         else torch.zeros((), dtype=parameter.dtype, device=device).expand(shape)
@@ -85,20 +91,26 @@ def _zeros(parameter: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> State:
 
 
 @torch.inference_mode(False)
-def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str, Any]) -> None:
-    """Copy a checkpoint's tensors, in the dtypes they are kept in: torch would cast norms, and share memory with it."""
+def restore(state: dict[Tensor, State], groups: Groups, state_dict: Mapping[str, Any], options: Options) -> None:
+    """Copy a checkpoint's tensors, in the dtypes they are kept in: torch would cast norms, and share memory with it.
+
+    One from before norms were told apart by parameter begins them anew.
+    """
     parameters = [parameter for group in groups for parameter in group["params"]]
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         loaded = state_dict["state"].get(index, {})
         for key, saved in loaded.items():
-            if key in BALANCE_KEYS:
+            if key in (*BALANCE_KEYS, SHARES):
                 state[parameter][key] = saved.to(parameter.device, wide_dtype([parameter]), copy=True)
             else:
                 placed = sharding.place(saved.to(parameter.device), parameter)
                 state[parameter][key] = placed.to(parameter.dtype, copy=True)
         for key in AVERAGE_KEYS if loaded else ():
             state[parameter].setdefault(key, torch.zeros_like(state[parameter]["gradient_norm"]))
+        if loaded and options.shares_layers and SHARES not in loaded:
+            anew = ("gradient_norm", "gradient_norm_count", SHARES)
+            state[parameter].update({key: torch.zeros_like(state[parameter]["log_scale"]) for key in anew})
 
 
 def join_moments(states: Sequence[State], key: str, leading: int, places: Sequence[Place]) -> Tensor:
@@ -120,6 +132,14 @@ def join_moments(states: Sequence[State], key: str, leading: int, places: Sequen
         view.copy_(state[key])
         state[key] = view
     return whole
+
+
+def identity_of(parameters: Sequence[Tensor], state: Mapping[Tensor, State]) -> tuple[object, list[Tensor | None]]:
+    """What tells these parameters and states from others that replace them; and all moments in the state."""
+    clocks = [state[parameter].get("step") if parameter in state else None for parameter in parameters]
+    moments = [one.get(key) for one in state.values() for key in MOMENT_KEYS]
+    kinds = list(map(_KIND, filter(state.get, parameters)))
+    return (list(map(id, parameters)), list(map(id, clocks)), list(map(id, moments)), kinds), moments
 
 
 def own_memory(tensor: Tensor) -> Tensor:
@@ -164,4 +184,4 @@ def check_checkpoint(
             checkpoint.check_materialized(parameter, name)
             amsgrad = group.get("amsgrad") or "max_exp_avg_sq" in state
             shapes = expected_shapes(parameter, options, len(saved_terms), amsgrad=amsgrad)
-            checkpoint.check_entries(state, shapes, AVERAGE_KEYS, name)
+            checkpoint.check_entries(state, shapes, (*AVERAGE_KEYS, SHARES), name)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mtadam import balancing
+from lightning_mtadam import balancing, meetings
 from lightning_mtadam.balancing import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
@@ -17,23 +17,41 @@ from lightning_mtadam.distributed import sharding
 from lightning_mtadam.optim.chunks import Coefficients
 from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.options import Options
-from lightning_mtadam.optim.schedule import decay_of_norms
-from lightning_mtadam.optim.state import BALANCE_KEYS, State
+from lightning_mtadam.optim.state import BALANCE_KEYS, SHARES, State
+from lightning_mtadam.schedule import decay_of_norms
+
+
+class Averages(NamedTuple):
+    """The moving averages of the layers' norms."""
+
+    norms: Tensor  # [L, I]
+    counts: Tensor  # how many norms they average, [L, I]
+    shares: Tensor | None  # of the parameters in the squares of their layers' norms, [P, I]; None: each is a layer
 
 
 class Weighed(NamedTuple):
-    """What the gradients of a step make of the norms, and of the scales: [L, I] each."""
+    """What the gradients of a step make of the averages, and of the scales, [L, I]."""
 
-    norms: Tensor
-    counts: Tensor
+    averages: Averages
     scales: Tensor
+
+
+class Told(NamedTuple):
+    """What the averages tell. ``heard``, ``faint``, ``clear`` are bool, [P, I], or [L, I] where there are no shares."""
+
+    norms: Tensor  # n_i of the layers, [L, I]
+    shares: Tensor | None  # as of the averages
+    heard: Tensor  # where a term reaches, and is not noise that is left out
+    faint: Tensor  # where it may be noise
+    clear: Tensor  # where it is not
 
 
 class Tables:
     """The tables of ``P`` parameters that have a state, in ``L`` layers, with ``I`` terms, kept across steps.
 
     ``clocks`` [P, 1 + I], ``norms``, ``counts``, ``log_scales``, ``log_scale_counts`` [P, I] are the ``BALANCE_KEYS``
-    of the states, which hold the rows. ``members`` are the indices of those parameters, ``row_of`` their rows.
+    of the states, which hold the rows; so are ``shares``, if layers have several parameters. ``members`` are the
+    indices of those parameters, ``row_of`` their rows.
     """
 
     def __init__(
@@ -60,6 +78,7 @@ class Tables:
         self._uniform = all(p.device == self.device and wide_dtype([p]) == self.dtype for p in mine)
         joined = [self._join(key) for key in BALANCE_KEYS]
         self.clocks, self.norms, self.counts, self.log_scales, self.log_scale_counts = joined
+        self.shares = self._join(SHARES) if options.shares_layers else None
         self._every = len(mine) == len(owners)
         self._own_layers = self._every and len(layers.names) == len(owners)
         self._layer_of = layers.layer_of.to(self.device)
@@ -68,6 +87,7 @@ class Tables:
         importance = [float(options.importance.get(term, 1)) for term in terms]
         self._importance = self.constant(importance)
         self._silent = self.constant([one == 0 for one in importance], torch.bool) if 0 in importance else None
+        self._reference = balancing.reference_of(options.anchor, terms)
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
@@ -104,12 +124,15 @@ class Tables:
         ``observed`` [P, I] are the norms of the gradients, ``touched`` [P, 1] whether any term's graph reached the
         parameter, ``present`` [I] whether the term is in this step's losses. The tables are as before.
         """
-        norms, counts = self.averaged(observed, touched, present)
-        return Weighed(norms, counts, self.scales(norms, counts))
+        averages = self.averaged(observed, touched, present)
+        return Weighed(averages, self.scales(averages))
 
     def measured(self, observed: Tensor, touched: Tensor, weighed: Weighed, finite: Tensor | None) -> Coefficients:
         """Let the tables see that step, unless ``finite`` is false; gives the coefficients of all parameters."""
-        changes = [(self.norms, self.by_parameter(weighed.norms)), (self.counts, self.by_parameter(weighed.counts))]
+        norms, counts, shares = weighed.averages
+        changes = [(self.norms, self.by_parameter(norms)), (self.counts, self.by_parameter(counts))]
+        if self.shares is not None and shares is not None:
+            changes.append((self.shares, shares))
         changes.append((self.clocks, balancing.tick(self.clocks, self.reaching(observed, weighed.scales), touched)))
         for kept, moved in changes:
             kept.copy_(moved if finite is None else torch.where(finite, moved, kept))
@@ -122,32 +145,53 @@ class Tables:
         self.clocks.copy_(clocks if finite is None else torch.where(finite, clocks, self.clocks))
         return self._coefficients(frozen, finite)
 
-    def averaged(self, observed: Tensor, touched: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """The layers' norms and counts after a step, [L, I] each; the arguments are those of ``measured``."""
+    def averaged(self, observed: Tensor, touched: Tensor, present: Tensor) -> Averages:
+        """The averages after a step; the arguments are those of ``measured``."""
+        (norms, counts, shares), whole = self.averages(), observed
         if not self._own_layers:
             touched = self._by_layer(touched.to(self.dtype)) > 0
-            observed = balancing.layer_norms(observed, self._layer_of, len(self.layers.names))
-        norms, counts = self.norms_by_layer()
-        moving, rule = touched & present, self.options.norm_init
-        return balancing.update_norms(norms, counts, observed, moving, self._beta3, rule, quadratic=self._quadratic)
+            whole = balancing.layer_norms(observed, self._layer_of, len(self.layers.names))
+        how: dict[str, Any] = {"norm_init": self.options.norm_init, "quadratic": self._quadratic}
+        new, more = balancing.update_norms(norms, counts, whole, touched & present, self._beta3, **how)
+        if shares is not None:
+            newest = meetings.newest_share(new, whole, counts, more, (self._beta3, 1 + self._quadratic))
+            shares = meetings.follow_shares(shares, observed, *map(self.by_parameter, (whole, newest)))
+        return Averages(new, more, shares)
 
-    def scales(self, norms: Tensor, counts: Tensor) -> Tensor:
-        """What multiplies each term's gradient: [L, I], from norms and counts of that shape."""
-        norms = self._told_apart(norms, counts)[0]
-        target = balancing.target_norms(norms, self.options.anchor, self.terms)
-        return balancing.balance_scales(norms, target, self._importance, self.options.max_scale)
+    def scales(self, averages: Averages) -> Tensor:
+        """What multiplies each term's gradient: [L, I]."""
+        anchor, told, most = self.options.anchor, self._told_apart(averages), self.options.max_scale
+        if told.shares is not None and anchor not in (None, "unit"):
+            ratios = meetings.ratios(self._met(told), self._reference, self._left_out)
+            return balancing.limited(ratios, self._importance, most)
+        norms = self._heard_norms(told)
+        target = None if anchor is None else self._target(norms) if anchor != "unit" else torch.ones_like(norms[:, :1])
+        return balancing.balance_scales(norms, target, self._importance, most)
+
+    def balance_weights(self) -> Tensor:
+        """``n_i / n_anchor``, or over the first term's without an anchor: [L, I]; nan where a term is not heard."""
+        self.follow_groups()
+        told = self._told_apart(self.averages())
+        if told.shares is None:
+            norms = self._heard_norms(told)
+            return balancing.balance_weights(norms, self._target(norms))
+        ratios = meetings.ratios(self._met(told), self._reference, self._left_out)
+        return torch.where(ratios > 0, 1 / ratios, nan)
 
     def reaching(self, observed: Tensor, scales: Tensor) -> Tensor:
         """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
         return (observed > 0) & self.by_parameter(scales > 0 if self._silent is None else (scales > 0) | self._silent)
 
-    def settled(self, norms: Tensor, counts: Tensor, anchor: int | None) -> Tensor:
+    def settled(self, averages: Averages, anchor: int | None) -> Tensor:
         """Where a term's scale depends on no other but the ``anchor``, if there is one: [L, I] bool."""
-        _, _, faint, clear = self._told_apart(norms, counts)
+        told = self._told_apart(averages)
         if anchor is None:
-            return ~faint
+            return self._everywhere(~told.faint)
         at = slice(anchor, anchor + 1)
-        return (norms[:, at] > 0) & ~faint[:, at] & (~faint | clear[:, at])
+        known = self._everywhere(~told.faint[:, at] & (~told.faint | told.clear[:, at]))
+        if told.shares is None:
+            return (told.norms[:, at] > 0) & known
+        return (self._met(told)[:, anchor] > 0) & known
 
     def weights(self, clocks: Tensor, correction: Tensor | None = None) -> Tensor:
         """``w = (1 - beta2) / (1 - beta2^clock)``, zero where the clock has not started: [P, k] -> [P, k]."""
@@ -160,31 +204,31 @@ class Tables:
         """The scales of the last measured step, [L, I]; after a checkpoint from the tables, which gives the same."""
         if self._frozen is None:
             self.follow_groups()
-            self._frozen = self.scales(*self.norms_by_layer())
+            self._frozen = self.scales(self.averages())
         return self._frozen
 
     def freeze(self, scales: Tensor | None) -> None:
         """Keep the scales of a measured step; ``None``: those that the tables give."""
         self._frozen = scales
 
-    def corrected_norms(self, *, heard: bool = False) -> Tensor:
-        """The gradient norms n_i: [L, I]; if only those that are ``heard``, zero where they are noise."""
+    def corrected_norms(self) -> Tensor:
+        """The gradient norms n_i: [L, I]."""
         self.follow_groups()
-        return self._told_apart(*self.norms_by_layer())[0 if heard else 1]
+        return self._told_apart(self.averages()).norms
 
     def average_scales(self) -> Tensor:
         """The mean scales so far, [L, I], float64 on the host: nan where never reached, zero where importance is."""
-        found = (self.log_scales, self.log_scale_counts, self._layer_of, self.norms_by_layer()[1])
+        found = (self.log_scales, self.log_scale_counts, self._layer_of, self.averages().counts)
         logs, counts, layer_of, reached = (tensor.to("cpu") for tensor in found)
         averages = balancing.average_scales(logs.double(), counts.double(), layer_of, len(self.layers.names))
         averages[:, [self.options.importance.get(term, 1) == 0 for term in self.terms]] = 0
         return torch.where(reached > 0, averages, nan)
 
-    def norms_by_layer(self) -> tuple[Tensor, Tensor]:
-        """The moving averages of the layers' norms, and how many norms they average: [L, I] each."""
+    def averages(self) -> Averages:
+        """As they are."""
         if self._own_layers:
-            return self.norms, self.counts
-        return self._by_layer(self.norms), self._by_layer(self.counts)
+            return Averages(self.norms, self.counts, self.shares)
+        return Averages(self._by_layer(self.norms), self._by_layer(self.counts), self.shares)
 
     def by_parameter(self, rows: Tensor) -> Tensor:
         """Give each parameter the row of its layer: [L, k] -> [P, k]."""
@@ -218,14 +262,45 @@ class Tables:
     def _by_layer(self, rows: Tensor) -> Tensor:
         return balancing.by_layer(rows, self._layer_of, len(self.layers.names))
 
-    def _told_apart(self, norms: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The norms n_i, zero where they are noise and left out; all of them; which are faint, which clear: [L, I]."""
-        rule = self.options.norm_init
+    def _everywhere(self, flags: Tensor) -> Tensor:
+        """Whether it holds for all parameters of a layer, [L, I]; flags of layers as they are."""
+        return flags if self.shares is None else self._by_layer((~flags).to(self.dtype)) == 0
+
+    def _told_apart(self, averages: Averages) -> Told:
+        """What is noise, and what is not."""
+        rule, (norms, counts, shares) = self.options.norm_init, averages
         found = seen = balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
         if rule == "one":
             seen = balancing.without_start(found, counts, self._beta3)
+        if shares is not None:
+            seen = self.by_parameter(seen) * shares.sqrt()
         noise, faint, clear = balancing.loudness(seen, self._silent)
-        return found if self.options.anchor is None else found.masked_fill(noise, 0), found, faint, clear
+        if shares is not None:  # of what is not reached, all is known
+            faint = faint & (seen > 0)
+        heard = (found if shares is None else seen) > 0
+        return Told(found, shares, heard if self.options.anchor is None else heard & ~noise, faint, clear)
+
+    def _heard_norms(self, told: Told) -> Tensor:
+        """The norms of the layers, zero where a term is not heard: [L, I]."""
+        heard = told.heard if told.shares is None else self._by_layer(told.heard.to(self.dtype)) > 0
+        return torch.where(heard, told.norms, 0)
+
+    def _met(self, told: Told) -> Tensor:
+        """The norm of each term where it meets each other: [L, I, I]."""
+        assert told.shares is not None
+        return meetings.norms_where_met(told.norms, told.shares, told.heard, self._layer_of)
+
+    def _target(self, norms: Tensor) -> Tensor:
+        """What terms are brought to, or compared with: [L, 1]."""
+        counted = norms if self._left_out is None else norms.masked_fill(self._left_out, 0)
+        return balancing.reference_norms(counted, self._reference)
+
+    @property
+    def _left_out(self) -> Tensor | None:
+        """The terms without influence, [I] bool, which no mean takes in; an anchor's magnitude counts all the same."""
+        if self._silent is None or isinstance(self._reference, str):
+            return self._silent
+        return self._silent & (torch.arange(len(self.terms), device=self.device) != self._reference)
 
     def _column(self, values: Sequence[float], compute: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """What is computed of each parameter's number: a scalar on the host where all are the same, else [P, 1]."""

@@ -5,36 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lightning_mtadam.collect import Batch, as_losses, collect
+from lightning_mtadam.collect import Batch, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.distributed.agreement import Parameters
-from lightning_mtadam.distributed.joint_terms import Ranks
+from lightning_mtadam.distributed.joint_terms import Ranks, told_options
 from lightning_mtadam.distributed.probing import is_probed, refuse_probing
 from lightning_mtadam.distributed.processes import processes_of
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, Spent, run_hooks
 from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.graphs import look_at, tell_of_added_gradients
-from lightning_mtadam.groups import GroupsOptimizer, begin_anew, drop_misfits, materialized
+from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
 from lightning_mtadam.lightning_internals import as_fabric_backward
+from lightning_mtadam.losses import as_losses
 from lightning_mtadam.optim.layers import LayerNames
+from lightning_mtadam.optim.light import SUM, weighted_sum
 from lightning_mtadam.optim.low_memory import LowMemory
-from lightning_mtadam.optim.options import Options, check_group, told_options
-from lightning_mtadam.optim.schedule import SUM, is_measured, weighted_sum
-from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
+from lightning_mtadam.optim.options import Options, check_group
+from lightning_mtadam.optim.state import allocate, identity_of
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
+from lightning_mtadam.schedule import await_terms, begin_anew, due_terms
 from lightning_mtadam.terms import Losses, NonFiniteError, are_on_host, check_losses, check_terms
 from lightning_mtadam.wrappers import nothing_to_consume
-
-_KIND = attrgetter("dtype", "shape")
 
 
 class TermOptimizer(GroupsOptimizer):
@@ -185,7 +184,6 @@ class TermOptimizer(GroupsOptimizer):
             batch, rows = replace(batch, losses=weighted_sum(batch.losses, factors)), (SUM,)
         pending.use(pending.fitting(batch, self.param_groups, len(batch.terms)).use(len(rows)), rows)
         pending.add(batch, rows)
-        pending.light = factors is not None
         updater = self._prepare_updater(batch.terms)
         shown = updater.show(pending)
         if updater.joined:
@@ -218,14 +216,19 @@ class TermOptimizer(GroupsOptimizer):
 
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
-        every, group, pending = self._options.balance_every, self.param_groups[0], self._pending
         self._recall()  # whether the step before counts must be known now
-        light = pending.light
+        pending, due = self._pending, self._due(batch.collected)
         if not pending.gradients:
-            agreed = batch.processes.group is None or batch.processes.averages  # on the terms of all processes
-            new = agreed and not set(batch.collected) <= set(group["measured"])
-            light = not is_measured(group["steps"], every) and not new
-        return dict(zip(self.terms, self._updater().tables.frozen_scales[0].unbind(), strict=True)) if light else None
+            pending.light = not due and not self.param_groups[0]["awaited"]
+        elif pending.light and due:
+            pending.awaited.update(await_terms(due, self.param_groups[0], self._options.balance_every))
+        scales = self._updater().tables.frozen_scales[0] if pending.light else None
+        return None if scales is None else dict(zip(self.terms, scales.unbind(), strict=True))
+
+    def _due(self, names: Iterable[str]) -> list[str]:
+        """The terms that are to be measured in this step, as far as they are not in every step."""
+        every = self._options.balance_every
+        return [] if every == 1 else due_terms(names, self.param_groups[0], every)
 
     def _recall(self) -> None:
         """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
@@ -259,12 +262,8 @@ class TermOptimizer(GroupsOptimizer):
 
     def _key(self) -> tuple[object, list[Tensor | None]]:
         """What an updater belongs to, and all moments in the state: one that was replaced counts."""
-        parameters = self._layer_names.parameters  # as they were when they were last asked for
-        clocks = [self.state[parameter].get("step") if parameter in self.state else None for parameter in parameters]
-        moments = [state.get(key) for state in self.state.values() for key in MOMENT_KEYS]
-        kept = list(map(id, parameters)), list(map(id, clocks)), list(map(id, moments))
-        kinds = list(map(_KIND, filter(self.state.get, parameters)))
-        return (self._layer_names.found, self.param_groups[0]["terms"], kept, kinds), moments
+        identity, moments = identity_of(self._layer_names.parameters, self.state)  # as they were last asked for
+        return (self._layer_names.found, self.param_groups[0]["terms"], identity), moments
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms
@@ -304,8 +303,9 @@ class TermOptimizer(GroupsOptimizer):
             self._layer_names.layers(self.param_groups)
         if batch.processes.group is None:
             return ()
+        self._ranks.early = bool(self._due(batch.losses))  # which of them are constant on all ranks
         if self._ranks.parameters is None:
-            self._ranks.options = told_options(self._options, self._given_terms, self.param_groups)
+            self._ranks.options = told_options({**vars(self._options), "terms": self._given_terms}, self.param_groups)
         named = zip(self._layer_names.labels, batch.parameters, strict=True)
         return tuple((name, tuple(parameter.shape)) for name, parameter in named if parameter.requires_grad)
 

@@ -18,7 +18,7 @@ from lightning_mtadam.edits.shown import ShownGradients
 from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.optim import accelerate, algorithm
 from lightning_mtadam.optim.chunks import Chunk, Chunks, Coefficients, Moments, Numbers
-from lightning_mtadam.optim.schedule import SUM
+from lightning_mtadam.optim.light import SUM
 from lightning_mtadam.optim.state import join_moments, leading_of
 from lightning_mtadam.optim.tables import Tables, Weighed
 

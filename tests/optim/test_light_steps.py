@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_mtadam import NonFiniteError
-from lightning_mtadam.optim.schedule import SUM, weighted_sum
+from lightning_mtadam.optim.light import SUM, weighted_sum
 from tests.lightning_models import (
     LR,
     assert_same,

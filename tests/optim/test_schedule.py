@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from lightning_mtadam.optim.schedule import decay_of_norms, is_measured, next_measurement
+
 from tests.oracles.naive_balance_every import measured_steps
 
 STEPS, EVERY = st.integers(0, 20_000), st.integers(2, 500)
