@@ -171,11 +171,18 @@ def reference_norms(norms: Tensor, reference: Reference) -> Tensor:
     return torch.where(anchor > 0, anchor, geometric_mean(norms))
 
 
+def target_norms(norms: Tensor, anchor: str | None, terms: Sequence[str]) -> Tensor | None:
+    """The magnitude that the terms are brought to, [L, 1]; ``None`` if they are left as they are."""
+    if anchor is None:
+        return None
+    return norms.new_ones(len(norms), 1) if anchor == "unit" else reference_norms(norms, reference_of(anchor, terms))
+
+
 def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, max_scale: float) -> Tensor:
     """What multiplies each term's gradient: ``importance_i n_anchor / n_i`` (Alg. 1, line 8). [L, I] -> [L, I].
 
-    ``reference`` [L, 1] is the magnitude to bring the terms to, ``None`` leaves them as they are; ``importance`` [I]
-    are the wanted ratios; ``max_scale`` caps the ratio of norms. Finite; zero where the term has not reached.
+    ``reference``, [L, 1] or [L, I], is the magnitude to bring them to, ``None`` leaves them as they are. ``importance``
+    [I] are the wanted ratios; ``max_scale`` caps the ratio of norms. Finite; zero where the term has not reached.
 
     Example:
         >>> balance_scales(torch.tensor([[1.0, 4.0, 0.0]]), torch.tensor([[1.0]]), torch.ones(3), math.inf)
@@ -183,13 +190,9 @@ def balance_scales(norms: Tensor, reference: Tensor | None, importance: Tensor, 
     """
     if reference is None:
         return importance.expand_as(norms)
-    return limited(torch.where(norms > 0, reference / norms, 0), importance, max_scale)
-
-
-def limited(ratios: Tensor, importance: Tensor, max_scale: float) -> Tensor:
-    """The scales that follow from ``n_anchor / n_i``, [L, I]: up to ``max_scale``, times the importance; finite."""
-    largest = torch.finfo(ratios.dtype).max
-    return (ratios.clamp(max=min(max_scale, largest)) * importance).clamp(max=largest)
+    largest = torch.finfo(norms.dtype).max
+    ratios = torch.where(norms > 0, (reference / norms).clamp(max=min(max_scale, largest)), 0)
+    return (ratios * importance).clamp(max=largest)
 
 
 def balance_weights(norms: Tensor, reference: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ def follow_shares(shares: Tensor, observed: Tensor, whole: Tensor, newest: Tenso
     return torch.lerp(shares, found, newest)
 
 
+def parameter_norms(whole: Tensor, shares: Tensor) -> Tensor:
+    """The norms of parameters, from those of their layers and their shares in the squares: [P, I] each."""
+    return whole * shares.sqrt()
+
+
 def norms_where_met(norms: Tensor, shares: Tensor, heard: Tensor, layer_of: Tensor) -> Tensor:
     """The norm of each term on the parameters that another reaches as well: [L, I, I], of term i beside term j.
 

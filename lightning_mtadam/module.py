@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from lightning_mtadam import lightning_internals
 from lightning_mtadam.balancer_slot import BalancerSlot, mtadam_of
 from lightning_mtadam.balancers import Balancer
+from lightning_mtadam.collect import as_losses
 from lightning_mtadam.distributed.averaging import means_over_ranks
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.guard import Guard, check_output, refuse_accumulated_lbfgs, tell_of_terms_beside
-from lightning_mtadam.losses import as_losses
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import HAS_GRAPH, Losses, check_losses
 

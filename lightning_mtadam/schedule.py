@@ -1,46 +1,11 @@
-"""What is counted of an optimizer's steps, and which of them measure the balance: each term in its own time."""
+"""Which steps measure the balance, where it is not measured at every step: each term in its own time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
-
-_Group: TypeAlias = dict[str, Any]
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 AVERAGED = 20  # measurements so many steps apart are averaged with beta3 itself; closer ones count less
-
-COUNTED: Mapping[str, Any] = {"steps": 0, "measured": (), "awaited": ()}
-"""What is counted of the whole optimizer, as it begins, in tuples, which every kind of checkpoint takes.
-
-The steps; of each term the first and the last step in which it was measured; of a term that came too late in its step
-to be measured, until which step it is waited for.
-"""
-
-
-def begin_anew(groups: Sequence[_Group]) -> None:
-    """Count no steps, and no terms that were measured: of the whole optimizer, in all of its groups."""
-    for group in groups:
-        group.update(COUNTED)
-
-
-def count(
-    groups: Sequence[dict[str, Any]], before: dict[str, Any], measured: Iterable[str], awaited: Mapping[str, int]
-) -> None:
-    """Count one more step, in which these terms were ``measured``; what was counted ``before`` is kept there.
-
-    ``awaited`` are those that could not be, and until which step they are waited for.
-    """
-    before.update({key: groups[0][key] for key in COUNTED})
-    step, spans = before["steps"], {term: (first, last) for term, first, last in before["measured"]}
-    spans.update({term: (spans.get(term, (step,))[0], step) for term in measured})
-    waits = {term: until for term, until in (*before["awaited"], *awaited.items()) if until > step}
-    found = {
-        "steps": step + 1,
-        "measured": tuple((term, *span) for term, span in spans.items()),
-        "awaited": tuple((term, until) for term, until in waits.items() if term not in measured),
-    }
-    for group in groups:
-        group.update(found)
 
 
 def is_due(step: int, every: int, measured: tuple[int, int] | None) -> bool:

@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.steps import Steps
-from lightning_mtadam.collect import collect
+from lightning_mtadam.collect import as_losses, collect
 from lightning_mtadam.distributed.agreement import Numbers, Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
 from lightning_mtadam.distributed.processes import processes_of
-from lightning_mtadam.losses import as_losses
 from lightning_mtadam.terms import Losses, are_on_host, check_losses, check_terms, steps_by_lbfgs
 
 

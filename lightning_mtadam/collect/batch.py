@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
+from operator import is_
 from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
 
 from lightning_mtadam.collect.differentiate import term_gradients
 from lightning_mtadam.distributed.agreement import Parameters
@@ -16,7 +19,7 @@ from lightning_mtadam.distributed.averaging import Averaging, devices_of
 from lightning_mtadam.distributed.joint_terms import Ranks, alike
 from lightning_mtadam.distributed.processes import ALONE, Processes
 from lightning_mtadam.recomputed import Kept, keep_statistics, restore_statistics
-from lightning_mtadam.terms import HAS_GRAPH, Found, Losses
+from lightning_mtadam.terms import HAS_GRAPH, Found, Losses, steps_by_lbfgs
 
 _B = TypeVar("_B", bound="Batch")
 
@@ -50,6 +53,28 @@ class Batch:
             network = ShardedNetwork(self.model, self.parameters)
         factor, kept = self.grad_output, self.retain_graph
         return term_gradients(self.losses, self.parameters, grad_output=factor, network=network, retain_graph=kept)
+
+
+def as_losses(losses: Losses, optimizer: Optimizer, *, by: str = "") -> Losses:
+    """Whatever mapping they are as a dict; zeros that require a gradient of their own as plain constants.
+
+    ``x.new_tensor(0.0, requires_grad=True)`` reaches nothing, as ``torch.zeros(())``; but a parameter itself stays.
+    Who makes a gradient of them that belongs to no value is named in ``by``: LBFGS is then refused.
+    """
+    if by and steps_by_lbfgs(optimizer):
+        raise ValueError(
+            f"{by} cannot be used with LBFGS, which compares values of one function: its gradient, which is made of the"
+            " terms' gradients, is that of none. Use FixedWeights, GradNorm or UncertaintyWeighting with LBFGS, or"
+            " another optimizer than LBFGS."
+        )
+    if not isinstance(losses, Mapping):
+        return losses
+    found = dict(losses.items())
+    for name, loss in found.items():
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.grad_fn is None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            found[name] = loss if any(map(is_, parameters, repeat(loss))) else loss.detach()
+    return found
 
 
 def collect(

@@ -15,7 +15,7 @@ from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.edits.refusing import refuse, refuse_unreached
-from lightning_mtadam.groups import ParameterNames
+from lightning_mtadam.parameter_names import ParameterNames
 from lightning_mtadam.terms import are_on_host
 
 ClipAlgorithm: TypeAlias = Literal["norm", "value"]

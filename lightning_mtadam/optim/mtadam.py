@@ -14,12 +14,12 @@ from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
-from lightning_mtadam.groups import check_numbers, materialized
-from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update
+from lightning_mtadam.groups import COUNTED, check_numbers, count, materialized
+from lightning_mtadam.layers import LayerRule
+from lightning_mtadam.optim.options import Denominator, OnNonfinite, Options, Update
 from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
-from lightning_mtadam.schedule import COUNTED, count
 from lightning_mtadam.terms import plain
 
 
@@ -172,7 +172,8 @@ class MTAdam(TermOptimizer):
             norms, finite = stepper.observe(self._pending, self._watch)  # lines 5 to 8: g, ||g|| and p.grad
             scales, coefficients = stepper.balance(self._pending, norms, finite)  # lines 7, 11 and 12
             stepper.run(coefficients)  # lines 9 to 14, chunk by chunk
-            measured = () if self._pending.light else self._pending.gradients
+            lightly = self._pending.light or self._options.balance_every == 1
+            measured = () if lightly else tuple(self._pending.gradients)
             count(self.param_groups, self._counted, measured, self._pending.awaited)  # line 3: t
             if updater.joined:
                 self._keep(updater)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,16 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from lightning_mtadam.balancing import NormInit
 from lightning_mtadam.groups import check_numbers
+from lightning_mtadam.layers import LAYER_RULES, LayerRule
 from lightning_mtadam.layout import overlaps
 from lightning_mtadam.optim.light import SUM
 from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
 
-LayerRule: TypeAlias = str | Callable[[str], str]
 Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
 Update: TypeAlias = Literal["sum", "mean"]
 OnNonfinite: TypeAlias = Literal["raise", "skip"]
-
-LAYER_RULES = ("parameter", "module", "group", "global")
 
 
 @dataclass(frozen=True)

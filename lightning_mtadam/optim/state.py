@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -16,8 +15,6 @@ from lightning_mtadam.balancing import wide_dtype
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.layout import Place, pack_up, places_of
 from lightning_mtadam.optim.options import Options
-
-_KIND = attrgetter("dtype", "shape")
 
 State: TypeAlias = dict[str, Any]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
@@ -132,14 +129,6 @@ def join_moments(states: Sequence[State], key: str, leading: int, places: Sequen
         view.copy_(state[key])
         state[key] = view
     return whole
-
-
-def identity_of(parameters: Sequence[Tensor], state: Mapping[Tensor, State]) -> tuple[object, list[Tensor | None]]:
-    """What tells these parameters and states from others that replace them; and all moments in the state."""
-    clocks = [state[parameter].get("step") if parameter in state else None for parameter in parameters]
-    moments = [one.get(key) for one in state.values() for key in MOMENT_KEYS]
-    kinds = list(map(_KIND, filter(state.get, parameters)))
-    return (list(map(id, parameters)), list(map(id, clocks)), list(map(id, moments)), kinds), moments
 
 
 def own_memory(tensor: Tensor) -> Tensor:

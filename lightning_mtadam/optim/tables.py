@@ -14,8 +14,8 @@ from lightning_mtadam.balancing import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.layers import Layers
 from lightning_mtadam.optim.chunks import Coefficients
-from lightning_mtadam.optim.layers import Layers
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.state import BALANCE_KEYS, SHARES, State
 from lightning_mtadam.schedule import decay_of_norms
@@ -39,7 +39,7 @@ class Weighed(NamedTuple):
 class Told(NamedTuple):
     """What the averages tell. ``heard``, ``faint``, ``clear`` are bool, [P, I], or [L, I] where there are no shares."""
 
-    norms: Tensor  # n_i of the layers, [L, I]
+    norms: Tensor  # n_i of the layers, zero where a term is nowhere heard: [L, I]
     shares: Tensor | None  # as of the averages
     heard: Tensor  # where a term reaches, and is not noise that is left out
     faint: Tensor  # where it may be noise
@@ -88,6 +88,8 @@ class Tables:
         self._importance = self.constant(importance)
         self._silent = self.constant([one == 0 for one in importance], torch.bool) if 0 in importance else None
         self._reference = balancing.reference_of(options.anchor, terms)
+        counted = [one > 0 or at == self._reference for at, one in enumerate(importance)]  # in means
+        self._left_out = None if all(counted) else ~self.constant(counted, torch.bool)
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
@@ -160,23 +162,24 @@ class Tables:
 
     def scales(self, averages: Averages) -> Tensor:
         """What multiplies each term's gradient: [L, I]."""
-        anchor, told, most = self.options.anchor, self._told_apart(averages), self.options.max_scale
+        anchor, told = self.options.anchor, self._told_apart(averages)
         if told.shares is not None and anchor not in (None, "unit"):
-            ratios = meetings.ratios(self._met(told), self._reference, self._left_out)
-            return balancing.limited(ratios, self._importance, most)
-        norms = self._heard_norms(told)
-        target = None if anchor is None else self._target(norms) if anchor != "unit" else torch.ones_like(norms[:, :1])
-        return balancing.balance_scales(norms, target, self._importance, most)
+            target = self._ratios(told)
+            norms = (target > 0).to(target)
+        else:
+            norms = told.norms
+            counted = norms if self._left_out is None else norms.masked_fill(self._left_out, 0)
+            target = balancing.target_norms(counted, anchor, self.terms)
+        return balancing.balance_scales(norms, target, self._importance, self.options.max_scale)
 
     def balance_weights(self) -> Tensor:
         """``n_i / n_anchor``, or over the first term's without an anchor: [L, I]; nan where a term is not heard."""
         self.follow_groups()
         told = self._told_apart(self.averages())
-        if told.shares is None:
-            norms = self._heard_norms(told)
-            return balancing.balance_weights(norms, self._target(norms))
-        ratios = meetings.ratios(self._met(told), self._reference, self._left_out)
-        return torch.where(ratios > 0, 1 / ratios, nan)
+        if told.shares is not None:
+            return self._ratios(told).reciprocal().masked_fill(told.norms == 0, nan)
+        counted = told.norms if self._left_out is None else told.norms.masked_fill(self._left_out, 0)
+        return balancing.balance_weights(told.norms, balancing.reference_norms(counted, self._reference))
 
     def reaching(self, observed: Tensor, scales: Tensor) -> Tensor:
         """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
@@ -214,7 +217,9 @@ class Tables:
     def corrected_norms(self) -> Tensor:
         """The gradient norms n_i: [L, I]."""
         self.follow_groups()
-        return self._told_apart(self.averages()).norms
+        norms, counts, _ = self.averages()
+        rule = self.options.norm_init
+        return balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
 
     def average_scales(self) -> Tensor:
         """The mean scales so far, [L, I], float64 on the host: nan where never reached, zero where importance is."""
@@ -273,34 +278,23 @@ class Tables:
         if rule == "one":
             seen = balancing.without_start(found, counts, self._beta3)
         if shares is not None:
-            seen = self.by_parameter(seen) * shares.sqrt()
+            seen = meetings.parameter_norms(self.by_parameter(seen), shares)
         noise, faint, clear = balancing.loudness(seen, self._silent)
         if shares is not None:  # of what is not reached, all is known
             faint = faint & (seen > 0)
-        heard = (found if shares is None else seen) > 0
-        return Told(found, shares, heard if self.options.anchor is None else heard & ~noise, faint, clear)
-
-    def _heard_norms(self, told: Told) -> Tensor:
-        """The norms of the layers, zero where a term is not heard: [L, I]."""
-        heard = told.heard if told.shares is None else self._by_layer(told.heard.to(self.dtype)) > 0
-        return torch.where(heard, told.norms, 0)
+        heard = (found if shares is None else shares) > 0
+        heard = heard if self.options.anchor is None else heard & ~noise
+        anywhere = heard if shares is None else self._by_layer(heard.to(self.dtype)) > 0
+        return Told(torch.where(anywhere, found, 0), shares, heard, faint, clear)
 
     def _met(self, told: Told) -> Tensor:
         """The norm of each term where it meets each other: [L, I, I]."""
         assert told.shares is not None
         return meetings.norms_where_met(told.norms, told.shares, told.heard, self._layer_of)
 
-    def _target(self, norms: Tensor) -> Tensor:
-        """What terms are brought to, or compared with: [L, 1]."""
-        counted = norms if self._left_out is None else norms.masked_fill(self._left_out, 0)
-        return balancing.reference_norms(counted, self._reference)
-
-    @property
-    def _left_out(self) -> Tensor | None:
-        """The terms without influence, [I] bool, which no mean takes in; an anchor's magnitude counts all the same."""
-        if self._silent is None or isinstance(self._reference, str):
-            return self._silent
-        return self._silent & (torch.arange(len(self.terms), device=self.device) != self._reference)
+    def _ratios(self, told: Told) -> Tensor:
+        """``n_anchor / n_i``, where terms meet: [L, I]."""
+        return meetings.ratios(self._met(told), self._reference, self._left_out)
 
     def _column(self, values: Sequence[float], compute: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """What is computed of each parameter's number: a scalar on the host where all are the same, else [P, 1]."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lightning_mtadam.collect import Batch, collect
+from lightning_mtadam.collect import Batch, as_losses, collect
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks, told_options
@@ -21,17 +21,16 @@ from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import ClipAlgorithm, Shown, ShownGradients, Spent, run_hooks
 from lightning_mtadam.finite import FiniteWatch
 from lightning_mtadam.graphs import look_at, tell_of_added_gradients
-from lightning_mtadam.groups import GroupsOptimizer, drop_misfits, materialized
+from lightning_mtadam.groups import GroupsOptimizer, begin_anew, drop_misfits, identity_of, materialized
+from lightning_mtadam.layers import LayerNames
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.losses import as_losses
-from lightning_mtadam.optim.layers import LayerNames
 from lightning_mtadam.optim.light import SUM, weighted_sum
 from lightning_mtadam.optim.low_memory import LowMemory
 from lightning_mtadam.optim.options import Options, check_group
-from lightning_mtadam.optim.state import allocate, identity_of
+from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.schedule import await_terms, begin_anew, due_terms
+from lightning_mtadam.schedule import await_terms, due_terms
 from lightning_mtadam.terms import Losses, NonFiniteError, are_on_host, check_losses, check_terms
 from lightning_mtadam.wrappers import nothing_to_consume
 
@@ -261,9 +260,10 @@ class TermOptimizer(GroupsOptimizer):
         self._kept[:] = key, updater, moments  # the tables hold what else the key names
 
     def _key(self) -> tuple[object, list[Tensor | None]]:
-        """What an updater belongs to, and all moments in the state: one that was replaced counts."""
-        identity, moments = identity_of(self._layer_names.parameters, self.state)  # as they were last asked for
-        return (self._layer_names.found, self.param_groups[0]["terms"], identity), moments
+        """What an updater belongs to, and the clocks and moments in the state: one that was replaced counts."""
+        parameters = self._layer_names.parameters  # as they were when they were last asked for
+        identity, kept = identity_of(parameters, self.state, ("step", *MOMENT_KEYS))
+        return (self._layer_names.found, self.param_groups[0]["terms"], identity), kept
 
     def _set_terms(self, terms: tuple[str, ...]) -> None:
         self.defaults["terms"] = terms

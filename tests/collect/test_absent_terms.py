@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mtadam import MTAdam, MultiTermLightningModule
-from lightning_mtadam.losses import as_losses
+from lightning_mtadam.collect import as_losses
 from tests.balancers.cases import CASES, Balanced
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds

@@ -155,7 +155,7 @@ def test_what_is_restored_is_a_copy_in_the_dtypes_that_are_kept(dtype):
     for value in state[source].values():
         value.fill_(1.001)
     saved, target = saved_of(state, group), {one: {}}
-    restore(target, [{"params": [one]}], saved)
+    restore(target, [{"params": [one]}], saved, Options())
     for key, value in target[one].items():
         wide = torch.promote_types(dtype, torch.float32)
         assert value.dtype == (wide if key in BALANCE_KEYS else dtype)
@@ -172,7 +172,7 @@ def test_a_checkpoint_from_before_scales_were_averaged_begins_their_average():
         del saved["state"][0][key]
     check_checkpoint(saved, [group], ["w"], Options(), TERMS)
     target = {one: {}}
-    restore(target, [group], saved)
+    restore(target, [group], saved, Options())
     assert all(torch.equal(target[one][key], torch.zeros(3)) for key in AVERAGE_KEYS)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_mtadam.optim.layers import LayerNames
+from lightning_mtadam.layers import LayerNames
 from lightning_mtadam.optim.options import Options
 from lightning_mtadam.optim.state import BALANCE_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables

@@ -32,54 +32,88 @@ class NaiveMTAdam:
         self.own_clock = [[0] * count for _ in self.terms]
         self.n = {(i, layer): None for i in range(len(self.terms)) for layer in self.layers}
         self.n_count = dict.fromkeys(self.n, 0)
-        self.scale = {}
+        self.scale, self.history = {}, {}
+
+    def beta3(self, layer):
+        return max(b[2] for b, other in zip(self.betas, self.layers, strict=True) if other == layer)
 
     def corrected(self, i, layer):
         n = self.n[i, layer]
         if n is None:
             return None
-        if self.norm_init == "unbiased":
-            beta3 = max(b[2] for b, other in zip(self.betas, self.layers, strict=True) if other == layer)
-            return n / (1 - beta3 ** self.n_count[i, layer])
-        return n
+        return n / (1 - self.beta3(layer) ** self.n_count[i, layer]) if self.norm_init == "unbiased" else n
 
-    def share(self, i, layer):
-        """Of the term's norm over all layers; of what was observed, where the average began at one."""
+    def part(self, i, p):
+        """Of the square of the layer's norm, in the parameter: each step counts as its norm does in the average."""
+        found, beta3 = self.history.get((i, self.layers[p]), []), self.beta3(self.layers[p])
+        if not found:
+            return 0.0
+        counts = [beta3 ** (len(found) - 1 - at) * (1 - beta3) * norm for at, (norm, _) in enumerate(found)]
+        start = {"first": found[0][0], "unbiased": 0.0, "one": 1.0}[self.norm_init]
+        counts[0] += beta3 ** len(found) * start  # what the average began with counts for the first
+        return sum(c * parts.get(p, 0.0) for c, (_, parts) in zip(counts, found, strict=True)) / sum(counts)
 
-        def seen(where):
-            n, count = self.corrected(i, where), self.n_count[i, where]
-            if n is None or self.norm_init != "one":
-                return n or 0.0
-            beta3 = max(b[2] for b, other in zip(self.betas, self.layers, strict=True) if other == where)
-            return max(0.0, (n - beta3**count * (1 - count * EPSILON)) / (1 - beta3**count))
+    def seen(self, i, p):
+        """The norm at a parameter; of what was observed, where the average began at one."""
+        layer = self.layers[p]
+        n, count, beta3 = self.corrected(i, layer), self.n_count[i, layer], self.beta3(layer)
+        if n is None:
+            return 0.0
+        if self.norm_init == "one":
+            n = max(0.0, (n - beta3**count * (1 - count * EPSILON)) / (1 - beta3**count))
+        return n * math.sqrt(self.part(i, p))
 
-        total = math.hypot(*map(seen, dict.fromkeys(self.layers)))
-        return seen(layer) / total if total > 0 else 0.0
+    def is_noise(self, i, p):
+        def share(j):
+            total = math.hypot(*(self.seen(j, q) for q in range(len(self.parameters))))
+            return self.seen(j, p) / total if total > 0 else 0.0
 
-    def is_noise(self, i, layer):
         counted = [j for j, term in enumerate(self.terms) if self.importance.get(term, 1.0) > 0]
-        clear = any(self.share(j, layer) > 100 * 128 * EPSILON for j in counted)
-        return self.anchor is not None and clear and self.share(i, layer) < 128 * EPSILON
+        clear = any(share(j) > 100 * 128 * EPSILON for j in counted)
+        return self.anchor is not None and clear and share(i) < 128 * EPSILON
+
+    def hears(self, i, p):
+        return self.part(i, p) > 0 and not self.is_noise(i, p)
 
     def heard(self, i, layer):
-        return None if self.is_noise(i, layer) else self.corrected(i, layer)
+        mine = [p for p, other in enumerate(self.layers) if other == layer]
+        return self.corrected(i, layer) if any(self.hears(i, p) for p in mine) else None
 
-    def reference(self, layer, anchor):
-        known = {i: self.heard(i, layer) for i in range(len(self.terms))}
-        known = {i: n for i, n in known.items() if n is not None and n > 0}
-        if not known:
-            return None
-        geometric = math.exp(sum(math.log(n) for n in known.values()) / len(known))
-        if anchor == "mean":
-            return geometric
+    def compared(self, i, j, layer):
+        """n_j / n_i: on the parameters that both reach, or over the terms that both meet."""
+
+        def met(one, other):
+            mine = [p for p, where in enumerate(self.layers) if where == layer]
+            common = [p for p in mine if self.hears(one, p) and self.hears(other, p)]
+            return (self.corrected(one, layer) or 0.0) * math.sqrt(sum(self.part(one, p) for p in common))
+
+        if met(i, j) > 0:
+            return met(j, i) / met(i, j)
+        others = [k for k in range(len(self.terms)) if met(i, k) > 0 and met(j, k) > 0]
+        ways = [math.log(met(k, i) / met(i, k) * met(j, k) / met(k, j)) for k in others]
+        return math.exp(sum(ways) / len(ways)) if ways else None
+
+    def ratio(self, i, layer, anchor):
+        """n_anchor / n_i."""
+        every = range(len(self.terms))
+        index = None if anchor in ("mean", "max") else 0 if anchor == "first" else self.terms.index(anchor)
+        joined = {(j, k): self.compared(j, k, layer) for j in every for k in every}
+        if index is not None and joined[i, index] is not None:
+            return joined[i, index]
+        counted = [j for j, term in enumerate(self.terms) if self.importance.get(term, 1.0) > 0 and joined[i, j]]
+
+        def mean(one):
+            logs = [math.log(joined[one, j]) for j in counted]
+            return sum(logs) / len(logs) if logs else -math.inf
+
         if anchor == "max":
-            return max(known.values())
-        index = 0 if anchor == "first" else self.terms.index(anchor)
-        return known.get(index, geometric)
+            return math.exp(mean(i) - min(map(mean, counted))) if counted else 0.0
+        return math.exp(mean(i))
 
     def balance_weight(self, i, layer):
-        n, anchor = self.heard(i, layer), "first" if self.anchor in ("unit", None) else self.anchor
-        return math.nan if n is None or n == 0 else n / self.reference(layer, anchor)
+        anchor = "first" if self.anchor in ("unit", None) else self.anchor
+        ratio = self.ratio(i, layer, anchor) if self.heard(i, layer) else 0.0
+        return 1 / ratio if ratio > 0 else math.nan
 
     def step(self, gradients, clip=None):
         """``gradients``: term name -> list with an array or None per parameter."""
@@ -115,7 +149,8 @@ class NaiveMTAdam:
         for i, term in enumerate(self.terms):
             if term not in gradients:
                 continue
-            norm = math.sqrt(sum(float((full[i][p] ** 2).sum()) for p in mine))
+            squares = {p: float((full[i][p] ** 2).sum()) for p in mine}
+            norm = math.sqrt(sum(squares.values()))
             if self.n[i, layer] is None:
                 if norm == 0:
                     continue
@@ -123,16 +158,18 @@ class NaiveMTAdam:
                 self.n[i, layer] = start
             self.n[i, layer] = beta3 * self.n[i, layer] + (1 - beta3) * norm
             self.n_count[i, layer] += 1
+            parts = {p: square / norm**2 for p, square in squares.items()} if norm > 0 else {}
+            self.history.setdefault((i, layer), []).append((norm, parts))
 
     def new_scale(self, i, term, layer):
         importance = self.importance.get(term, 1.0)
         if self.anchor is None:
             return importance
-        n = self.heard(i, layer)
-        if n is None or n == 0:
+        if not self.heard(i, layer):
             return 0.0
-        target = 1.0 if self.anchor == "unit" else self.reference(layer, self.anchor)
-        return importance * min(target / n, self.max_scale)
+        unit = self.anchor == "unit"
+        ratio = 1 / self.heard(i, layer) if unit else self.ratio(i, layer, self.anchor)
+        return importance * min(ratio, self.max_scale)
 
     def clipped(self, balanced, touched, algorithm, limit):
         totals = [sum(row[p] for row in balanced) for p in range(len(self.parameters))]
@@ -151,7 +188,7 @@ class NaiveMTAdam:
         for i in range(len(self.terms)):
             if self.own_clock[i][p] > 0:
                 self.own_clock[i][p] += 1
-            elif np.any(full[i] != 0) and not self.is_noise(i, self.layers[p]):
+            elif np.any(full[i] != 0) and self.heard(i, self.layers[p]):
                 self.own_clock[i][p] = self.shared_clock[p] if first_here else 1
             self.m[i][p] = beta1 * self.m[i][p] + (1 - beta1) * sign * balanced[i]
             self.v[i][p] = beta2 * self.v[i][p] + (1 - beta2) * balanced[i] ** 2

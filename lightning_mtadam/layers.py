@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_mtadam.groups import ParameterNames, group_names, named_alike, refuse_twice
-from lightning_mtadam.optim.options import LayerRule
+from lightning_mtadam.parameter_names import ParameterNames, group_names, named_alike, refuse_twice
 
 __all__ = ["LayerNames", "Layers", "named_alike"]
+
+LayerRule: TypeAlias = str | Callable[[str], str]
+
+LAYER_RULES = ("parameter", "module", "group", "global")
 
 
 @dataclass(frozen=True, eq=False)
