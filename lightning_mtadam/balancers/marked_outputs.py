@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_mtadam.balancers.batch import Batch, wide
 from lightning_mtadam.balancers.names import module_of
 from lightning_mtadam.terms import Losses
 
@@ -83,6 +84,26 @@ def find_outputs(losses: Losses, name: str, trained: Iterable[Tensor]) -> list[T
             )
         found |= marks
     return list(found.values())
+
+
+def outputs_of(loss: Tensor, name: str) -> list[Tensor]:
+    """The marked outputs of the module of this name that a loss derives from; none if it passes none."""
+    return list(_ends(loss, name)[0].values()) if loss.requires_grad else []
+
+
+def gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list[Tensor]:
+    """The gradient of a term at each output, without the loss scale and the share of the batch; the graph is kept."""
+    if not loss.requires_grad:  # a constant on this process
+        return [torch.zeros_like(output, dtype=wide(output.dtype)) for output in outputs]
+    factor = batch.factor  # the loss scale keeps small gradients from vanishing on their way
+    found = torch.autograd.grad(loss, outputs, factor.to(loss, copy=True), retain_graph=True, materialize_grads=True)
+    return [gradient.detach().to(wide(gradient.dtype)) / factor for gradient in found]  # torch 2.6: zeros have a graph
+
+
+def sample_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the L2 norms of the samples, which the first dimension counts; a scalar is one sample."""
+    samples = [found.flatten(1) if found.dim() > 1 else found.reshape(-1, 1) for found in gradients]
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1).sum() for rows in samples]).sum()
 
 
 def refuse_nested(outputs: Sequence[Tensor], name: str) -> None:
