@@ -11,6 +11,7 @@ from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepG
 from lightning_mtadam.balancers.gradnorm import GradNorm
 from lightning_mtadam.balancers.meta_balance import MetaBalance
 from lightning_mtadam.balancers.output_balancer import OutputBalancer
+from lightning_mtadam.balancers.scalarizer_balancer import ScalarizerBalancer
 from lightning_mtadam.balancers.torchjd_balancer import TorchJDBalancer
 from lightning_mtadam.balancers.uncertainty import UncertaintyWeighting
 
@@ -22,6 +23,7 @@ __all__ = [
     "GradientBalancer",
     "MetaBalance",
     "OutputBalancer",
+    "ScalarizerBalancer",
     "StepGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",
