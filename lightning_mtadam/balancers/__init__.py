@@ -12,6 +12,7 @@ from lightning_mtadam.balancers.gradnorm import GradNorm
 from lightning_mtadam.balancers.meta_balance import MetaBalance
 from lightning_mtadam.balancers.output_balancer import OutputBalancer
 from lightning_mtadam.balancers.scalarizer_balancer import ScalarizerBalancer
+from lightning_mtadam.balancers.shared_layer_balancer import SharedLayerBalancer
 from lightning_mtadam.balancers.torchjd_balancer import TorchJDBalancer
 from lightning_mtadam.balancers.uncertainty import UncertaintyWeighting
 
@@ -24,6 +25,7 @@ __all__ = [
     "MetaBalance",
     "OutputBalancer",
     "ScalarizerBalancer",
+    "SharedLayerBalancer",
     "StepGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",

@@ -131,9 +131,11 @@ class GradNorm(Balancer):
         before = self.state_before or rule.beginning(len(terms), self._given, dtype, device)
         seen = torch.zeros(len(terms), rule.HEAD + sum(p.numel() for p in shared), dtype=dtype, device=device)
         for name, loss in batch.losses.items():
-            row, gradient = seen[terms.index(name)], gradient_at(shared, name, loss, batch, dtype)
+            row, gradient = seen[terms.index(name)], gradient_at(shared, loss, batch, dtype)
+            if gradient is None and batch.processes.group is None:
+                raise ValueError(unreached_message(name))
             if name not in self._repeated:
-                check_repeatable(name, gradient, gradient_at(shared, name, loss, batch, dtype))
+                check_repeatable(name, gradient, gradient_at(shared, loss, batch, dtype), "GradNorm")
                 self._repeated.add(name)
             row[0], row[1] = batch.share, batch.share * loss.detach()
             if gradient is not None:

@@ -205,8 +205,8 @@ class ScalarizerBalancer(WeighsTerms):
             ) from error
         if is_host(values.device) and not bool(torch.stack([outcome.value, *outcome.weights]).isfinite().all()):
             raise ValueError(
-                f"{type(self.scalarizer).__name__} has no finite weights for the losses {_shown(names, values)}. Where a"
-                " scalarizer takes logarithms, losses must be above 0: leave out a term in the steps in which it is"
+                f"{type(self.scalarizer).__name__} has no finite weights for the losses {_shown(names, values)}. Where"
+                " a scalarizer takes logarithms, losses must be above 0: leave out a term in the steps in which it is"
                 " zero, or take another scalarizer."
             )
         return outcome

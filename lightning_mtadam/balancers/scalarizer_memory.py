@@ -83,7 +83,7 @@ class ScalarizerMemory:
         return Outcome(value.detach(), gradients[0], learned, after)
 
     def update(self, values: Tensor, places: Sequence[int], terms: int, state: State) -> dict[str, Tensor]:
-        """The state after the scalarizer was told the values after a step, of terms that were in it; as for ``call``."""
+        """The state after the scalarizer was told the values after a step, [n], of terms that were in it."""
         with self._at(values, places, terms, state):
             self.scalarizer.update(values.detach())
             return self._read(places, terms, state)

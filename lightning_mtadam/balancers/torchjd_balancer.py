@@ -44,7 +44,8 @@ class TorchJDBalancer(GradientBalancer):
         terms: the names of the losses, if known ahead.
 
     Raises:
-        TypeError: the aggregator cannot be called, is a scalarizer (:class:`ScalarizerBalancer` runs those), or does not return a tensor.
+        TypeError: the aggregator cannot be called, is a scalarizer, which ``ScalarizerBalancer`` runs, or does
+            not return a tensor.
         ValueError: it returns a tensor of another shape.
         NonFiniteError: it makes inf or nan of finite gradients.
 

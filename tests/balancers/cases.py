@@ -19,6 +19,7 @@ from lightning_mtadam.balancers import (
     MetaBalance,
     OutputBalancer,
     ScalarizerBalancer,
+    SharedLayerBalancer,
     TorchJDBalancer,
     UncertaintyWeighting,
 )
@@ -78,6 +79,10 @@ CASES = {
         joins=False,
     ),
     "metabalance": Case(MetaBalance),
+    "shared layer": Case(lambda: SharedLayerBalancer("network.0"), joins=False),
+    "shared layer, at its output": Case(
+        lambda: SharedLayerBalancer("network.0", "mean", {"size": 0.1}, decay=0.0, limit=30.0, at="output"), joins=False
+    ),
 }
 if find_spec("torchjd"):  # a machine with a GPU may have nothing but torch and Lightning
     from torchjd.aggregation import GradVac, PCGrad, UPGrad

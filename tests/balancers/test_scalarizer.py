@@ -98,7 +98,7 @@ def test_famo_equals_torchjds_own_loop(told):
     for one, two in zip(ours.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
     torch.testing.assert_close(balancer.state["_w"], famo._w.detach(), rtol=0, atol=1e-12)
-    assert float(balancer.state["_w"].abs().max()) > 0.05  # it did learn
+    assert float(balancer.state["_w"].abs().max()) > 0.01  # it did learn
 
 
 class Told(MultiTermLightningModule):
