@@ -336,5 +336,5 @@ def test_options_out_of_range_are_refused(options, error, message):
 def test_an_unknown_layer_lists_near_matches():
     with pytest.raises(ValueError, match=r"shared='trunk.3' names no module or parameter of MultiTask"):
         shown(SharedLayerBalancer("trunk.3"), MultiTask()(X), MultiTask())
-    with pytest.raises(ValueError, match="shared='trunk.3' names no module of MultiTask"):
+    with pytest.raises(ValueError, match=r"shared='trunk.3' names no module of MultiTask"):
         SharedLayerBalancer("trunk.3", at="output").attach(MultiTask())
