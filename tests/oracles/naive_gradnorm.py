@@ -1,9 +1,9 @@
 """GradNorm in float64, its weights' move by double backward, one step and one term at a time.
 
 Written from Algorithm 1 of Chen et al. 2018, with two changes: the weights are w = I softmax(z) in place of
-renormalised ones; and what is descended on is half the sum of the squared logarithms of G_i over its target, in place of the sum of
-their absolute differences, by plain steps that are clipped. It shares nothing with the package: the batches of a step
-are averaged before anything.
+renormalised ones; and what is descended on is half the sum of the squared logarithms of G_i over its target, in place
+of the sum of their absolute differences, by plain steps that are clipped. It shares nothing with the package: the
+batches of a step are averaged before anything.
 """
 
 import math
