@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,18 +105,21 @@ class ScalarizerMemory:
 
     def _slots(self) -> Iterator[tuple[str, Any]]:
         """What may be part of the state, by name; values that are never are passed over when they are read."""
-        own = dict(getattr(self.scalarizer, "__dict__", {}))
-        own |= own.get("_buffers", {})
-        yield from ((name, value) for name, value in own.items() if name[:1] == "_" and name not in _NO_STATE)
+        yield from ((name, one) for name, one in self._attributes() if name[:1] == "_" and name not in _NO_STATE)
         if self.updates and isinstance(self.scalarizer, nn.Module):
-            yield from self.scalarizer._parameters.items()
+            yield from self.scalarizer.named_parameters(recurse=False)
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        """All attributes and buffers, by name."""
+        yield from list(getattr(self.scalarizer, "__dict__", {}).items())
+        if isinstance(self.scalarizer, nn.Module):
+            yield from self.scalarizer.named_buffers(recurse=False)
 
     @contextmanager
     def _at(self, values: Tensor, places: Sequence[int], terms: int, state: State) -> Iterator[None]:
         """The scalarizer in a state, cut to some of the terms; then as it was, but for its state."""
         slots, others = {name for name, _ in self._slots()}, {}
-        owner = {**vars(self.scalarizer), **vars(self.scalarizer).get("_buffers", {})} if self._has_vars() else {}
-        for name, value in owner.items():
+        for name, value in self._attributes():
             if isinstance(value, Tensor) and name not in slots:
                 others[name] = value
                 setattr(self.scalarizer, name, _cut(value.to(values.device), places, terms))
@@ -131,9 +134,6 @@ class ScalarizerMemory:
                 setattr(self.scalarizer, name, value)
             for parameter, data in zip(self.learned, whole, strict=True):
                 parameter.data = data
-
-    def _has_vars(self) -> bool:
-        return hasattr(self.scalarizer, "__dict__")
 
     def _write(self, values: Tensor, places: Sequence[int], terms: int, state: State) -> None:
         """Put a state in place; what it has no entry for is as it was at first."""
@@ -152,7 +152,7 @@ class ScalarizerMemory:
             initial = self._initial.get(name)
             entries = {key: value for key, value in state.items() if key == name or key.startswith(f"{name}.")}
             if isinstance(current, nn.Parameter):
-                current.data = placed(entries.get(name, initial))
+                current.data = placed(entries[name] if entries else cast(Tensor, initial))
             elif isinstance(current, Optimizer) and entries:
                 for index, parameter in enumerate(current.param_groups[0]["params"]):
                     start = f"{name}.{index}."
