@@ -52,9 +52,14 @@ class ScalarizerMemory:
     def __init__(self, scalarizer: Scalarizer) -> None:
         self.scalarizer: Any = scalarizer
         self.updates = callable(getattr(scalarizer, "update", None))
-        parameters = list(scalarizer.parameters()) if isinstance(scalarizer, nn.Module) else []
-        self.learned = [] if self.updates else [one for one in parameters if one.requires_grad]
+        named = list(scalarizer.named_parameters()) if isinstance(scalarizer, nn.Module) else []
+        self._learned = [] if self.updates else [name for name, one in named if one.requires_grad]
         self._initial = {name: deepcopy(one) for name, one in self._slots() if not isinstance(one, Optimizer)}
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that an optimizer learns, which are others after they have moved to some devices."""
+        return [self.scalarizer.get_parameter(name) for name in self._learned]
 
     def call(self, values: Tensor, places: Sequence[int], terms: int, state: State, seed: str) -> Outcome:
         """What the scalarizer makes of the values.
@@ -66,21 +71,21 @@ class ScalarizerMemory:
             state: what the call before gave; empty for the first.
             seed: what is drawn in the call depends on it alone; no other drawing is disturbed.
         """
-        leaf = values.detach().clone().requires_grad_()
+        leaf, learned = values.detach().clone().requires_grad_(), self.learned
         with self._at(values, places, terms, state), drawing_from(seed, values.device), torch.enable_grad():
-            for parameter in self.learned:  # so that DistributedDataParallel lets them alone, they do not by themselves
+            for parameter in learned:  # they do not by themselves, so that DistributedDataParallel lets them alone
                 parameter.requires_grad_(True)
             try:
                 value = self.scalarizer(leaf)
                 self._check(value)
-                found = torch.autograd.grad(value, [leaf, *self.learned], allow_unused=True)
+                found = torch.autograd.grad(value, [leaf, *learned], allow_unused=True)
             finally:
-                for parameter in self.learned:
+                for parameter in learned:
                     parameter.requires_grad_(False)
             after = self._read(places, terms, state)
-        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(found, [leaf, *self.learned], strict=True)]
-        learned = [self._widened(gradient, places, terms, None) for gradient in gradients[1:]]
-        return Outcome(value.detach(), gradients[0], learned, after)
+        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(found, [leaf, *learned], strict=True)]
+        whole = [self._widened(gradient, places, terms, None) for gradient in gradients[1:]]
+        return Outcome(value.detach(), gradients[0], whole, after)
 
     def update(self, values: Tensor, places: Sequence[int], terms: int, state: State) -> dict[str, Tensor]:
         """The state after the scalarizer was told the values after a step, [n], of terms that were in it."""
@@ -125,7 +130,7 @@ class ScalarizerMemory:
                 setattr(self.scalarizer, name, _cut(value.to(values.device), places, terms))
         whole = [parameter.data for parameter in self.learned]
         for parameter in self.learned:
-            parameter.data = _cut(parameter.data.to(values.device), places, terms)
+            parameter.data = _cut(parameter.data, places, terms)
         try:
             self._write(values, places, terms, state)
             yield
@@ -137,6 +142,7 @@ class ScalarizerMemory:
 
     def _write(self, values: Tensor, places: Sequence[int], terms: int, state: State) -> None:
         """Put a state in place; what it has no entry for is as it was at first."""
+        self._move(values.device)
         if any(".0." in key for key in state) and not any(isinstance(one, Optimizer) for _, one in self._slots()):
             self._write(values, places, terms, {key: value for key, value in state.items() if ".0." not in key})
             self.scalarizer(torch.ones_like(values))  # which makes its optimizer with the first update
@@ -166,6 +172,14 @@ class ScalarizerMemory:
                 setattr(self.scalarizer, name, type(initial)(entries[name].item()))
             else:
                 setattr(self.scalarizer, name, placed(entries[name]))
+
+    def _move(self, device: torch.device) -> None:
+        """Move the parameters, which may become others; then its optimizer is made anew, with the state it had."""
+        if self.updates and any(one.device != device for one in self.scalarizer.parameters()):
+            self.scalarizer.to(device)
+            for name, value in list(self._slots()):
+                if isinstance(value, Optimizer):
+                    setattr(self.scalarizer, name, None)
 
     def _read(self, places: Sequence[int], terms: int, before: State) -> dict[str, Tensor]:
         """The state that the scalarizer is in, with what was before of the terms that are not present."""

@@ -72,7 +72,7 @@ class SharedLayerBalancer(WeighsTerms):
     References:
         Esser, Rombach, Ommer: Taming Transformers for High-Resolution Image Synthesis, 2021, equation 7 (VQGAN's
         adaptive weight), which has ``decay=0``, a limit of 1e4 and 1e-4 in the denominator. He et al.: MultiBalance,
-        2024, which averages at the output of the shared layers.
+        2024, takes gradients at the shared features, as ``at="output"`` does.
     """
 
     looks_ahead: ClassVar[bool] = True
