@@ -27,9 +27,11 @@ class GradNorm(Balancer):
         w        = I softmax(z),   z_i <- z_i - lr clip(d_i, -1, 1)
 
     The weights settle where the ``G_i`` are to one another as the ``r_i^alpha``, the paper's target. They move by
-    ratios: a loss that is off by a factor of 1e4 is brought back in some 300 steps, one that is off by 1e8 in 500. No
-    gradient is differentiated again. The network is trained on ``sum_i w_i L_i`` by one backward pass, with the weights
-    as they were before this step; beside it the terms are differentiated down to the shared layer only.
+    ratios: a loss that is off by a factor of 1e4 is brought back in some 300 steps, one that is off by 1e8 in 500. An
+    optimizer that remembers the gradients before that, as Adam does, is held back for longer.
+
+    No gradient is differentiated again. The network is trained on ``sum_i w_i L_i`` by one backward pass, with the
+    weights as they were before this step; beside it the terms are differentiated down to the shared layer only.
 
     Args:
         shared: the name of the module or parameter at which gradients are compared, in the network: commonly the last
