@@ -68,6 +68,12 @@ class Guard(pl.Callback):
             if group is not None:
                 host_group(group)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell the balancer, before a checkpoint is written."""
+        balancer = balancer_of(pl_module)
+        if balancer is not None:
+            balancer.end_epoch()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell of a last step that was not finite: on an accelerator no later step does."""
         for optimizer in trainer.optimizers:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lightning_mtadam import MTAdam, NonFiniteError, terms
-from lightning_mtadam.balancers import FixedWeights, GradNorm, MetaBalance, UncertaintyWeighting
+from lightning_mtadam.balancers import (
+    FixedWeights,
+    GradNorm,
+    MetaBalance,
+    ScalarizerBalancer,
+    SharedLayerBalancer,
+    UncertaintyWeighting,
+)
 
 W = torch.ones(3, requires_grad=True)
 
@@ -160,6 +167,8 @@ def test_names_are_those_of_the_bare_network(names, clean):
         MetaBalance(),
         UncertaintyWeighting(terms=("fit", "size")),
         GradNorm("0"),
+        SharedLayerBalancer("0"),
+        ScalarizerBalancer(torch.sum),
     ],
     ids=lambda one: type(one).__name__,
 )

@@ -11,6 +11,8 @@ from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepG
 from lightning_mtadam.balancers.gradnorm import GradNorm
 from lightning_mtadam.balancers.meta_balance import MetaBalance
 from lightning_mtadam.balancers.output_balancer import OutputBalancer
+from lightning_mtadam.balancers.scalarizer_balancer import ScalarizerBalancer
+from lightning_mtadam.balancers.shared_layer_balancer import SharedLayerBalancer
 from lightning_mtadam.balancers.torchjd_balancer import TorchJDBalancer
 from lightning_mtadam.balancers.uncertainty import UncertaintyWeighting
 
@@ -22,6 +24,8 @@ __all__ = [
     "GradientBalancer",
     "MetaBalance",
     "OutputBalancer",
+    "ScalarizerBalancer",
+    "SharedLayerBalancer",
     "StepGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from random import Random
@@ -15,6 +16,12 @@ from lightning_mtadam.terms import is_host
 
 Aggregator: TypeAlias = Callable[[Tensor], Any]
 """Makes a vector [n] of a matrix [I, n]. A type that said so would keep LightningCLI from making objects that do."""
+
+
+def is_of_torchjd(value: object, part: str, kind: str) -> bool:
+    """Whether a value is of a kind that a part of TorchJD defines; TorchJD itself is not imported for it."""
+    defined = getattr(sys.modules.get(f"torchjd.{part}"), kind, None)
+    return defined is not None and isinstance(value, defined)
 
 
 class AggregatorMemory:

@@ -152,6 +152,9 @@ class Balancer(ABC):
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:  # noqa: B027 - only MTAdam keeps names
         """Names are taken from the network, in every call of :meth:`backward`."""
 
+    def end_epoch(self) -> None:  # noqa: B027 - most know no epochs
+        """An epoch of training has ended. A trainer calls it; without one it is yours to call."""
+
     def gradient_norms(self) -> dict[str, Tensor]:
         """The moving averages n_i of the gradient norms by layer, tensors [I]; empty where there are none."""
         return {}

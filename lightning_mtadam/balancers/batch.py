@@ -74,6 +74,10 @@ class Batch(collect.Batch):
             return tensor
         return mean_over(tensor, self.processes.group)
 
+    def mean_of_all(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes in every batch, of any shape: where all of them weigh the terms by it."""
+        return tensor if self.processes.group is None else mean_over(tensor, self.processes.group)
+
     def run_weighted(self, weights: Sequence[float] | Tensor) -> Tensor:
         """One backward pass of the weighted sum of the losses, which leaves its gradient in ``p.grad``.
 
@@ -86,3 +90,8 @@ class Batch(collect.Batch):
         weighted = torch.stack([weights[self.terms.index(name)] * loss for name, loss in self.losses.items()])
         self.run(weighted.sum() * self.factor)
         return weighted.detach()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or fp32 if it is narrower."""
+    return torch.promote_types(dtype, torch.float32)

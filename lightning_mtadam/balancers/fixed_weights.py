@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
+from lightning_mtadam.balancers.importance import WeighsTerms
 from lightning_mtadam.terms import plain
 
 
-class FixedWeights(Balancer):
+class FixedWeights(WeighsTerms):
     """The weighted sum of the losses, with constant weights.
 
     Args:
-        weights: by term; the terms are those that have one.
+        weights: by term; the terms are those that have one. What ``set_importance`` gives multiplies them.
 
     Raises:
         ValueError: no weights, or one that is inf or nan.
@@ -47,9 +47,13 @@ class FixedWeights(Balancer):
         self.weights = {name: float(weight) for name, weight in weights.items()}
 
     def term_weights(self) -> dict[str, Tensor]:
-        """The weights."""
-        return {name: torch.tensor(weight, device="cpu") for name, weight in self.weights.items()}
+        """The weights, times the importance of each term."""
+        return {name: torch.tensor(now, device="cpu") for name, now in zip(self._terms, self._now(), strict=True)}
 
     def balance(self, batch: Batch) -> Tensor:
         """As of every balancer."""
-        return batch.run_weighted([self.weights[name] for name in batch.terms]).sum()
+        return batch.run_weighted(self._now()).sum()
+
+    def _now(self) -> list[float]:
+        importance = self.importance_of(self._terms)
+        return [self.weights[name] * factor for name, factor in zip(self._terms, importance, strict=True)]

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
 HEAD = 3  # of what is observed of a term the columns before its gradient: presence, loss, whether it reaches the layer
 
 State = dict[str, Tensor]
-"""Each [I]: "logits" z, how many "moves" each has made, its moments "exp_avg" and "exp_avg_sq", the mean of
-"log_weights" over the steps, "initial_losses" L_i(0), in how many steps the term was "seen", and whether it "reached"
-the shared layer in the last of them. "steps" is a scalar."""
+"""Each [I]: "logits" z, the mean of "log_weights" over the steps, "initial_losses" L_i(0), in how many steps the term
+was "seen", and whether it "reached" the shared layer in the last of them. "steps" is a scalar."""
 
 
 def beginning(terms: int, initial: Sequence[float] | None, dtype: torch.dtype, device: torch.device) -> State:
@@ -28,7 +25,7 @@ def beginning(terms: int, initial: Sequence[float] | None, dtype: torch.dtype, d
     """
     zeros = torch.zeros(terms, dtype=dtype, device=device)
     return {
-        **dict.fromkeys(("logits", "moves", "exp_avg", "exp_avg_sq", "log_weights", "seen", "reached"), zeros),
+        **dict.fromkeys(("logits", "log_weights", "seen", "reached"), zeros),
         "steps": zeros.sum(),
         "initial_losses": torch.tensor(initial, dtype=dtype, device=device) if initial is not None else zeros,
     }
@@ -42,7 +39,7 @@ def advance(state: State, observed: Tensor, *, alpha: float, lr: float, start_le
         observed: of each term in what part of the step it is present, the sum over those parts of its loss, whether it
             reaches the shared layer (all zero if not), and its gradient there. [I, HEAD + |W|].
         alpha: the exponent of the training rates.
-        lr: learning rate of the logits.
+        lr: what a logit moves by in a step at the most.
         start_length: over how many steps the initial losses are averaged, 0 if they are given; a term counts from the
             last of them on.
     """
@@ -61,14 +58,12 @@ def advance(state: State, observed: Tensor, *, alpha: float, lr: float, start_le
         "log_weights": torch.lerp(state["log_weights"], weights_of(state["logits"]).log(), 1 / steps),
     }
     ready = present & (seen >= start_length) & (initial > 0)
-    gradient = logit_gradient(state["logits"], norms, training_rates(losses, initial, ready), alpha, ready)
-    moves = state["moves"] + 1
-    logits, moments = adam_step(state["logits"], gradient, (state["exp_avg"], state["exp_avg_sq"]), moves, lr)
+    off = distances(state["logits"], norms, training_rates(losses, initial, ready), alpha, ready)
+    logits = state["logits"] - lr * off.clamp(-1, 1)
     logits = logits + _mass(state["logits"], ready) - _mass(logits, ready)  # the weights of the others stay
-    learned = {"logits": logits, "exp_avg": moments[0], "exp_avg_sq": moments[1], "moves": moves}
-    learned = {key: torch.where(ready, value, state[key]) for key, value in learned.items()}
+    kept["logits"] = torch.where(ready, logits, state["logits"])
     finite = observed.isfinite().all()
-    return {key: torch.where(finite, value, state[key]) for key, value in {**kept, **learned}.items()}
+    return {key: torch.where(finite, value, state[key]) for key, value in kept.items()}
 
 
 def weights_of(logits: Tensor) -> Tensor:
@@ -86,41 +81,29 @@ def training_rates(losses: Tensor, initial: Tensor, present: Tensor) -> Tensor:
     return ratios / torch.where(mean > 0, mean, 1)
 
 
-def logit_gradient(logits: Tensor, norms: Tensor, rates: Tensor, alpha: float, present: Tensor) -> Tensor:
-    """The gradient of ``L_grad`` by the logits, its targets being constant.
+def distances(logits: Tensor, norms: Tensor, rates: Tensor, alpha: float, present: Tensor) -> Tensor:
+    """How far the logarithm of each weighted norm is from its target, as ratios are to one another.
 
-    ``dL_grad/dw_i = sign(G_i - mean(G) r_i^alpha) ||grad_W L_i||``, and through the softmax, with sums over the terms
-    present, ``dL_grad/dz_i = w_i (dL_grad/dw_i - sum_j w_j dL_grad/dw_j / sum_j w_j)``.
+    ``d_i = log(G_i / r_i^alpha) - mean_j log(G_j / r_j^alpha)``, with ``G_i = w_i ||grad_W L_i||`` and the mean over
+    the terms that take part. All are zero where the ``G_i`` are to one another as the ``r_i^alpha``: wherever the
+    paper's ``L_grad`` is zero, and also where it cannot be.
 
     Args:
         logits: z, [I].
         norms: ``||grad_W L_i||``, [I].
         rates: r_i, [I].
         alpha: the exponent.
-        present: [I] bool; the others have no part in it, and the sum of the weights of these stays.
+        present: [I] bool; the others have no part in it, nor has a term without a gradient, or whose target is zero.
 
     Returns:
-        [I]; zero where not present.
+        [I]; zero where a term has no part in it.
     """
-    weights = torch.where(present, weights_of(logits), 0)
-    scaled = weights * norms
-    mean = scaled.sum() / present.sum().clamp(min=1)
-    slopes = torch.where(present, torch.sign(scaled - mean * rates**alpha) * norms, 0)
-    total = torch.where(present.any(), weights.sum(), 1)
-    return weights * (slopes - (weights * slopes).sum() / total)
+    targets = torch.special.xlogy(torch.full_like(rates, alpha), rates)
+    taking = present & (norms > 0) & targets.isfinite()
+    logs = torch.where(taking, weights_of(logits).log() + norms.log() - targets, 0)
+    return torch.where(taking, logs - logs.sum() / taking.sum().clamp(min=1), 0)
 
 
 def _mass(logits: Tensor, present: Tensor) -> Tensor:
     """The logarithm of the sum of what the softmax makes of the terms present, but for its common divisor."""
     return torch.logsumexp(logits.masked_fill(~present, -torch.inf), 0)
-
-
-def adam_step(
-    logits: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], steps: Tensor, lr: float
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One step of Adam, out of place; ``steps`` counts this one. The new logits and moments."""
-    first = torch.lerp(moments[0], gradient, 1 - BETAS[0])
-    second = torch.lerp(moments[1], gradient.square(), 1 - BETAS[1])
-    corrected = second / (1 - BETAS[1] ** steps)
-    step = first / (1 - BETAS[0] ** steps) / (corrected.sqrt() + EPS)
-    return logits - lr * step, (first, second)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_mtadam.balancers.batch import Batch, wide
 from lightning_mtadam.balancers.names import module_of
 from lightning_mtadam.terms import Losses
 
@@ -31,20 +32,20 @@ class _Mark(torch.autograd.Function):
         return gradients[0], None
 
 
-def mark_outputs(model: nn.Module, name: str) -> None:
-    """From now on mark the outputs of the module of this name.
+def mark_outputs(model: nn.Module, name: str, option: str = "output") -> None:
+    """From now on mark the outputs of the module of this name, which was given as this option.
 
     Raises:
         ValueError: there is no such module, with near matches.
     """
-    module = module_of(model, name, "output")
-    module.register_forward_hook(partial(_mark, name))
+    module = module_of(model, name, option)
+    module.register_forward_hook(partial(_mark, name, option))
 
 
-def _mark(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
+def _mark(name: str, option: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"output={name!r} must name a module whose output is one tensor, but {type(module).__name__} returns a"
+            f"{option}={name!r} must name a module whose output is one tensor, but {type(module).__name__} returns a"
             f" {type(output).__name__}. Name the layer within it that makes the tensor, or an nn.Identity() that you"
             " pass it through."
         )
@@ -83,6 +84,28 @@ def find_outputs(losses: Losses, name: str, trained: Iterable[Tensor]) -> list[T
             )
         found |= marks
     return list(found.values())
+
+
+def outputs_of(loss: Tensor, name: str) -> list[Tensor]:
+    """The marked outputs of the module of this name that a loss derives from; none if it passes none."""
+    return list(_ends(loss, name)[0].values()) if loss.requires_grad else []
+
+
+def gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list[Tensor]:
+    """The gradient of a term at each output, without the loss scale and the share of the batch; the graph is kept."""
+    if not loss.requires_grad:  # a constant on this process
+        return [torch.zeros_like(output, dtype=wide(output.dtype)) for output in outputs]
+    # By one, if no small gradient can vanish: a fused loss holds its gradient, and multiplies it in place in each pass.
+    scale = None if batch.loss_scale is None else batch.factor.to(loss, copy=True)
+    found = torch.autograd.grad(loss, outputs, scale, retain_graph=True, materialize_grads=True)
+    wides = [gradient.detach().to(wide(gradient.dtype)) for gradient in found]  # torch 2.6: zeros have a graph
+    return wides if scale is None else [gradient / batch.factor for gradient in wides]
+
+
+def sample_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the L2 norms of the samples, which the first dimension counts; a scalar is one sample."""
+    samples = [found.flatten(1) if found.dim() > 1 else found.reshape(-1, 1) for found in gradients]
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1).sum() for rows in samples]).sum()
 
 
 def refuse_nested(outputs: Sequence[Tensor], name: str) -> None:

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from lightning_mtadam import balancing
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
+from lightning_mtadam.balancers.importance import WeighsTerms
+from lightning_mtadam.constants import constant
 from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, plain
 
 
-class MetaBalance(GradientBalancer):
+class MetaBalance(WeighsTerms, GradientBalancer):
     r"""MetaBalance (He et al. 2022): MTAdam's balance per layer, relaxed, for any optimizer.
 
     In every layer, which is a parameter tensor, with ``g_i`` the gradient of term i::
@@ -26,7 +28,8 @@ class MetaBalance(GradientBalancer):
 
     With ``relax=1`` the magnitudes are those of the anchor, with ``relax=0`` the terms are added as they are. A term
     has no part in layers that it does not reach, and its norms stand still in steps in which it is absent. Rounding
-    noise, which MTAdam leaves out of anchor and balance, is here added times ``1 - relax``.
+    noise, which MTAdam leaves out of anchor and balance, is here added times ``1 - relax``. What ``set_importance``
+    gives multiplies a term's balanced gradient, and leaves its norms as they are.
 
     Args:
         relax: r, how far to go, from 0 to 1.
@@ -112,7 +115,9 @@ class MetaBalance(GradientBalancer):
         self.state = {**self.state_before, **{layer: row for layer, reached, row in rows if reached}}
         heard = _heard(norms)
         scales = balancing.balance_scales(heard, self._reference(heard), torch.ones_like(heard[0]), math.inf)
-        return step.weighted_sum(self.relax * scales + (1 - self.relax))
+        importance = self.importance_of(self._terms or self._names)
+        factors = constant(importance, scales.dtype, scales.device)
+        return step.weighted_sum((self.relax * scales + (1 - self.relax)) * factors)
 
     def _reference(self, norms: Tensor) -> Tensor:
         """n_anchor, [L, 1]."""

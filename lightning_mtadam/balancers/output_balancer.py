@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mtadam.balancers.balancer import Balancer
-from lightning_mtadam.balancers.batch import Batch
-from lightning_mtadam.balancers.marked_outputs import find_outputs, mark_outputs, refuse_nested
-from lightning_mtadam.balancing import corrected_norms, update_norms
+from lightning_mtadam.balancers import norm_averages
+from lightning_mtadam.balancers.batch import Batch, wide
+from lightning_mtadam.balancers.importance import WeighsTerms
+from lightning_mtadam.balancers.marked_outputs import (
+    find_outputs,
+    gradients_at,
+    mark_outputs,
+    refuse_nested,
+    sample_norms,
+)
 from lightning_mtadam.constants import constant
-from lightning_mtadam.distributed.averaging import mean_over
-from lightning_mtadam.distributed.processes import Processes
 from lightning_mtadam.terms import plain
 
 
-class OutputBalancer(Balancer):
+class OutputBalancer(WeighsTerms):
     r"""EnCodec's balancer (Defossez et al. 2022): every term has a fixed share of the gradient at a network's output.
 
     With ``x`` the output, of the samples ``x_k``, for the terms that are present::
@@ -40,7 +44,8 @@ class OutputBalancer(Balancer):
 
     Args:
         output: the name of the module whose output is balanced, as in ``model.named_modules()``.
-        weights: the wanted shares, by term; equal ones by default. Only their ratios count.
+        weights: the wanted shares, by term; equal ones by default. Only their ratios count. What ``set_importance``
+            gives multiplies them.
         ema_decay: of the averages of the norms.
         terms: the names of the losses, if known ahead; those of ``weights`` by default.
 
@@ -105,7 +110,7 @@ class OutputBalancer(Balancer):
         """What multiplies each loss if all terms are present: its share over its norm; zero if it had no gradient."""
         if not self.state:
             return {}
-        norms, everywhere = self._norms(self.state), self.state["counts"] >= 0
+        norms, everywhere = norm_averages.averages(self.state, self.ema_decay), self.state["counts"] >= 0
         return dict(zip(self._terms, _scales(norms, self._wanted(self._terms), everywhere).unbind(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,66 +127,30 @@ class OutputBalancer(Balancer):
     def balance(self, batch: Batch) -> None:
         """As of every balancer."""
         terms, outputs, self._outputs = batch.terms, self._outputs, []
-        gradients = {name: _gradients_at(outputs, loss, batch) for name, loss in batch.losses.items()}
-        share = batch.share.to(_wide(batch.share.dtype))
+        gradients = {name: gradients_at(outputs, loss, batch) for name, loss in batch.losses.items()}
+        share = batch.share.to(wide(batch.share.dtype))
         seen = share.new_zeros(2, len(terms))
         for name, found in gradients.items():
-            norm = torch.stack([_sample_norms(gradient).sum().to(share) for gradient in found]).sum()
-            seen[:, terms.index(name)] = torch.stack([share, share * norm])
-        seen[1] = _of_all(seen[1], batch.processes)
+            seen[:, terms.index(name)] = torch.stack([share, share * sample_norms(found).to(share)])
+        seen[1] = batch.mean_of_all(seen[1])
         observed = seen if batch.begins else self._observed + seen
-        after = self._advance(observed)
-        scales = _scales(self._norms(after), self._wanted(terms), seen[0] > 0)
+        after = norm_averages.advance(self.state_before, observed, self.ema_decay)
+        scales = _scales(norm_averages.averages(after, self.ema_decay), self._wanted(terms), seen[0] > 0)
         by_name = dict(zip(terms, scales.unbind(), strict=True))
         batch.run(_surrogate(outputs, gradients, by_name) * batch.factor)
         self._observed, self.state = observed, after
 
-    def _advance(self, observed: Tensor) -> dict[str, Tensor]:
-        """The state after a step in which this was observed, [2, I]; the same if it is not finite."""
-        zeros = torch.zeros_like(observed[0])
-        before = self.state_before or {"norms": zeros, "counts": zeros}
-        present = observed[0] > 0
-        mean = observed[1] / torch.where(present, observed[0], 1)
-        norms, counts = update_norms(
-            before["norms"], before["counts"], mean, present, _alike(self.ema_decay, mean), "unbiased"
-        )
-        finite = observed.isfinite().all()
-        after = {"norms": norms, "counts": counts}
-        return {key: torch.where(finite, value, before[key]) for key, value in after.items()}
-
-    def _norms(self, state: dict[str, Tensor]) -> Tensor:
-        """The averages n_i, [I]."""
-        return corrected_norms(state["norms"], state["counts"], _alike(self.ema_decay, state["norms"]), "unbiased")
-
     def _wanted(self, terms: tuple[str, ...]) -> list[float]:
-        return [1.0 if self.weights is None else self.weights[name] for name in terms]
+        shares = [1.0 if self.weights is None else self.weights[name] for name in terms]
+        return [share * importance for share, importance in zip(shares, self.importance_of(terms), strict=True)]
 
 
 def _scales(norms: Tensor, wanted: Sequence[float], present: Tensor) -> Tensor:
-    """``weight_i / (n_i sum of the weights present)``, zero where there is no norm. [I] each."""
-    weights = _alike(wanted, norms)
-    shares = weights / torch.where(present, weights, 0).sum()
+    """``weight_i / (n_i sum of the weights present)``, zero where there is no norm, or no weight. [I] each."""
+    weights = constant(wanted, norms.dtype, norms.device)
+    total = torch.where(present, weights, 0).sum()
+    shares = weights / torch.where(total > 0, total, 1)
     return torch.where(norms > 0, shares / norms, 0)
-
-
-def _alike(values: Sequence[float] | float, tensor: Tensor) -> Tensor:
-    return constant(values, tensor.dtype, tensor.device)
-
-
-def _gradients_at(outputs: Sequence[Tensor], loss: Tensor, batch: Batch) -> list[Tensor]:
-    """The gradient of a term at each output, without the loss scale and the share of the batch; the graph is kept."""
-    if not loss.requires_grad:  # a constant on this process
-        return [torch.zeros_like(output, dtype=_wide(output.dtype)) for output in outputs]
-    factor = batch.factor  # the loss scale keeps small gradients from vanishing on their way
-    found = torch.autograd.grad(loss, outputs, factor.to(loss, copy=True), retain_graph=True, materialize_grads=True)
-    return [gradient.detach().to(_wide(gradient.dtype)) / factor for gradient in found]  # torch 2.6: zeros have a graph
-
-
-def _sample_norms(gradient: Tensor) -> Tensor:
-    """One L2 norm a sample, which the first dimension counts; a scalar is one sample."""
-    samples = gradient.flatten(1) if gradient.dim() > 1 else gradient.reshape(-1, 1)
-    norms: Tensor = torch.linalg.vector_norm(samples, dim=1)
-    return norms
 
 
 def _surrogate(
@@ -193,14 +162,3 @@ def _surrogate(
         balanced = torch.stack([scales[name] * found[index] for name, found in gradients.items()]).sum(0)
         products.append((output * balanced).sum())
     return torch.stack(products).sum()
-
-
-def _of_all(norms: Tensor, processes: Processes) -> Tensor:
-    """The mean over the processes, in every batch: all of them scale the terms alike."""
-    if processes.group is None:
-        return norms
-    return mean_over(norms, processes.group)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

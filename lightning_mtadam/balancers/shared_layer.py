@@ -46,17 +46,14 @@ def unreached_message(name: str) -> str:
     )
 
 
-def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+def gradient_at(shared: Sequence[Tensor], loss: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor | None:
     """The gradient of a term at the shared layer, without the loss scale; the graph is kept.
 
     Nothing is written to ``.grad``, and no layer below is differentiated. Without a loss scale the backward pass begins
     with one: fused losses, which know their gradient ahead and multiply it in place, then leave it as it is.
 
     Returns:
-        [|W|]; ``None`` if the term does not reach the layer on this one of several processes.
-
-    Raises:
-        ValueError: the term does not reach the layer, and there is but one process.
+        [|W|], times the batch's share of the step; ``None`` if the term does not reach the layer on this process.
     """
     if not loss.requires_grad:  # a constant on this process
         return None
@@ -64,8 +61,6 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
     scale = None if batch.loss_scale is None else batch.factor.to(loss, copy=True)
     found = torch.autograd.grad(loss, shared, scale, retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in found):
-        if batch.processes.group is None:
-            raise ValueError(unreached_message(name))
         return None
     pieces = [
         torch.zeros_like(parameter) if gradient is None else gradient
@@ -75,15 +70,17 @@ def gradient_at(shared: Sequence[Tensor], name: str, loss: Tensor, batch: Batch,
     return flat * batch.share.to(flat) if batch.loss_scale is None else flat / batch.loss_scale.to(flat)
 
 
-def check_repeatable(name: str, first: Tensor | None, second: Tensor | None) -> None:
+def check_repeatable(name: str, first: Tensor | None, second: Tensor | None, by: str) -> None:
     """Raise ``ValueError`` if a term's gradient at the shared layer, [|W|], is another one the second time.
+
+    ``by`` is the name of the balancer, for the message.
 
     Backward passes that write over what the forward pass has kept, as some fused losses do, may be run only once; a
     second one, which is what the network is trained by, would be wrong. Rounding passes.
     """
     if first is not None and second is not None and bool((second - first).norm() > 0.01 * first.norm()):
         raise ValueError(
-            f"losses[{name!r}] has another gradient each time it is differentiated, but GradNorm does so twice: at the"
+            f"losses[{name!r}] has another gradient each time it is differentiated, but {by} does so twice: at the"
             " shared layer, and for the step. A fused loss may write over what its backward pass needs (such as"
             " inplace_backward=True): use one that does not, and multiply no constant into it. For dropout in a"
             " checkpointed segment keep preserve_rng_state=True."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mtadam import balancing
-from lightning_mtadam.balancers.aggregator_memory import Aggregator, AggregatorMemory
+from lightning_mtadam.balancers.aggregator_memory import Aggregator, AggregatorMemory, is_of_torchjd
 from lightning_mtadam.balancers.batch import Batch
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer, StepGradients
 from lightning_mtadam.constants import constant
@@ -44,7 +44,8 @@ class TorchJDBalancer(GradientBalancer):
         terms: the names of the losses, if known ahead.
 
     Raises:
-        TypeError: the aggregator cannot be called, or does not return a tensor.
+        TypeError: the aggregator cannot be called, is a scalarizer, which ``ScalarizerBalancer`` runs, or does
+            not return a tensor.
         ValueError: it returns a tensor of another shape.
         NonFiniteError: it makes inf or nan of finite gradients.
 
@@ -73,6 +74,11 @@ class TorchJDBalancer(GradientBalancer):
         terms: Iterable[str] | None = None,
     ) -> None:
         super().__init__(terms)
+        if is_of_torchjd(aggregator, "scalarization", "Scalarizer"):
+            raise TypeError(
+                f"{type(aggregator).__name__} is a scalarizer, which makes one loss of the losses. Give it to"
+                f" ScalarizerBalancer: ScalarizerBalancer({type(aggregator).__name__}(...))."
+            )
         if not callable(aggregator):
             raise TypeError(
                 f"aggregator must make a vector of a matrix, but a {type(aggregator).__name__} cannot be called. Give"

@@ -18,6 +18,8 @@ from lightning_mtadam.balancers import (
     GradNorm,
     MetaBalance,
     OutputBalancer,
+    ScalarizerBalancer,
+    SharedLayerBalancer,
     TorchJDBalancer,
     UncertaintyWeighting,
 )
@@ -25,6 +27,7 @@ from tests.lightning_models import LR, Batch, make_loader, make_network, make_tr
 from tests.loops import clip_by_hand
 
 Losses = dict[str, Tensor]
+TERMS = ("fit", "size", "decay")
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,16 @@ def uncertainty(terms: Iterable[str] | None = None) -> Balancer:
     return balancer
 
 
+def scalarizer_that_learns(scalarizer: nn.Module) -> Balancer:
+    return ScalarizerBalancer(scalarizer.double(), terms=TERMS)  # as the network
+
+
 CASES = {
     "fixed": Case(lambda: FixedWeights({"fit": 1.0, "size": 0.01, "decay": 3.0})),
     "gradnorm": Case(lambda: GradNorm(shared="network.0")),
     "gradnorm, three steps of start": Case(lambda: GradNorm("network.0.weight", alpha=0.5, initial_losses=3)),
     "uncertainty": Case(uncertainty),
-    "uncertainty, terms given": Case(lambda: uncertainty(("fit", "size", "decay"))),
+    "uncertainty, terms given": Case(lambda: uncertainty(TERMS)),
     "output": Case(lambda: OutputBalancer("network"), output_losses, joins=False),
     "output, weighted": Case(
         lambda: OutputBalancer("network.2", {"fit": 5.0, "size": 1.0, "bend": 2.0}, ema_decay=0.5),
@@ -72,13 +79,23 @@ CASES = {
         joins=False,
     ),
     "metabalance": Case(MetaBalance),
+    "shared layer": Case(lambda: SharedLayerBalancer("network.0"), joins=False),
+    "shared layer, at its output": Case(
+        lambda: SharedLayerBalancer("network.0", "mean", {"size": 0.1}, decay=0.0, limit=30.0, at="output"), joins=False
+    ),
 }
 if find_spec("torchjd"):  # a machine with a GPU may have nothing but torch and Lightning
     from torchjd.aggregation import GradVac, PCGrad, UPGrad
+    from torchjd.scalarization import FAMO, IMTLL, STCH, GeometricMean, Random
 
     CASES["torchjd, random"] = Case(lambda: TorchJDBalancer(PCGrad()))
     CASES["torchjd, weights of a solver"] = Case(lambda: TorchJDBalancer(UPGrad()))
     CASES["torchjd, with a state"] = Case(lambda: TorchJDBalancer(GradVac(), seed=3))
+    CASES["torchjd, FAMO"] = Case(lambda: ScalarizerBalancer(FAMO(3), terms=TERMS), joins=False)
+    CASES["torchjd, IMTL-L"] = Case(lambda: scalarizer_that_learns(IMTLL(3)))
+    CASES["torchjd, STCH"] = Case(lambda: ScalarizerBalancer(STCH(0.5)), joins=False)
+    CASES["torchjd, geometric mean"] = Case(lambda: ScalarizerBalancer(GeometricMean()), joins=False)
+    CASES["torchjd, random weights"] = Case(lambda: ScalarizerBalancer(Random(), seed=3))
 
 
 class Balanced(MultiTermLightningModule):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from torchjd.aggregation import UPGrad
+from torchjd.scalarization import FAMO
 
 from lightning_mtadam import MultiTermLightningModule, balancers
 from lightning_mtadam.balancers import Balancer
@@ -22,6 +23,11 @@ GIVEN = {
     "GradNorm": {"shared": "network.0", "alpha": 0.5, "initial_losses": {"fit": 1.0, "size": 80.0, "bend": 1e-3}},
     "MetaBalance": {"relax": 0.5, "anchor": "mean"},
     "OutputBalancer": {"output": "network", "weights": {"fit": 2.0, "size": 1.0, "bend": 1.0}, "ema_decay": 0.9},
+    "ScalarizerBalancer": {
+        "scalarizer": {"class_path": "torchjd.scalarization.FAMO", "init_args": {"shape": 3}},
+        "seed": 3,
+    },
+    "SharedLayerBalancer": {"shared": "network.0", "anchor": "size", "importance": {"bend": 0.5}, "decay": 0.5},
     "TorchJDBalancer": {"aggregator": {"class_path": "torchjd.aggregation.UPGrad"}, "seed": 3},
     "UncertaintyWeighting": {"terms": ["fit", "size", "bend"]},
 }
@@ -56,7 +62,8 @@ def test_the_balancer_comes_from_a_config_file(name, tmp_path):
     cli = run(tmp_path, f"--config={tmp_path / 'balanced.yaml'}")
     kind = getattr(balancers, name)
     assert type(cli.model.balancer) is kind
-    given = {key: UPGrad() if key == "aggregator" else value for key, value in GIVEN[name].items()}
+    made = {"aggregator": UPGrad(), "scalarizer": FAMO(3)}
+    given = {key: made.get(key, value) for key, value in GIVEN[name].items()}
     by_hand = balanced_by_hand(Case(lambda: kind(**given), output_losses), make_loader(), epochs=2)
     assert_same(cli.model, by_hand)
 

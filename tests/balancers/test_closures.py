@@ -213,7 +213,7 @@ def test_lbfgs_descends_the_objective_and_the_balancer_advances_once_a_step(name
         assert step or min(evaluations) < evaluations[0]
         if name == "gradnorm":
             assert float(balancer.state["steps"]) == step + 1
-            assert balancer.state["moves"].tolist() == [step + 1.0] * 3
+            assert balancer.state["seen"].tolist() == [step + 1.0] * 3
 
 
 def state_after_one_evaluation(make):
@@ -380,8 +380,8 @@ def test_those_without_an_objective_are_known():
 def test_they_are_refused_with_lbfgs_by_name_and_nothing_is_changed(name, line_search):
     module = Balanced(REFUSED[name])
     module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters(), line_search_fn=line_search)
-    before = copy.deepcopy(module.state_dict())
     kind = type(module.balancer).__name__
+    before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=rf"^{kind} cannot be used with LBFGS.* Use FixedWeights, GradNorm or"):
         fit(module, make_loader())
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mtadam.balancers import FixedWeights, GradNorm
+from lightning_mtadam.balancers import FixedWeights, GradNorm, SharedLayerBalancer
 from tests.distributed.ranks import results, run_ranks
 from tests.distributed.training import fit_rank, joined_rounds, rounds
 from tests.lightning_models import (
@@ -22,7 +22,11 @@ from tests.loops import take_step
 
 pytestmark = QUIET
 WEIGHTS = {"l1": 3.0, "gan": 0.1}
-BALANCERS = {"fixed": lambda: FixedWeights(WEIGHTS), "gradnorm": lambda: GradNorm(shared="generator.0")}
+BALANCERS = {
+    "fixed": lambda: FixedWeights(WEIGHTS),
+    "gradnorm": lambda: GradNorm(shared="generator.0"),
+    "shared layer": lambda: SharedLayerBalancer("generator.0", at="output"),
+}
 
 
 class BalancedGAN(GAN):

@@ -11,10 +11,11 @@ from lightning_mtadam.balancers import GradNorm
 from lightning_mtadam.balancers import gradnorm_rule as rule
 from tests.distributed.ranks import run_ranks
 from tests.lightning_models import make_loader, make_network, three_losses
-from tests.oracles.naive_gradnorm import NaiveGradNorm, gradient_loss
+from tests.oracles.naive_gradnorm import NaiveGradNorm, gradient_loss, ratio_loss
 from tests.test_operation_counts import MultiTask, X, count, times
 
 TERMS = ("fit", "size", "decay")
+BATCH = next(iter(make_loader(seed=7)))
 
 
 def random_losses(network, x):
@@ -28,28 +29,59 @@ def random_losses(network, x):
     ]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.12, 1.0, 1.5, 3.0])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_gradient_of_the_weights_equals_double_backward(alpha, seed):
+def random_terms(seed):
+    """Four terms of a random network, as loss, mean and initial loss; its shared layer; and the norms there."""
     generator = torch.Generator().manual_seed(seed)
     width = int(torch.randint(2, 9, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 5), nn.Tanh(), nn.Linear(5, 2))
     shared = list(network.double()[2].parameters())
-    for _ in range(4):
-        x, logits, initial = (torch.randn(s, generator=generator).double() for s in ((7, 3), (4,), (4,)))
-        initial, logits = initial.exp(), logits.requires_grad_()
-        losses = random_losses(network, x)
-        terms = [(loss, float(loss.detach()), float(start)) for loss, start in zip(losses, initial, strict=True)]
-        oracle = gradient_loss(4 * torch.softmax(logits, 0), terms, shared, alpha)
-        (expected,) = torch.autograd.grad(oracle, logits)
-        gradients = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
-        norms = torch.stack([torch.cat([g.flatten() for g in found]).norm() for found in gradients])
-        everyone = torch.ones(4, dtype=torch.bool)
-        rates = rule.training_rates(torch.stack(losses).detach(), initial, everyone)
-        found = rule.logit_gradient(logits.detach(), norms, rates, alpha, everyone)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    x, initial = (torch.randn(s, generator=generator).double() for s in ((7, 3), (4,)))
+    losses = random_losses(network, x)
+    terms = [(loss, float(loss.detach()), float(start)) for loss, start in zip(losses, initial.exp(), strict=True)]
+    gradients = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
+    return terms, shared, torch.stack([torch.cat([g.flatten() for g in found]).norm() for found in gradients])
+
+
+EVERYONE = torch.ones(4, dtype=torch.bool)
+
+
+def rates_of(terms):
+    means = torch.tensor([mean for _, mean, _ in terms], dtype=torch.float64)
+    initial = torch.tensor([start for _, _, start in terms], dtype=torch.float64)
+    return rule.training_rates(means, initial, EVERYONE)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.12, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_distances_are_the_gradient_of_the_squared_logarithms(alpha, seed):
+    terms, shared, norms = random_terms(seed)
+    logits = torch.randn(4, generator=torch.Generator().manual_seed(seed)).double()
+    logs = (4 * torch.softmax(logits, 0)).log().requires_grad_()
+    (expected,) = torch.autograd.grad(ratio_loss(logs.exp(), terms, shared, alpha), logs)
+    found = rule.distances(logits, norms, rates_of(terms), alpha, EVERYONE)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])  # where the targets' mean is that of the norms, whatever the rates
+@pytest.mark.parametrize("seed", range(6))
+def test_the_distances_are_zero_where_the_papers_loss_is(alpha, seed):
+    terms, shared, norms = random_terms(seed)
+    rates = rates_of(terms)
+    logits = (rates**alpha / norms).log()
+    weights = rule.weights_of(logits)
+    assert float(rule.distances(logits, norms, rates, alpha, EVERYONE).abs().max()) < 1e-12
+    assert float(gradient_loss(weights, terms, shared, alpha).detach()) < 1e-12 * float((weights * norms).mean())
+
+
+def test_a_term_without_a_gradient_or_a_target_has_no_part_in_it():
+    norms = torch.tensor([1.0, 0.0, 3.0, 5.0], dtype=torch.float64)
+    rates = torch.tensor([1.0, 1.0, 0.0, 2.0], dtype=torch.float64)
+    found = rule.distances(torch.zeros(4, dtype=torch.float64), norms, rates, 1.0, EVERYONE)
+    half = torch.tensor(5 / 2, dtype=torch.float64).log() / 2
+    torch.testing.assert_close(found, torch.stack([-half, 0 * half, 0 * half, half]))
+    assert bool(rule.distances(norms, norms, rates, 0.0, EVERYONE).isfinite().all())
 
 
 def all_terms(step, losses):
@@ -109,6 +141,39 @@ def test_at_alpha_0_weights_settle_where_they_are_proportional_to_the_inverse_no
     torch.testing.assert_close(rule.weights_of(state["logits"]), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("factor", [1e-4, 1e4, 1e8])
+@pytest.mark.parametrize("terms", [2, 3, 10])
+def test_a_loss_that_is_off_by_orders_of_magnitude_is_brought_back_in_some_hundred_steps(factor, terms):
+    norms = torch.ones(terms, dtype=torch.float64)
+    norms[-1] = factor
+    observed = torch.stack([torch.ones_like(norms)] * rule.HEAD + [norms], 1)
+    state = begin(terms)
+    for _ in range(350 if factor < 1e8 else 510):
+        state = rule.advance(state, observed, alpha=1.5, lr=0.025, start_length=1)
+    scaled = rule.weights_of(state["logits"]) * norms
+    assert float(scaled.max() / scaled.min()) < 1.1
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_a_network_is_balanced_after_some_hundred_steps_of_a_loss_that_is_off(factor):
+    network = make_network()
+    balancer, optimizer = GradNorm("0", alpha=0.0), torch.optim.SGD(network.parameters(), lr=1e-5)
+    for _ in range(400):
+        losses = three_losses(network, BATCH)
+        losses["size"] = factor * losses["size"]
+        optimizer.zero_grad()
+        balancer.backward(losses, optimizer, model=network)
+        optimizer.step()
+    losses = three_losses(network, BATCH)
+    losses["size"] = factor * losses["size"]
+    weights, norms = balancer.term_weights(), []
+    for name, loss in losses.items():
+        shared = list(network[0].parameters())
+        found = torch.autograd.grad(weights[name] * loss, shared, retain_graph=True, allow_unused=True)
+        norms.append(float(torch.cat([g.flatten() for g in found if g is not None]).norm()))
+    assert max(norms) / min(norms) < 1.2
+
+
 def test_weights_are_positive_and_sum_to_the_number_of_terms():
     """Over 10,000 steps, in single precision, of losses and gradients that jump by orders of magnitude."""
     generator = torch.Generator().manual_seed(0)
@@ -146,9 +211,6 @@ def started(steps=5, **options):
         balancer.backward(three_losses(network, batch), optimizer, model=network)
         optimizer.step()
     return network, balancer, optimizer
-
-
-BATCH = next(iter(make_loader(seed=7)))
 
 
 def test_gradients_are_those_of_the_weighted_sum_and_of_nothing_else():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_mtadam import MTAdam
-from lightning_mtadam.balancers import FixedWeights, GradNorm, MetaBalance, OutputBalancer
+from lightning_mtadam.balancers import FixedWeights, GradNorm, MetaBalance, OutputBalancer, SharedLayerBalancer
 from lightning_mtadam.terms import plain
 from tests.lightning_models import assert_same, make_loader, make_network, three_losses
 from tests.loops import hand_loop
@@ -120,11 +120,12 @@ def balancers(kind):
         GradNorm("0", alpha=kind(0.5), lr=kind(0.125)),
         GradNorm("0", initial_losses=weights),
         MetaBalance(relax=kind(0.5), beta=kind(0.75)),
+        SharedLayerBalancer("0", importance=weights, decay=kind(0.5), limit=kind(8.0)),
     ]
 
 
 @of_every_kind
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_those_of_balancers_too(kind, index):
     networks = []
     for balancer in (balancers(kind)[index], balancers(float)[index]):
