@@ -61,7 +61,7 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(own_seed)
             setup = make_setup(problem, lr, own_seed, factor, shares, steps)
-            seconds += run(method, setup)
+            seconds += sum(step_by_step(method, setup))
         setup.network.eval()
         found.append({part: problem.measure(setup.network, part) for part in parts})
     return Outcome(
@@ -84,8 +84,11 @@ def make_setup(
     return Setup(problem, problem.make_network(seed), losses, batches, lr, shares, seed, steps)
 
 
-def run(method: Method, setup: Setup) -> float:
-    """Train, and return the seconds; a network that diverged has nan in its parameters."""
+def step_by_step(method: Method, setup: Setup) -> Iterator[float]:
+    """Train, and give the processor seconds of each step; those of preparing count for the first.
+
+    A network that diverges ends with nan in its parameters.
+    """
     begin = time.process_time()
     try:
         training = method.prepare(setup)
@@ -93,11 +96,12 @@ def run(method: Method, setup: Setup) -> float:
             training.optimizer.zero_grad()
             training.backward(setup.losses(setup.network, batch))
             training.optimizer.step()
+            yield time.process_time() - begin
+            begin = time.process_time()
     except NonFiniteError:
         with torch.no_grad():
             for parameter in setup.network.parameters():
                 parameter.fill_(math.nan)
-    return time.process_time() - begin
 
 
 def worst(problem: Problem, found: Sequence[Mapping[str, float]]) -> dict[str, float]:

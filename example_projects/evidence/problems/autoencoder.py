@@ -52,8 +52,9 @@ def measure(network: nn.Module, part: Labelled) -> dict[str, float]:
 
 
 def autoencoder(folder: Path) -> Problem:
-    """The problem. Failed: one image in five is taken for another class, or less
-    than a quarter of the pixels' variance is explained.
+    """The problem.
+
+    Failed: one image in five is taken for another class, or less than a quarter of the pixels' variance is explained.
     """
     data = read_images(folder)
     variance = data.test[0].var(0).mean().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [2, *[WIDTH] * (1 + DEPTH)]
-        layers = [layer for a, b in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(a, b), nn.Tanh())]
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
         self.layers = nn.Sequential(*layers, nn.Linear(WIDTH, 1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ def burgers(folder: Path) -> Problem:
 
     References:
         Liu, Chu, Thuerey: ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, ICLR 2025;
-        ``docs/examples/pinn_burgers.ipynb`` of its repository. There the best error of all steps is given, here the last.
+        ``docs/examples/pinn_burgers.ipynb`` of its repository, which gives the best error of all steps, and here
+        the last counts.
     """
     solution = torch.from_numpy(np.load(folder / SOLUTION)).float()
     return Problem(

@@ -73,7 +73,7 @@ def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure(network: Net, part: Part) -> dict[str, float]:
-    """The sum of ``L_i / sigma_i^2`` on held-out samples, and the worst task's; nearly 1 a task if the network says 0."""
+    """The sum of ``L_i / sigma_i^2`` on held-out samples, and the worst task's: nearly 1 if the network says 0."""
     generator = torch.Generator().manual_seed(-1 - 2 * network.seed - (part == "test"))
     found = losses(network, samples(make_matrices(network.seed), HELD_OUT, generator))
     normalised = [loss.item() / sigma**2 for loss, sigma in zip(found.values(), SIGMAS, strict=True)]
