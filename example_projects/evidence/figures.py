@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from example_projects.common.run_file import Run
 from example_projects.evidence.methods import METHODS
@@ -19,6 +21,7 @@ from example_projects.evidence.tables import SEARCHED, groups, of_methods, quart
 LINES = {"adam_sum": "0.6", SEARCHED: "black", "mtadam_paper": "C1", "recommended": "C0"}
 POINTS = 40  # of a curve over seconds
 COLUMNS = 3
+LABEL_HEIGHT = 0.08  # of a panel
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -103,9 +106,10 @@ def by_factor(runs: Sequence[Run]) -> Figure | None:
         return None
     figure, panels = _panels(len(curves))
     for axes, (problem, lines) in zip(panels, curves.items(), strict=False):
-        _lines(axes, lines)
+        ends = _lines(axes, lines)
         axes.set(xscale="log", xlabel="factor on the last loss")
         _name(axes, "y", runs, problem)
+        _label(axes, ends)
         axes.set_title(problem, fontsize=10)
     return figure
 
@@ -124,9 +128,10 @@ def budget(runs: Sequence[Run]) -> Figure | None:
             total, shortest = sum(cost for cost, _ in trials), min(cost for cost, _ in trials)
             times = [shortest * (total / shortest) ** (at / (POINTS - 1)) for at in range(POINTS)]
             lines[name] = dict(zip(times, map(quartiles, replay(trials, times)), strict=True))
-        _lines(axes, lines)
+        ends = _lines(axes, lines)
         axes.set(xscale="log", xlabel="processor seconds, search included")
-        _name(axes, "y", runs, problem, what="best validation ")
+        _name(axes, "y", runs, problem, what="validation ")
+        _label(axes, ends)
         axes.set_title(problem, fontsize=10)
     return figure
 
@@ -143,7 +148,7 @@ def cost(runs: Sequence[Run]) -> Figure | None:
         axes.set_yticks(range(len(ratios)), [METHODS[name].label for name in ratios], fontsize=7)
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.set_xlabel("processor time over Adam's  (< better)", fontsize=8)
+        axes.set_xlabel("processor time over Adam's\n(lower is better)", fontsize=8)
         axes.set_title(problem, fontsize=10)
         axes.grid(alpha=0.3)
     return figure
@@ -156,30 +161,43 @@ def tests_of(runs: Sequence[Run]) -> dict[str, list[float]]:
     return {name: values for name, values in tests.items() if values}
 
 
-def _lines(axes: Axes, lines: Mapping[str, Mapping[float, tuple[float, float, float]]]) -> None:
-    """The median with a band between the quartiles, and a label at the end, for those that have lines."""
+def _lines(axes: Axes, lines: Mapping[str, Mapping[float, tuple[float, float, float]]]) -> dict[str, float]:
+    """The median with a band between the quartiles, for those that have lines; where each line ends."""
+    ends = {}
     for name, colour in LINES.items():
         finite = {x: y for x, y in sorted(lines.get(name, {}).items()) if all(map(math.isfinite, y))}
-        if not finite:
-            continue
-        low, median, high = zip(*finite.values(), strict=True)
-        axes.plot(list(finite), median, color=colour, linewidth=1.5)
-        axes.fill_between(list(finite), low, high, color=colour, alpha=0.15, linewidth=0)
-        end = (list(finite)[-1], median[-1])
-        axes.annotate(
-            METHODS[name].label, end, (3, 0), textcoords="offset points", fontsize=7, color=colour, va="center"
+        if finite:
+            low, median, high = zip(*finite.values(), strict=True)
+            axes.plot(list(finite), median, color=colour, linewidth=1.5)
+            axes.fill_between(list(finite), low, high, color=colour, alpha=0.15, linewidth=0)
+            ends[name] = median[-1]
+    return ends
+
+
+def _label(axes: Axes, ends: Mapping[str, float]) -> None:
+    """Names beside the ends of lines, above each other."""
+    to_fraction = axes.transScale + axes.transLimits
+    x, _ = axes.get_xlim()[1], axes.get_ylim()  # the limits are set when they are asked for
+    below = -math.inf
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        below = max(float(to_fraction.transform((x, end))[1]), below + LABEL_HEIGHT)
+        axes.text(
+            1.02, below, METHODS[name].label, transform=axes.transAxes, color=LINES[name], fontsize=7, va="center"
         )
-    axes.margins(x=0.02)
 
 
-def _name(axes: Axes, which: str, runs: Sequence[Run], problem: str, what: str = "test ") -> None:
+def _name(axes: Axes, which: Literal["x", "y"], runs: Sequence[Run], problem: str, what: str = "test ") -> None:
     """The axis of a figure: its name, which way is better, and a logarithmic scale where less is better."""
     run = matching(runs, problem=problem)[0]
     lower = run["better"] == "lower"
-    arrow = {("x", True): "<", ("x", False): ">", ("y", True): "lower is", ("y", False): "higher is"}[which, lower]
-    axes.set(**{f"{which}label": f"{what}{run['figure'].replace('_', ' ')}  ({arrow} better)"})
+    label = f"{what}{run['figure'].replace('_', ' ')}\n({run['better']} is better)"
+    axes.set(**{f"{which}label": label})
     if lower:
         axes.set(**{f"{which}scale": "log"})
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+        axis.set_tick_params(which="both", labelsize=7)
     axes.grid(alpha=0.3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ class Runner:
                 return candidate_of(best_of(trials))
             weights = METHODS[name].searches_weights
             trial = len(trials)
-            tried = candidate(problem, factor, trial, weights=weights)
+            tried = candidate(problem, trial, weights=weights)
             self._make(problem, name, factor, "search", FIRST_SEED + trial, tried, plan, ("validation",))
 
     def _make(
@@ -122,5 +123,5 @@ def _in_turn(problem: Problem, methods: Sequence[str], lr: float, seed: int, ste
     seconds = dict.fromkeys(methods, 0.0)
     for _ in range(0, steps, BLOCK):
         for name, way in ways.items():
-            seconds[name] += sum(second for second, _ in zip(way, range(BLOCK), strict=False))
+            seconds[name] += sum(islice(way, BLOCK))
     return seconds

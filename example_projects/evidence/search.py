@@ -27,8 +27,8 @@ class Candidate:
     shares: Mapping[str, float] | None = None
 
 
-def candidate(problem: Problem, factor: float, trial: int, *, weights: bool) -> Candidate:
-    """The candidate of a trial; all methods try the same learning rates in the same order.
+def candidate(problem: Problem, trial: int, *, weights: bool) -> Candidate:
+    """The candidate of a trial; all methods try the same learning rates in the same order, whatever the factors.
 
     The first is the usual learning rate, with the losses as they are. Further learning rates are uniform on a
     logarithmic scale. So are the shares of the terms but the first, from ``10^-s`` to ``10^s``, with s itself uniform
@@ -36,13 +36,12 @@ def candidate(problem: Problem, factor: float, trial: int, *, weights: bool) -> 
 
     Args:
         problem: that is searched for.
-        factor: on its losses: it decides over what is drawn.
         trial: from 0 on.
         weights: whether shares are drawn.
     """
     if trial == 0:
         return Candidate(USUAL_LR)
-    generator = random.Random(f"{problem.name} {factor:g} {trial}")
+    generator = random.Random(f"{problem.name} {trial}")
     low, high = problem.lrs
     lr = _rounded(low * (high / low) ** generator.random())
     if not weights:

@@ -1,4 +1,4 @@
-"""The tables: what each method reaches at what its search has found, what fails, what it costs, and how soon it is good."""
+"""The tables: what each method reaches, what fails, what it costs, and how soon its search is good."""
 
 from __future__ import annotations
 
@@ -96,9 +96,8 @@ def progress(runs: Sequence[Run]) -> list[dict[str, str]]:
     for name, own in searches.items():
         times = [share * longest for share in SHARES_OF_BUDGET]
         found = replay(trials_of(own), times)
-        columns = {
-            f"{time:.0f} s": shown(sign * statistics.median(best)) for time, best in zip(times, found, strict=True)
-        }
+        medians = [sign * quartiles(best)[1] for best in found]
+        columns = {f"{time:.0f} s": shown(best, "none yet") for time, best in zip(times, medians, strict=True)}
         rows.append({"method": METHODS[name].label, **columns})
     return rows
 
@@ -109,7 +108,7 @@ def trials_of(search: Sequence[Run]) -> list[tuple[float, float]]:
 
 
 def costs(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """A row per problem and method: the seconds of a run over those of Adam on the sum, in the same process and turn."""
+    """A row per problem and method: seconds of a run over those of Adam on the sum, in the same process, in turn."""
     rows = []
     for problem in dict.fromkeys(run["problem"] for run in matching(runs, stage="cost")):
         for name, ratios in ratios_of(runs, problem).items():
@@ -154,6 +153,6 @@ def _between(ordered: Sequence[float], share: float) -> float:
     return ordered[below] if part == 0 else (1 - part) * ordered[below] + part * ordered[below + 1]
 
 
-def shown(value: float) -> str:
+def shown(value: float, infinite: str = "diverged") -> str:
     """Three digits; a run that diverged has none."""
-    return f"{value:.3g}" if math.isfinite(value) else "diverged"
+    return f"{value:.3g}" if math.isfinite(value) else infinite

@@ -48,5 +48,5 @@ def equation() -> Problem:
         figure="relative_error",
         higher_is_better=False,
         allowed={"relative_error": (0, 0.3)},
-        steps=1500,
+        steps=1200,
     )

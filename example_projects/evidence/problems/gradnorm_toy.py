@@ -97,5 +97,5 @@ def gradnorm_toy() -> Problem:
         figure="normalised_loss",
         higher_is_better=False,
         allowed={"worst_task": (0, 0.9)},
-        steps=1000,
+        steps=800,
     )

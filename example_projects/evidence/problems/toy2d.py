@@ -85,7 +85,7 @@ def toy2d() -> Problem:
         figure="distance",
         higher_is_better=False,
         allowed={"distance": (0, 1)},
-        steps=400,
+        steps=300,
         lrs=(1e-3, 1.0),
         starts=len(STARTS),
     )

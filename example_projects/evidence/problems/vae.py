@@ -93,5 +93,5 @@ def vae(folder: Path) -> Problem:
         figure="joint_error",
         higher_is_better=False,
         allowed={"error": (0, 20), "mse": (0, 0.75 * variance), "kl": (1, math.inf)},
-        steps=1000,
+        steps=800,
     )
