@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -130,6 +131,7 @@ def budget(runs: Sequence[Run]) -> Figure | None:
             lines[name] = dict(zip(times, map(quartiles, replay(trials, times)), strict=True))
         ends = _lines(axes, lines)
         axes.set(xscale="log", xlabel="processor seconds, search included")
+        _plain_numbers(axes.xaxis)
         _name(axes, "y", runs, problem, what="validation ")
         _label(axes, ends)
         axes.set_title(problem, fontsize=10)
@@ -194,11 +196,15 @@ def _name(axes: Axes, which: Literal["x", "y"], runs: Sequence[Run], problem: st
     axes.set(**{f"{which}label": label})
     if lower:
         axes.set(**{f"{which}scale": "log"})
-        axis = axes.xaxis if which == "x" else axes.yaxis
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
-        axis.set_tick_params(which="both", labelsize=7)
+        _plain_numbers(axes.xaxis if which == "x" else axes.yaxis)
     axes.grid(alpha=0.3)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Numbers without powers on a logarithmic axis; between the powers of ten too, where these are few."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+    axis.set_tick_params(which="both", labelsize=7)
 
 
 def _panels(count: int, height: float = 2.6) -> tuple[Figure, list[Axes]]:
