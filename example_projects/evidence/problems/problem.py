@@ -38,11 +38,11 @@ class Problem:
     name: str
     make_network: Callable[[int], nn.Module]
     batches: Callable[[int, int], Iterator[Any]]
-    losses: Callable[[nn.Module, Any], dict[str, Tensor]]
+    losses: Callable[[Any, Any], dict[str, Tensor]]
     terms: tuple[str, ...]
     anchor: str
     shared: str
-    measure: Callable[[nn.Module, Part], dict[str, float]]
+    measure: Callable[[Any, Part], dict[str, float]]
     figure: str
     higher_is_better: bool
     allowed: Mapping[str, tuple[float, float]]
