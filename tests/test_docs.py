@@ -9,12 +9,9 @@ import pytest
 
 from example_projects import compare
 from example_projects.common import cost_figure, image_command
-from example_projects.gap import __main__ as gap
-from example_projects.gap.settings import read_setting
+from example_projects.evidence import __main__ as evidence
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
-from example_projects.sensitivity import __main__ as sensitivity
-from example_projects.toy import __main__ as toy
 from tests.lightning_models import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -58,19 +55,9 @@ def test_commands_of_the_pinn_project_are_understood(arguments):
     assert pinn.parse(arguments)
 
 
-@pytest.mark.parametrize("arguments", commands("example_projects.sensitivity"), ids=" ".join)
-def test_commands_of_the_sensitivity_project_are_understood(arguments):
-    assert sensitivity.parse(arguments)
-
-
-@pytest.mark.parametrize("arguments", commands("example_projects.toy"), ids=" ".join)
-def test_commands_of_the_toy_project_are_understood(arguments):
-    assert toy.parse(arguments)
-
-
-@pytest.mark.parametrize("arguments", commands("example_projects.gap"), ids=" ".join)
-def test_commands_of_the_gap_project_are_understood(arguments):
-    assert all(read_setting(name) for name in gap.parse(arguments).settings)
+@pytest.mark.parametrize("arguments", commands("example_projects.evidence"), ids=" ".join)
+def test_commands_of_the_evidence_project_are_understood(arguments):
+    assert evidence.parse(arguments)
 
 
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)
@@ -114,9 +101,7 @@ def test_commands_of_the_command_line_page_run(arguments, tmp_path, monkeypatch)
 def test_there_are_commands_and_snippets():
     assert len(commands("example_projects.mnist")) >= 3
     assert commands("example_projects.pinn")
-    assert commands("example_projects.sensitivity")
-    assert commands("example_projects.toy")
-    assert commands("example_projects.gap")
+    assert commands("example_projects.evidence")
     assert commands("example_projects.common.cost_figure")
     assert commands("example_projects.compare")
     assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)

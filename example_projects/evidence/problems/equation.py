@@ -1,4 +1,4 @@
-"""The network for an equation: a residual and a boundary loss."""
+"""The pinn project's equation: a residual and a boundary loss."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from example_projects.evidence.problems.problem import Part, Problem, seeded
 from example_projects.pinn.data import TEST_POINTS, TRAINING_POINTS
-from example_projects.pinn.methods import ANCHOR
 from example_projects.pinn.network import Net
 from example_projects.pinn.problem import grid, pinn_losses, relative_error
-from example_projects.problems.problem import Problem, seeded
 
 
 def batches(seed: int, steps: int) -> Iterator[Tensor]:
@@ -28,24 +27,26 @@ def losses(network: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def metrics(network: nn.Module) -> dict[str, float]:
-    """The L2 norm of the error over that of the solution."""
+def measure(network: nn.Module, part: Part) -> dict[str, float]:
+    """The L2 norm of the error over that of the solution; for validation between the points of the test."""
     x = grid(TEST_POINTS)
+    x = (x[1:] + x[:-1]) / 2 if part == "validation" else x
     return {"relative_error": relative_error(network(x), x).item()}
 
 
 def equation() -> Problem:
-    """The problem."""
+    """The problem. Failed: a relative error above 0.3; that of the straight line between the boundaries is 0.76."""
     return Problem(
         name="equation",
         make_network=partial(seeded, Net),
         batches=batches,
         losses=losses,
-        anchor=ANCHOR["anchor"],
-        balanced_weights={"residual": 1.0, "boundary": 1e3},
-        given_weights=lambda seed: {"residual": 1.0, "boundary": 1.0},
-        metrics=metrics,
-        metric_name="relative_error",
+        terms=("residual", "boundary"),
+        anchor="residual",
+        shared="layers.6",
+        measure=measure,
+        figure="relative_error",
         higher_is_better=False,
-        steps=2500,
+        allowed={"relative_error": (0, 0.3)},
+        steps=1200,
     )

@@ -1,1 +1,0 @@
-"""Three small problems of several losses, as tensors and functions: for experiments that train many networks."""

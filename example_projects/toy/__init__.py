@@ -1,1 +1,0 @@
-"""The toy of the GradNorm paper: regression tasks whose scales differ."""
