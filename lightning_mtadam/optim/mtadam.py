@@ -12,17 +12,22 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups
+from lightning_mtadam.collect import Batch
+from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
+from lightning_mtadam.graphs import LOOKS, tell_of_ramps
 from lightning_mtadam.groups import count, materialized
+from lightning_mtadam.importance import ImportanceOptimizer, check_importance, importance_of, importance_of_checkpoint
+from lightning_mtadam.layout import own_memory
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
-from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
+from lightning_mtadam.optim.state import check_checkpoint, restore
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
 from lightning_mtadam.terms import plain
 
 
-class MTAdam(TermOptimizer):
+class MTAdam(ImportanceOptimizer, TermOptimizer):
     """Adam for several loss terms: per layer, every term's gradient is brought to the magnitude of an anchor's.
 
     For a layer and a term :math:`i` with gradient :math:`g_i`::
@@ -47,7 +52,7 @@ class MTAdam(TermOptimizer):
             first. Otherwise they are taken from the first losses.
         anchor: whose magnitude the others are brought to: "first" (the first term), a term's name, "mean" (the
             geometric mean), "max", "unit" (scale to norm one), or ``None`` (no balancing).
-        importance: wanted ratios after balancing, by term; 1 by default.
+        importance: wanted ratios after balancing, by term; 1 by default. :meth:`set_importance` changes it.
         layers: the unit that is balanced: "parameter" (the default), "module" (a module's weight and bias together),
             "group", "global", or a callable from a parameter's name to a layer's name.
         norm_init: the gradient norms' average starts from the "first" one (the default), is "unbiased" (corrected for
@@ -119,7 +124,7 @@ class MTAdam(TermOptimizer):
         denominator = denominator or ("sum" if lightly else "max")
         balance = (
             anchor,
-            plain(dict(importance or {})),
+            check_importance({} if importance is None else importance),
             layers,
             norm_init,
             denominator,
@@ -128,7 +133,8 @@ class MTAdam(TermOptimizer):
         )
         options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, {**numbers, "maximize": maximize, "steps": 0, "measured": ()}, options, terms)
+        counted = {"maximize": maximize, "steps": 0, "measured": (), "importance": dict(options.importance)}
+        super().__init__(params, {**numbers, **counted}, options, terms)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -240,19 +246,46 @@ class MTAdam(TermOptimizer):
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
         self._parameters()
         check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
-        check_options_of_groups(state_dict["param_groups"], self.defaults.keys() - {"steps", "measured"}, check_numbers)
+        groups, beside = state_dict["param_groups"], {"steps", "measured", "importance"}
+        check_options_of_groups(groups, self.defaults.keys() - beside, check_numbers)
+        importance = importance_of_checkpoint(groups, self.param_groups)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
+        self._want(importance)
+        self._take_importance()
         self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)
 
     def __repr__(self) -> str:
         """The options and the groups' hyper-parameters, without what is only counted."""
-        hidden = {"params", "param_names", "steps", "measured", "terms", *self._options.state_meaning}
-        lines = [f"    {name}: {value!r}" for name, value in [("terms", self.terms), *vars(self._options).items()]]
+        hidden = {"params", "param_names", "steps", "measured", "terms", "importance", *self._options.state_meaning}
+        options = {**vars(self._options), "importance": self.param_groups[0]["importance"]}
+        lines = [f"    {name}: {value!r}" for name, value in [("terms", self.terms), *options.items()]]
         for index, group in enumerate(self.param_groups):
             numbers = [f"    {key}: {value!r}" for key, value in group.items() if key not in hidden]
             lines += [f"Parameter Group {index} ({len(group['params'])} parameters)", *numbers]
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
+
+    def _reset_transient(self) -> None:
+        super()._reset_transient()
+        self._ramps: dict[str, list[float]] = {}  # by which numbers losses were multiplied
+
+    def _check(self, batch: Batch) -> Parameters:
+        found = super()._check(batch)
+        wanted = self._options.importance
+        if [group for group in self.param_groups if group["importance"] != wanted]:
+            wanted = importance_of(self.param_groups, self.terms or tuple(batch.losses))
+        if batch.processes.group is not None:
+            self._ranks.changing = (("importance", str(sorted(wanted.items()))),)
+        return found
+
+    def _take(self, batch: Batch, others: Mapping[int, Tensor]) -> None:
+        if self.param_groups[0]["importance"] != self._options.importance:
+            self._take_importance()
+            for updater in self._kept[1:2]:
+                updater.tables.follow_importance()
+        if self._options.anchor is not None and self.param_groups[0]["steps"] % LOOKS == 0:
+            tell_of_ramps(batch.losses, self._ramps)
+        super()._take(batch, others)
 
     def _read_norms(self, read: Callable[[Tensor], Tensor], *, heard: bool = False) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_mtadam.balancing import NormInit
 from lightning_mtadam.distributed.agreement import Numbers
+from lightning_mtadam.importance import check_importance
+from lightning_mtadam.layout import overlaps
 from lightning_mtadam.optim.schedule import SUM
-from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, plain, unknown_name_message
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, plain
 
 LayerRule: TypeAlias = str | Callable[[str], str]
 Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
@@ -26,10 +27,13 @@ LAYER_RULES = ("parameter", "module", "group", "global")
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for the whole optimizer; learning rate, betas and the like belong to its parameter groups."""
+    """What holds for the whole optimizer; learning rate, betas and the like belong to its parameter groups.
+
+    ``importance`` alone changes: it is that of the last backward pass, what the groups said then.
+    """
 
     anchor: str | None = "first"
-    importance: Mapping[str, float] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
     layers: LayerRule = "parameter"
     norm_init: NormInit = "first"
     denominator: Denominator = "max"
@@ -62,10 +66,7 @@ class Options:
             raise TypeError(f"anchor must be one of {ANCHOR_POLICIES}, a term's name or None, but got {self.anchor!r}.")
         if not isinstance(self.max_scale, (int, float)) or not self.max_scale > 0:
             raise ValueError(f"max_scale must be a number above 0, but got {self.max_scale!r}.")
-        check_names(self.importance)
-        for name, value in self.importance.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"importance[{name!r}] must be a finite number of at least 0, but got {value!r}.")
+        check_importance(self.importance)
 
     def _check_low_memory(self) -> None:
         """Raise if something needs the gradients of all terms at once."""
@@ -87,9 +88,7 @@ class Options:
         if SUM in terms:
             raise ValueError(f"No term can be called {SUM!r}: that is what messages call their sum. Rename it.")
         check_anchor(self.anchor, terms)
-        for name in self.importance:
-            if name not in terms:
-                raise ValueError(unknown_name_message("importance", name, terms))
+        check_importance(self.importance, terms)
 
     def refuse_with_low_memory(self, what: str) -> None:
         """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""
@@ -146,22 +145,12 @@ def check_group(group: Mapping[str, Any], options: Options, terms: tuple[str, ..
     if any(parameter.is_complex() for parameter in group["params"]):
         raise TypeError("MTAdam has no complex parameters. Train torch.view_as_real(parameter) instead.")
     for index, parameter in enumerate(group["params"]):
-        if not is_lazy(parameter) and _overlaps(parameter):
+        if not is_lazy(parameter) and overlaps(parameter):
             raise ValueError(
                 f"Elements of parameter {index} of a group share memory: its shape is {tuple(parameter.shape)}, its"
                 f" strides are {parameter.stride()}. No step can move them apart. Train a copy,"
                 " torch.nn.Parameter(p.clone()), or what it was expanded from."
             )
-
-
-def _overlaps(parameter: Tensor) -> bool:
-    """Whether two of its elements lie in one place."""
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return parameter.numel() > 0
-        reach += (size - 1) * stride
-    return False
 
 
 def told_options(options: Options, terms: tuple[str, ...], groups: Sequence[Mapping[str, Any]]) -> Numbers:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mtadam import balancing
+from lightning_mtadam import balancing, importance
 from lightning_mtadam.balancing import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
@@ -65,13 +65,10 @@ class Tables:
         self._layer_of = layers.layer_of.to(self.device)
         if not self._every:
             self._layer_of = self._layer_of[self.constant(self.members, torch.int64)]
-        importance = [float(options.importance.get(term, 1)) for term in terms]
-        self._importance = self.constant(importance)
-        self._silent = self.constant([one == 0 for one in importance], torch.bool) if 0 in importance else None
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
-        self._frozen: Tensor | None = None
+        self.follow_importance()
         self.follow_groups()
 
     def constant(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
@@ -88,6 +85,13 @@ class Tables:
             self._share2 = self._column(beta2, lambda beta: 1 - beta)
             decay = self._column([decay_of_norms(beta, self.options.balance_every) for beta in beta3])
             self._beta3 = decay if decay.dim() == 0 else self._by_layer(decay)  # the largest of those of a layer
+
+    def follow_importance(self) -> None:
+        """Take the importance of the options, which has changed; the scales of light steps follow."""
+        self._importance = importance.table(self.options.importance, self.terms, self.norms)
+        silent = 0 in [self.options.importance.get(term) for term in self.terms]
+        self._silent = self._importance == 0 if silent else None
+        self._frozen: Tensor | None = None
 
     def observe(self, pending: PendingGradients, rows: Sequence[str]) -> Tensor:
         """The L2 norms of the gradients, zero where there is none: [P, I]   (Alg. 1, line 7)."""
