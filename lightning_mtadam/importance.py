@@ -69,10 +69,10 @@ class ImportanceOptimizer(GroupsOptimizer):
         for group in (self.defaults, *self.param_groups):
             group["importance"] = importance
 
-    def _take_importance(self) -> None:
-        """Let what the groups say hold from now on."""
+    def _take_importance(self, terms: Sequence[str]) -> None:
+        """Let what the groups say hold from now on, or raise if it is not what these terms can have."""
         held: Importance = self._options.importance
-        self._want(check_importance(self.param_groups[0]["importance"]))
+        self._want(importance_of(self.param_groups, terms))
         held.clear()
         held.update(self.defaults["importance"])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
+from operator import itemgetter, ne
 from typing import Any, overload
 
 import torch
@@ -18,7 +20,7 @@ from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
 from lightning_mtadam.graphs import LOOKS, tell_of_ramps
 from lightning_mtadam.groups import count, materialized
-from lightning_mtadam.importance import ImportanceOptimizer, check_importance, importance_of, importance_of_checkpoint
+from lightning_mtadam.importance import ImportanceOptimizer, check_importance, importance_of_checkpoint
 from lightning_mtadam.layout import own_memory
 from lightning_mtadam.optim.options import Denominator, LayerRule, OnNonfinite, Options, Update, check_numbers
 from lightning_mtadam.optim.state import check_checkpoint, restore
@@ -252,7 +254,7 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict)
         self._want(importance)
-        self._take_importance()
+        self._take_importance(groups[0]["terms"])
         self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)
 
     def __repr__(self) -> str:
@@ -270,22 +272,17 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         self._ramps: dict[str, list[float]] = {}  # by which numbers losses were multiplied
 
     def _check(self, batch: Batch) -> Parameters:
-        found = super()._check(batch)
-        wanted = self._options.importance
-        if [group for group in self.param_groups if group["importance"] != wanted]:
-            wanted = importance_of(self.param_groups, self.terms or tuple(batch.losses))
-        if batch.processes.group is not None:
-            self._ranks.changing = (("importance", str(sorted(wanted.items()))),)
-        return found
-
-    def _take(self, batch: Batch, others: Mapping[int, Tensor]) -> None:
-        if self.param_groups[0]["importance"] != self._options.importance:
-            self._take_importance()
+        """As before; then the importance is taken from the groups, and holds for this batch."""
+        found, groups, held = super()._check(batch), self.param_groups, self._options.importance
+        if any(map(ne, map(itemgetter("importance"), groups), repeat(held))):
+            self._take_importance(self.terms or tuple(batch.losses))
             for updater in self._kept[1:2]:
                 updater.tables.follow_importance()
-        if self._options.anchor is not None and self.param_groups[0]["steps"] % LOOKS == 0:
+        if batch.processes.group is not None:
+            self._ranks.changing = (("importance", str(sorted(held.items()))),)
+        if self._options.anchor is not None and groups[0]["steps"] % LOOKS == 0:
             tell_of_ramps(batch.losses, self._ramps)
-        super()._take(batch, others)
+        return found
 
     def _read_norms(self, read: Callable[[Tensor], Tensor], *, heard: bool = False) -> dict[str, Tensor]:
         """Apply ``read`` to the norms [L, I], and name the rows; empty before the first step or preallocation."""
