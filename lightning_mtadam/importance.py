@@ -26,10 +26,10 @@ class ImportanceOptimizer(GroupsOptimizer):
         """Change the importance of these terms, from the next :meth:`backward` on; the others keep theirs.
 
         It is ``param_groups[0]["importance"]``, and in checkpoints. 0 takes a term's influence away, while its norms go
-        on, so that it comes back at its right scale. What was collected before is stepped on as it was; where several
-        batches accumulate, all count as of the last, with ``balance_every`` each as of its own: call it before the
-        first. All processes must make the same call before the same step, or the next :meth:`backward` raises.
-        ``docs/importance.md`` says how to choose.
+        on, so that it comes back at its right scale; they still count in the anchors "mean" and "max". What was
+        collected before is stepped on as it was. Where several batches accumulate, all count as of the last, with
+        ``balance_every`` and in a light step each as of its own: call it before the first. All processes must make the
+        same call before the same step, or the next :meth:`backward` raises. ``docs/importance.md`` says how to choose.
 
         Raises:
             TypeError: it is no mapping of names to numbers.
@@ -105,14 +105,14 @@ def check_importance(importance: object, terms: Sequence[str] = ()) -> Importanc
 
 def importance_of(groups: Groups, terms: Sequence[str] = ()) -> Importance:
     """What all groups say, or raise: it holds for the whole optimizer."""
-    found = [group.get("importance") for group in groups]
+    found = [check_importance(group.get("importance"), terms) for group in groups]
     for index, other in enumerate(found):
-        if other is not found[0] and other != found[0]:
+        if other != found[0]:
             raise ValueError(
                 f"param_groups[{index}]['importance'] is {other!r}, but that of param_groups[0] is {found[0]!r}:"
                 " importance holds for the whole optimizer. Call optimizer.set_importance({...}), which sets all."
             )
-    return check_importance(found[0], terms)
+    return found[0]
 
 
 def importance_of_checkpoint(saved_groups: Groups, groups: Groups) -> Importance:

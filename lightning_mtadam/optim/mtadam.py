@@ -274,7 +274,11 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
     def _check(self, batch: Batch) -> Parameters:
         """As before; then the importance is taken from the groups, and holds for this batch."""
         found, groups, held = super()._check(batch), self.param_groups, self._options.importance
-        if any(map(ne, map(itemgetter("importance"), groups), repeat(held))):
+        try:
+            changed = any(map(ne, map(itemgetter("importance"), groups), repeat(held)))
+        except (RuntimeError, ValueError):  # tensors and arrays cannot be compared
+            changed = True
+        if changed:
             self._take_importance(self.terms or tuple(batch.losses))
             for updater in self._kept[1:2]:
                 updater.tables.follow_importance()
