@@ -79,8 +79,9 @@ def _factor_of(node: Node | None) -> float | None:
     one, other = (following for following, _ in node.next_functions)
     saved = node._raw_saved_other if other is None else node._raw_saved_self if one is None else None  # type: ignore[attr-defined]
     value = getattr(saved, "data", None)  # to unpack it could run a checkpointed part of the network again
-    known = isinstance(value, Tensor) and value.dim() == 0 and is_host(value.device)
-    return float(value) if known else None
+    if isinstance(value, Tensor) and value.dim() == 0 and is_host(value.device):
+        return float(value)
+    return None
 
 
 def _has_custom_function(name: str, root: Node | None) -> bool:

@@ -15,6 +15,7 @@ from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
 from example_projects.sensitivity import __main__ as sensitivity
 from example_projects.toy import __main__ as toy
+from tests.benchmarks import importance
 from tests.lightning_models import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,11 @@ def test_commands_of_the_toy_project_are_understood(arguments):
 @pytest.mark.parametrize("arguments", commands("example_projects.gap"), ids=" ".join)
 def test_commands_of_the_gap_project_are_understood(arguments):
     assert all(read_setting(name) for name in gap.parse(arguments).settings)
+
+
+@pytest.mark.parametrize("arguments", commands("tests.benchmarks.importance"), ids=" ".join)
+def test_commands_of_the_importance_page_are_understood(arguments):
+    assert importance.parse(arguments)
 
 
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)
