@@ -47,7 +47,7 @@ def train(
     steps: int = 3000,
     ramp: Callable[[int], float] | None = None,
 ) -> dict[int, tuple[float, float]]:
-    """Reconstruction and KL in nats after some of the steps; ``None``: Adam on the sum. ``ramp``: a factor on the KL."""
+    """Reconstruction and KL in nats after some steps; ``None``: Adam on the sum. ``ramp``: a factor on the KL."""
     torch.manual_seed(seed)
     model, data = VAE(), make_data()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3) if importance is None else MTAdam(model.parameters(), 3e-3)
