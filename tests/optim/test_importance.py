@@ -358,9 +358,7 @@ RAMPS = {
 }
 
 
-@pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "data"), reason="torch does not show what it saved"
-)
+@pytest.mark.skipif(not hasattr(torch._C._autograd.SavedTensor, "data"), reason="torch does not show what it saved")
 @pytest.mark.parametrize("ramp", RAMPS)
 def test_a_ramp_on_a_loss_is_told_of_once(ramp):
     (message,) = ramped(RAMPS[ramp])
