@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from lightning_mtadam.terms import Losses, warn
+from lightning_mtadam.terms import Losses, is_host, warn
+
+LOOKS = 10  # steps from one look at the factors of losses to the next
+CHANGES = 10  # of a factor, all in one direction, that are told of
 
 
 def look_at(losses: Losses, seen: set[str]) -> list[str]:
@@ -42,6 +45,43 @@ def tell_of_added_gradients(losses: Losses, parameters: Sequence[Tensor], name: 
             " an auxiliary loss: it is there even if the loss is multiplied by zero. As there is a backward pass for"
             " each term, it counts once per term. Return what it comes from as a term."
         )
+
+
+def tell_of_ramps(losses: Losses, runs: dict[str, list[float]]) -> None:
+    """Warn of a loss that is multiplied by a number which rises, or falls, from look to look: MTAdam balances it away.
+
+    Only the last operation is looked at. ``runs`` are the numbers seen since each turned last, by term, and kept.
+    """
+    for name, loss in losses.items():
+        run, factor = runs.setdefault(name, []), _factor_of(loss.grad_fn)
+        if len(run) > CHANGES or (run and factor == run[-1]):
+            continue
+        if factor is None:
+            run.clear()
+            continue
+        if len(run) > 1 and (factor > run[-1]) != (run[-1] > run[-2]):
+            del run[:-1]
+        run.append(factor)
+        if len(run) > CHANGES:
+            warn(
+                f"losses[{name!r}] is multiplied by a number that changes from step to step, from {run[0]:.3g} to"
+                f" {run[-1]:.3g} so far. MTAdam balances factors of losses away: this is no schedule of the term's"
+                " influence, which is full from the first step on, and more while the number rises. Leave the number"
+                f" out, and call optimizer.set_importance({{{name!r}: number}}) instead, or give the trainer"
+                " lightning_mtadam.callbacks.ImportanceScheduler."
+            )
+
+
+def _factor_of(node: Node | None) -> float | None:
+    """The number by which a graph's last operation multiplies, if it does, and the host knows it."""
+    if node is None or node.name() != "MulBackward0":
+        return None
+    one, other = (following for following, _ in node.next_functions)
+    saved = node._raw_saved_other if other is None else node._raw_saved_self if one is None else None  # type: ignore[attr-defined]
+    value = getattr(saved, "data", None)  # to unpack it could run a checkpointed part of the network again
+    if isinstance(value, Tensor) and value.dim() == 0 and is_host(value.device):
+        return float(value)
+    return None
 
 
 def _has_custom_function(name: str, root: Node | None) -> bool:

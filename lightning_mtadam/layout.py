@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mtadam.terms import is_host
+from lightning_mtadam.terms import Gradients, is_host
 
 PACKED = 2048  # parameters of up to this many elements lie beside others, so that one operation serves many
 PACK = 1 << 16  # elements of a pack
+CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
 ALIGNED = 256  # on an accelerator, parameters begin at multiples of it: elements of a block are all of one parameter
 
 
@@ -102,3 +103,31 @@ def overlaps(parameter: Tensor) -> bool:
             return parameter.numel() > 0
         reach += (size - 1) * stride
     return False
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """A contiguous copy if it shares its memory with others; what is saved or kept is then its own alone."""
+    if hasattr(tensor, "to_local") or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def runs_of(gradients: Gradients, views: Gradients) -> list[list[int]]:
+    """The indices of the gradients that are there, of some together.
+
+    On the host so many as its cache holds. On an accelerator all that one kernel can take: those of one kind that lie
+    in memory like their views.
+    """
+    pieces: dict[Hashable, list[int]] = {}
+    size = number = 0
+    for index, (gradient, view) in enumerate(zip(gradients, views, strict=True)):
+        if gradient is None or view is None:
+            continue
+        kind: Hashable = gradient.device, gradient.dtype, gradient.stride() == view.stride()
+        if gradient.device.type == "cpu":
+            size += gradient.numel()
+            if size > CACHED:
+                number, size = number + 1, gradient.numel()
+            kind = number
+        pieces.setdefault(kind, []).append(index)
+    return list(pieces.values())

@@ -185,10 +185,12 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the balanced gradient of MTAdam; the gradients of other optimizers as in every LightningModule."""
+        limit = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        if limit is None and gradient_clip_algorithm is None:
+            return
         mtadam = mtadam_of(lightning_internals.unwrap(optimizer))
         if mtadam is None:
             return super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        limit = self.trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm = self.trainer.gradient_clip_algorithm if gradient_clip_algorithm is None else gradient_clip_algorithm
         if limit:
             mtadam.clip_gradients(limit, str(getattr(algorithm, "value", algorithm) or "norm"))  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ FLOORS = (
             "coupling",
             "graphs",
             "groups",
+            "importance",
             "recomputed",
             "wrappers",
             "constants",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mtadam import MTAdam
-from tests.benchmarks import exchange, memory, noise, optimizer_step, rivals, scaling, step_cost
+from tests.benchmarks import exchange, importance, memory, noise, optimizer_step, rivals, scaling, step_cost
 from tests.benchmarks.authors import AuthorsMTAdam
 from tests.benchmarks.measuring import Piece, interleave, ratio
 from tests.benchmarks.methods import GradNorm, Method, weight_gradients
@@ -158,6 +158,13 @@ def test_the_command_for_noise_prints_its_tables(capsys):
     assert [dtype for dtype, *_ in rows] == ["float64", "float32"]
     for _, share, _, threshold in rows:
         assert float(share) < float(threshold) / 30
+
+
+def test_the_command_for_the_importance_prints_its_table(capsys):
+    importance.main(["--seeds", "1", "--steps", "100", "--only", "importance 0"])
+    rows = re.findall(r"\| importance (\S+) \| 100 \| ([\d.]+) \| ([\d.]+) \|", capsys.readouterr().out)
+    assert [float(name) for name, *_ in rows] == [0.3, 0.1, 0.03, 0.01]
+    assert [float(kl) for *_, kl in rows] == sorted(float(kl) for *_, kl in rows)
 
 
 @QUIET

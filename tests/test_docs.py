@@ -12,6 +12,7 @@ from example_projects.common import cost_figure, image_command
 from example_projects.evidence import __main__ as evidence
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
+from tests.benchmarks import importance
 from tests.lightning_models import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,11 @@ def test_commands_of_the_pinn_project_are_understood(arguments):
 @pytest.mark.parametrize("arguments", commands("example_projects.evidence"), ids=" ".join)
 def test_commands_of_the_evidence_project_are_understood(arguments):
     assert evidence.parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("tests.benchmarks.importance"), ids=" ".join)
+def test_commands_of_the_importance_page_are_understood(arguments):
+    assert importance.parse(arguments)
 
 
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.balancer import Balancer
 from lightning_mtadam.balancers.batch import Batch
-from lightning_mtadam.terms import check_names, plain, unknown_name_message
+from lightning_mtadam.importance import check_importance
 
 
 class WeighsTerms(Balancer):
@@ -28,7 +26,7 @@ class WeighsTerms(Balancer):
 
     def __init__(self, terms: Iterable[str] | None = None, importance: Mapping[str, float] | None = None) -> None:
         super().__init__(terms)
-        self.importance = _checked({} if importance is None else importance, self._terms)
+        self.importance = check_importance({} if importance is None else importance, self._terms)
         self._changed: dict[str, float] = {}  # by set_importance; they are in the checkpoint
 
     def set_importance(self, importance: Mapping[str, float]) -> None:
@@ -51,7 +49,7 @@ class WeighsTerms(Balancer):
             >>> balancer.term_weights()
             {'fit': tensor(1.), 'kl': tensor(1.)}
         """
-        self._changed = {**self._changed, **_checked(importance, self._terms)}
+        self._changed = {**self._changed, **check_importance(importance, self._terms)}
 
     def importance_of(self, terms: Iterable[str]) -> list[float]:
         """The importance of each of the terms, as it is now."""
@@ -61,7 +59,7 @@ class WeighsTerms(Balancer):
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
         """As of every balancer."""
         super().check(batch, optimizer)
-        _check_known({**self.importance, **self._changed}, self._terms or tuple(batch.losses))
+        check_importance({**self.importance, **self._changed}, self._terms or tuple(batch.losses))
 
     def state_dict(self) -> dict[str, Any]:
         """As of every balancer; with the importances that were set."""
@@ -70,30 +68,6 @@ class WeighsTerms(Balancer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As of every balancer; with the importances that were set. Those of the other terms are as they were given."""
         terms = tuple(state_dict.get("terms", ())) or self._terms
-        changed = _checked(state_dict.get("importance", {}), terms)
+        changed = check_importance(state_dict.get("importance", {}), terms)
         super().load_state_dict(state_dict)
         self._changed = changed
-
-
-def _checked(importance: Mapping[str, float], terms: tuple[str, ...]) -> dict[str, float]:
-    """The importances as numbers; raises if they are none, or are not those of the terms, which may be unknown."""
-    if not isinstance(importance, Mapping):
-        raise TypeError(
-            f"importance must be a mapping of terms to numbers, such as {{'kl': 0.1}}, but got {importance!r}."
-        )
-    importance = plain(importance)
-    check_names(importance)
-    for name, value in importance.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"importance[{name!r}] must be a number, but got {value!r}.")
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"importance[{name!r}] must be a finite number of at least 0, but got {value!r}.")
-    if terms:
-        _check_known(importance, terms)
-    return {name: float(value) for name, value in importance.items()}
-
-
-def _check_known(importance: Mapping[str, float], terms: tuple[str, ...]) -> None:
-    for name in importance:
-        if name not in terms:
-            raise ValueError(unknown_name_message("importance", name, terms))

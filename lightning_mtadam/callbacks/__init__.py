@@ -1,5 +1,6 @@
-"""Callbacks that show the balance of the terms."""
+"""Callbacks that show the balance of the terms, or change it."""
 
 from lightning_mtadam.callbacks.balance_weights import BalanceWeightMonitor
+from lightning_mtadam.callbacks.importance_scheduler import ImportanceScheduler
 
-__all__ = ["BalanceWeightMonitor"]
+__all__ = ["BalanceWeightMonitor", "ImportanceScheduler"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_, or_
@@ -15,9 +15,8 @@ from lightning_mtadam.balancing import wide_dtype
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.distributed import sharding
+from lightning_mtadam.layout import runs_of
 from lightning_mtadam.terms import Found, Gradients, TermGradients, check_reached
-
-CACHED = 1 << 20  # elements that are copied before their norm is taken: they are then still in the cache
 
 
 @dataclass
@@ -119,7 +118,7 @@ class PendingGradients:
         new, old = next_gradients(found, name, batch), self.gradients.get(name)
         kept: list[Tensor | None] = [None] * len(new) if old is None else old
         norms = self.norms.setdefault(name, [None] * len(new))
-        for indices in _pieces(new, views):
+        for indices in runs_of(new, views):
             targets, gradients = list[Tensor](), list[Tensor]()
             for index in indices:
                 view, gradient = views[index], new[index]
@@ -134,27 +133,6 @@ class PendingGradients:
                 for index, norm in zip(indices, found_norms, strict=True):
                     norms[index] = norm
         return kept
-
-
-def _pieces(gradients: Gradients, views: Gradients) -> list[list[int]]:
-    """The indices of the gradients that are there, of some together.
-
-    On the host so many as its cache holds. On an accelerator all that one kernel can take: those of one kind that lie
-    in memory like their views.
-    """
-    pieces: dict[Hashable, list[int]] = {}
-    size = number = 0
-    for index, (gradient, view) in enumerate(zip(gradients, views, strict=True)):
-        if gradient is None or view is None:
-            continue
-        kind: Hashable = gradient.device, gradient.dtype, gradient.stride() == view.stride()
-        if gradient.device.type == "cpu":
-            size += gradient.numel()
-            if size > CACHED:
-                number, size = number + 1, gradient.numel()
-            kind = number
-        pieces.setdefault(kind, []).append(index)
-    return list(pieces.values())
 
 
 def next_gradients(found: Found, name: str, batch: Batch) -> list[Tensor | None]:

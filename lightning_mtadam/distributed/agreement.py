@@ -49,7 +49,7 @@ class Announcement:
         averages: whether it averages the gradients now.
         has_sync_batch_norm: whether its network has ``SyncBatchNorm``; said only if one of its terms has no graph.
         sharded: whether its parameters are sharded.
-        options: what all ranks must have set alike; said in the first step.
+        options: what all ranks must have set alike; said in the first step, and in each if it may change.
         done: whether its backward passes are done. Then are known, and announced:
         reached: which terms reach which parameters, [I][P];
         sent: the collectives that it has begun.
@@ -273,12 +273,12 @@ def _check_options(everyone: Everyone) -> None:
     """Those that say theirs must say the same."""
     told = {rank: dict(other.options) for rank, other in everyone.items() if other.options}
     for name in next(iter(told.values()), {}):
-        values = {rank: options.get(name) for rank, options in told.items()}
+        values = {rank: options[name] for rank, options in told.items() if name in options}
         if len(set(values.values())) > 1:
             found = "; ".join(f"rank {rank} has {value}" for rank, value in values.items())
             raise ValueError(
                 f"The ranks have different values of the option {name}: {found}. Build the optimizer or the balancer"
-                " with the same options on every rank."
+                " with the same options on every rank; change them, as by set_importance, on all before the same step."
             )
 
 

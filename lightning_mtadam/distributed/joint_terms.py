@@ -26,6 +26,7 @@ class Ranks:
     Attributes:
         late: whether they may agree on the losses after the backward passes, with what these reach: one exchange less.
         options: what all of them must have set alike; told in the first batch.
+        changing: what of this may change; told in each.
         parameters: what they agreed to train in the last batch; ``None`` before the first.
         synced: whether the network has ``SyncBatchNorm``; ``None`` until it was looked at.
         seen: the terms that were not absent in every step so far.
@@ -34,6 +35,7 @@ class Ranks:
 
     late: bool
     options: Numbers = ()
+    changing: Numbers = ()
     parameters: Parameters | None = None
     synced: bool | None = None
     seen: set[str] = field(default_factory=set)
@@ -52,7 +54,7 @@ class Ranks:
             modules = () if model is None else model.modules()
             self.synced = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
         constant = tuple(name for name, loss in losses.items() if not loss.requires_grad)
-        options = () if self.parameters is not None else self.options
+        options = (*(() if self.parameters is not None else self.options), *self.changing)
         names, synced = tuple(dict.fromkeys((*pending, *losses))), self.synced and bool(constant)
         return Announcement(names, constant, parameters, processes.averages, synced, processes.sharded, options)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
+from operator import itemgetter, ne
 from typing import Any, overload
 
 import torch
@@ -12,18 +14,23 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_mtadam import balancing
 from lightning_mtadam.checkpoint import check_options_of_groups
+from lightning_mtadam.collect import Batch
+from lightning_mtadam.distributed.agreement import Parameters
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import Spent
+from lightning_mtadam.graphs import LOOKS, tell_of_ramps
 from lightning_mtadam.groups import COUNTED, check_numbers, count, materialized
+from lightning_mtadam.importance import ImportanceOptimizer, check_importance, importance_of_checkpoint
 from lightning_mtadam.layers import LayerRule
+from lightning_mtadam.layout import own_memory
 from lightning_mtadam.optim.options import Denominator, OnNonfinite, Options, Update
-from lightning_mtadam.optim.state import check_checkpoint, own_memory, restore
+from lightning_mtadam.optim.state import check_checkpoint, restore
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.term_optimizer import TermOptimizer
 from lightning_mtadam.terms import plain
 
 
-class MTAdam(TermOptimizer):
+class MTAdam(ImportanceOptimizer, TermOptimizer):
     """Adam for several loss terms: per layer, every term's gradient is brought to the magnitude of an anchor's.
 
     For a layer and a term :math:`i` with gradient :math:`g_i`::
@@ -48,7 +55,7 @@ class MTAdam(TermOptimizer):
             first. Otherwise they are taken from the first losses.
         anchor: whose magnitude the others are brought to: "first" (the first term), a term's name, "mean" (the
             geometric mean), "max", "unit" (scale to norm one), or ``None`` (no balancing).
-        importance: wanted ratios after balancing, by term; 1 by default.
+        importance: wanted ratios after balancing, by term; 1 by default. :meth:`set_importance` changes it.
         layers: the unit that is balanced: "parameter" (the default), "module" (a module's weight and bias together),
             "group", "global", or a callable from a parameter's name to a layer's name.
         norm_init: the gradient norms' average starts from the "first" one (the default), is "unbiased" (corrected for
@@ -120,7 +127,7 @@ class MTAdam(TermOptimizer):
         denominator = denominator or ("sum" if lightly else "max")
         balance = (
             anchor,
-            plain(dict(importance or {})),
+            check_importance({} if importance is None else importance),
             layers,
             norm_init,
             denominator,
@@ -129,7 +136,8 @@ class MTAdam(TermOptimizer):
         )
         options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, {**numbers, "maximize": maximize, **COUNTED}, options, terms)
+        kept = {"maximize": maximize, **COUNTED, "importance": dict(options.importance)}
+        super().__init__(params, {**numbers, **kept}, options, terms)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -242,23 +250,49 @@ class MTAdam(TermOptimizer):
         """Load a checkpoint; training goes on bit for bit. ``ValueError`` names what differs; nothing is changed."""
         self._parameters()
         check_checkpoint(state_dict, self.param_groups, self._layer_names.labels, self._options, self.terms)
-        check_options_of_groups(state_dict["param_groups"], self.defaults.keys() - COUNTED.keys(), check_numbers)
+        groups, beside = state_dict["param_groups"], {*COUNTED, "importance"}
+        check_options_of_groups(groups, self.defaults.keys() - beside, check_numbers)
+        importance = importance_of_checkpoint(groups, self.param_groups)
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict, self._options)
         for group in self.param_groups:
             if any(isinstance(entry, str) for entry in group["measured"]):  # as it was written down before
                 group["measured"] = ()
             group.setdefault("awaited", ())
+        self._want(importance)
+        self._take_importance(groups[0]["terms"])
         self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)
 
     def __repr__(self) -> str:
         """The options and the groups' hyper-parameters, without what is only counted."""
-        hidden = {"params", "param_names", *COUNTED, "terms", *self._options.state_meaning}
-        lines = [f"    {name}: {value!r}" for name, value in [("terms", self.terms), *vars(self._options).items()]]
+        hidden = {"params", "param_names", *COUNTED, "terms", "importance", *self._options.state_meaning}
+        options = {**vars(self._options), "importance": self.param_groups[0]["importance"]}
+        lines = [f"    {name}: {value!r}" for name, value in [("terms", self.terms), *options.items()]]
         for index, group in enumerate(self.param_groups):
             numbers = [f"    {key}: {value!r}" for key, value in group.items() if key not in hidden]
             lines += [f"Parameter Group {index} ({len(group['params'])} parameters)", *numbers]
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
+
+    def _reset_transient(self) -> None:
+        super()._reset_transient()
+        self._ramps: dict[str, list[float]] = {}  # by which numbers losses were multiplied
+
+    def _check(self, batch: Batch) -> Parameters:
+        """As before; then the importance is taken from the groups, and holds for this batch."""
+        found, groups, held = super()._check(batch), self.param_groups, self._options.importance
+        try:
+            changed = any(map(ne, map(itemgetter("importance"), groups), repeat(held)))
+        except (RuntimeError, ValueError):  # tensors and arrays cannot be compared
+            changed = True
+        if changed:
+            self._take_importance(self.terms or tuple(batch.losses))
+            for updater in self._kept[1:2]:
+                updater.tables.follow_importance()
+        if batch.processes.group is not None:
+            self._ranks.changing = (("importance", str(sorted(held.items()))),)
+        if self._options.anchor is not None and groups[0]["steps"] % LOOKS == 0:
+            tell_of_ramps(batch.losses, self._ramps)
+        return found
 
     def _read(self, method: Callable[[Tables], Tensor]) -> dict[str, Tensor]:
         """What a method of the tables gives, [L, I], by layer; empty before the first step or preallocation."""

@@ -11,10 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from lightning_mtadam.balancing import NormInit
 from lightning_mtadam.groups import check_numbers
+from lightning_mtadam.importance import check_importance
 from lightning_mtadam.layers import LAYER_RULES, LayerRule
 from lightning_mtadam.layout import overlaps
 from lightning_mtadam.optim.light import SUM
-from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor, check_names, unknown_name_message
+from lightning_mtadam.terms import ANCHOR_POLICIES, check_anchor
 
 Denominator: TypeAlias = Literal["max", "mean", "own", "sum"]
 Update: TypeAlias = Literal["sum", "mean"]
@@ -23,10 +24,13 @@ OnNonfinite: TypeAlias = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for the whole optimizer; learning rate, betas and the like belong to its parameter groups."""
+    """What holds for the whole optimizer; learning rate, betas and the like belong to its parameter groups.
+
+    ``importance`` alone changes: it is that of the last backward pass, what the groups said then.
+    """
 
     anchor: str | None = "first"
-    importance: Mapping[str, float] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
     layers: LayerRule = "parameter"
     norm_init: NormInit = "first"
     denominator: Denominator = "max"
@@ -59,10 +63,7 @@ class Options:
             raise TypeError(f"anchor must be one of {ANCHOR_POLICIES}, a term's name or None, but got {self.anchor!r}.")
         if not isinstance(self.max_scale, (int, float)) or not self.max_scale > 0:
             raise ValueError(f"max_scale must be a number above 0, but got {self.max_scale!r}.")
-        check_names(self.importance)
-        for name, value in self.importance.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"importance[{name!r}] must be a finite number of at least 0, but got {value!r}.")
+        check_importance(self.importance)
 
     def _check_low_memory(self) -> None:
         """Raise if something needs the gradients of all terms at once."""
@@ -84,9 +85,7 @@ class Options:
         if SUM in terms:
             raise ValueError(f"No term can be called {SUM!r}: that is what messages call their sum. Rename it.")
         check_anchor(self.anchor, terms)
-        for name in self.importance:
-            if name not in terms:
-                raise ValueError(unknown_name_message("importance", name, terms))
+        check_importance(self.importance, terms)
 
     def refuse_with_low_memory(self, what: str) -> None:
         """Raise if gradients are consumed as soon as they are there, so that there can be no ``what``."""

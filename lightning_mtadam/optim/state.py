@@ -131,13 +131,6 @@ def join_moments(states: Sequence[State], key: str, leading: int, places: Sequen
     return whole
 
 
-def own_memory(tensor: Tensor) -> Tensor:
-    """A contiguous copy if it shares its memory with others; what is saved or kept is then its own alone."""
-    if hasattr(tensor, "to_local") or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
-        return tensor.contiguous()
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _views(whole: Tensor, places: Sequence[Place], moments: Sequence[Tensor]) -> list[Tensor]:
     """Where the moments lie in flat memory, in their shapes."""
     starts = accumulate((place.room for place in places), initial=0)

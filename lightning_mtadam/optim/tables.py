@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mtadam import balancing, meetings
+from lightning_mtadam import balancing, importance, meetings
 from lightning_mtadam.balancing import norm_table, norms_of, wide_dtype
 from lightning_mtadam.collect.pending import PendingGradients
 from lightning_mtadam.constants import constant
@@ -84,16 +84,11 @@ class Tables:
         self._layer_of = layers.layer_of.to(self.device)
         if not self._every:
             self._layer_of = self._layer_of[self.constant(self.members, torch.int64)]
-        importance = [float(options.importance.get(term, 1)) for term in terms]
-        self._importance = self.constant(importance)
-        self._silent = self.constant([one == 0 for one in importance], torch.bool) if 0 in importance else None
         self._reference = balancing.reference_of(options.anchor, terms)
-        counted = [one > 0 or at == self._reference for at, one in enumerate(importance)]  # in means
-        self._left_out = None if all(counted) else ~self.constant(counted, torch.bool)
         self._quadratic = options.averages_squares
         self._amsgrad = any("max_exp_avg_sq" in one for one in self.states)
         self._betas: list[tuple[float, ...]] = []
-        self._frozen: Tensor | None = None
+        self.follow_importance()
         self.follow_groups()
 
     def constant(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
@@ -110,6 +105,15 @@ class Tables:
             self._share2 = self._column(beta2, lambda beta: 1 - beta)
             decay = self._column([decay_of_norms(beta, self.options.balance_every) for beta in beta3])
             self._beta3 = decay if decay.dim() == 0 else self._by_layer(decay)  # the largest of those of a layer
+
+    def follow_importance(self) -> None:
+        """Take the importance of the options, which has changed; the scales of light steps follow."""
+        self._importance = importance.table(self.options.importance, self.terms, self.norms)
+        silent = 0 in [self.options.importance.get(term) for term in self.terms]
+        self._silent, self._left_out = (self._importance == 0, self._importance == 0) if silent else (None, None)
+        if self._left_out is not None and isinstance(self._reference, int):  # an anchor's magnitude counts all the same
+            self._left_out[self._reference].fill_(False)
+        self._frozen: Tensor | None = None
 
     def observe(self, pending: PendingGradients, rows: Sequence[str]) -> Tensor:
         """The L2 norms of the gradients, zero where there is none: [P, I]   (Alg. 1, line 7)."""
@@ -162,15 +166,13 @@ class Tables:
 
     def scales(self, averages: Averages) -> Tensor:
         """What multiplies each term's gradient: [L, I]."""
-        anchor, told = self.options.anchor, self._told_apart(averages)
+        anchor, told, most = self.options.anchor, self._told_apart(averages), self.options.max_scale
         if told.shares is not None and anchor not in (None, "unit"):
-            target = self._ratios(told)
-            norms = (target > 0).to(target)
-        else:
-            norms = told.norms
-            counted = norms if self._left_out is None else norms.masked_fill(self._left_out, 0)
-            target = balancing.target_norms(counted, anchor, self.terms)
-        return balancing.balance_scales(norms, target, self._importance, self.options.max_scale)
+            ratios = self._ratios(told)
+            return balancing.balance_scales((ratios > 0).to(ratios), ratios, self._importance, most)
+        counted = told.norms if self._left_out is None else told.norms.masked_fill(self._left_out, 0)
+        target = balancing.target_norms(counted, anchor, self.terms)
+        return balancing.balance_scales(told.norms, target, self._importance, most)
 
     def balance_weights(self) -> Tensor:
         """``n_i / n_anchor``, or over the first term's without an anchor: [L, I]; nan where a term is not heard."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mtadam.collect import pending as module
+from lightning_mtadam import layout
 from lightning_mtadam.collect.batch import Batch
 from lightning_mtadam.collect.memory import GradientMemory
 from lightning_mtadam.collect.pending import PendingGradients
@@ -69,7 +69,7 @@ BATCHES = {
 @pytest.mark.parametrize("cached", [1, 7, 1 << 20])
 @pytest.mark.parametrize("case", BATCHES)
 def test_batches_add_up_by_term_however_they_are_cut_into_pieces(case, cached, monkeypatch):
-    monkeypatch.setattr(module, "CACHED", cached)
+    monkeypatch.setattr(layout, "CACHED", cached)
     model = network()
     batches = [(X * (1 + number), names) for number, names in enumerate(BATCHES[case])]
     pending = collected(model, *(losses_of(model, *batch) for batch in batches))

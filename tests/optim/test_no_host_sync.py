@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_mtadam import finite, terms
+from lightning_mtadam import finite, graphs, terms
 from lightning_mtadam.optim import accelerate
 from tests.lightning_models import make_loader, make_mtadam, make_network, three_losses
 
@@ -90,12 +90,20 @@ class Forbidding:
 
 @pytest.fixture
 def _accelerator(monkeypatch):
-    for module in (finite, terms):
+    for module in (finite, graphs, terms):
         monkeypatch.setattr(module, "is_host", lambda device: False)
 
 
 def forbidding_run(
-    clip=None, loss_scale=None, accumulate=1, steps=6, changing=False, dtype=torch.float64, default=None, **options
+    clip=None,
+    loss_scale=None,
+    accumulate=1,
+    steps=6,
+    changing=False,
+    set_importance=False,
+    dtype=torch.float64,
+    default=None,
+    **options,
 ):
     """Steps of which each part is forbidden to make the host wait."""
     network = make_network(dtype)
@@ -109,6 +117,8 @@ def forbidding_run(
         if changing and index % 3 == 1:
             del losses["size"]
         with forbidding, default or nullcontext():
+            if set_importance:
+                optimizer.set_importance({"size": index % 4 / 3})
             if index % accumulate == 0:
                 optimizer.zero_grad()
             optimizer.backward(losses, grad_output=scale, loss_scale=scale)
@@ -141,6 +151,8 @@ OPTIONS = {
     "loss scale": {"loss_scale": 1024.0},
     "accumulation": {"accumulate": 2},
     "terms that come and go": {"changing": True},
+    "importance that changes": {"set_importance": True},
+    "light steps, importance that changes": {"balance_every": 3, "steps": 14, "set_importance": True},
     "bfloat16": {"dtype": torch.bfloat16, "amsgrad": True},
     "compile": {"compile": True, "amsgrad": True, "weight_decay": 0.1},
     "compile, clipping": {"compile": True, "denominator": "own", "eps": 0.0, "clip": (0.01, "value")},
