@@ -110,7 +110,8 @@ class Tables:
         """Take the importance of the options, which has changed; the scales of light steps follow."""
         self._importance = importance.table(self.options.importance, self.terms, self.norms)
         silent = 0 in [self.options.importance.get(term) for term in self.terms]
-        self._silent, self._left_out = (self._importance == 0, self._importance == 0) if silent else (None, None)
+        self._silent: Tensor | None = self._importance == 0 if silent else None
+        self._left_out: Tensor | None = self._importance == 0 if silent else None
         if self._left_out is not None and isinstance(self._reference, int):  # an anchor's magnitude counts all the same
             self._left_out[self._reference].fill_(False)
         self._frozen: Tensor | None = None

@@ -45,13 +45,8 @@ class NaiveMTAdam:
 
     def part(self, i, p):
         """Of the square of the layer's norm, in the parameter: each step counts as its norm does in the average."""
-        found, beta3 = self.history.get((i, self.layers[p]), []), self.beta3(self.layers[p])
-        if not found:
-            return 0.0
-        counts = [beta3 ** (len(found) - 1 - at) * (1 - beta3) * norm for at, (norm, _) in enumerate(found)]
-        start = {"first": found[0][0], "unbiased": 0.0, "one": 1.0}[self.norm_init]
-        counts[0] += beta3 ** len(found) * start  # what the average began with counts for the first
-        return sum(c * parts.get(p, 0.0) for c, (_, parts) in zip(counts, found, strict=True)) / sum(counts)
+        mass, parts = self.history.get((i, self.layers[p]), (0.0, {}))
+        return parts[p] / mass if mass > 0 else 0.0
 
     def seen(self, i, p):
         """The norm at a parameter; of what was observed, where the average began at one."""
@@ -151,15 +146,18 @@ class NaiveMTAdam:
                 continue
             squares = {p: float((full[i][p] ** 2).sum()) for p in mine}
             norm = math.sqrt(sum(squares.values()))
+            parts = {p: square / norm**2 if norm > 0 else 0.0 for p, square in squares.items()}
             if self.n[i, layer] is None:
                 if norm == 0:
                     continue
                 start = {"first": norm, "unbiased": 0.0, "one": 1.0}[self.norm_init]
                 self.n[i, layer] = start
+                self.history[i, layer] = start, {p: start * part for p, part in parts.items()}
             self.n[i, layer] = beta3 * self.n[i, layer] + (1 - beta3) * norm
             self.n_count[i, layer] += 1
-            parts = {p: square / norm**2 for p, square in squares.items()} if norm > 0 else {}
-            self.history.setdefault((i, layer), []).append((norm, parts))
+            mass, before = self.history[i, layer]
+            joined = {p: beta3 * before[p] + (1 - beta3) * norm * part for p, part in parts.items()}
+            self.history[i, layer] = beta3 * mass + (1 - beta3) * norm, joined
 
     def new_scale(self, i, term, layer):
         importance = self.importance.get(term, 1.0)

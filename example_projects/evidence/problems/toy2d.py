@@ -33,6 +33,11 @@ class Point(nn.Module):
         self.position = nn.Parameter(start + near * JITTER * torch.randn(2))
 
 
+def positive_part(value: Tensor) -> Tensor:
+    """With a slope at zero, where one of the starts lies: there the toy's authors had one, from a clamp of then."""
+    return torch.where(value >= 0, value, 0.0)
+
+
 def functions(position: Tensor) -> tuple[Tensor, Tensor]:
     """The two functions, [2] -> two scalars, without the scale of the first.
 
@@ -40,7 +45,7 @@ def functions(position: Tensor) -> tuple[Tensor, Tensor]:
         Liu et al., FAMO: Fast Adaptive Multitask Optimization, 2023; ``experiments/toy/problem.py`` of its repository.
     """
     x, y = position
-    upper, lower = torch.tanh(0.5 * y).clamp(min=0), torch.tanh(-0.5 * y).clamp(min=0)
+    upper, lower = positive_part(torch.tanh(0.5 * y)), positive_part(torch.tanh(-0.5 * y))
     valleys = (
         (0.5 * (-x - 7) - torch.tanh(-y)).abs().clamp(min=SMALLEST).log() + 6,
         (0.5 * (-x + 3) + torch.tanh(-y) + 2).abs().clamp(min=SMALLEST).log() + 6,
