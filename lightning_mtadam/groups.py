@@ -20,8 +20,8 @@ from lightning_mtadam.terms import plain
 COUNTED: Mapping[str, Any] = {"steps": 0, "measured": (), "awaited": ()}
 """What is counted of the whole optimizer, as it begins, in tuples, which every kind of checkpoint takes.
 
-The steps; of each term the first and the last step in which it was measured; of a term that came too late in its step
-to be measured, until which step it is waited for.
+The steps; of each term the last step in which it was measured; of one that came too late in its step to be measured,
+until which step it is waited for.
 """
 
 _KIND = attrgetter("dtype", "shape")
@@ -137,11 +137,9 @@ def count(groups: Sequence[Group], before: Group, measured: Iterable[str], await
     before.update(zip(COUNTED, itemgetter(*COUNTED)(groups[0]), strict=True))
     found: Group = {"steps": before["steps"] + 1}
     if measured or awaited or before["awaited"]:
-        step, spans = before["steps"], {term: (first, last) for term, first, last in before["measured"]}
-        spans.update({term: (spans.get(term, (step,))[0], step) for term in measured})
-        waits = {term: until for term, until in (*before["awaited"], *awaited.items()) if until > step}
-        found["measured"] = tuple((term, *span) for term, span in spans.items())
-        found["awaited"] = tuple((term, until) for term, until in waits.items() if term not in measured)
+        found["measured"] = tuple({**dict(before["measured"]), **dict.fromkeys(measured, before["steps"])}.items())
+        waits = {**dict(before["awaited"]), **awaited}
+        found["awaited"] = tuple(one for one in waits.items() if one[0] not in measured and one[1] > before["steps"])
     for group in groups:
         group.update(found)
 

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 AVERAGED = 20  # measurements so many steps apart are averaged with beta3 itself; closer ones count less
 
 
-def is_due(step: int, every: int, measured: tuple[int, int] | None) -> bool:
-    """Whether a term that is in this step's losses is to be measured. Steps are counted from 0.
+@lru_cache(maxsize=64)
+def next_measurement(step: int, every: int) -> int:
+    """The first step, from ``step`` on, at which the balance is measured. Steps are counted from 0.
 
-    ``measured``: the first and the last step in which it was; ``None``: in none. The gaps grow up to ``every``: in the
-    beginning the balance moves fast.
+    The gaps grow up to ``every``: in the beginning the balance moves fast.
 
     Example:
-        >>> steps = [0]
-        >>> for step in range(50):
-        ...     if is_due(step, 10, (0, steps[-1])):
-        ...         steps.append(step)
-        >>> steps
+        >>> [step for step in range(50) if next_measurement(step, every=10) == step]
         [0, 1, 2, 3, 4, 6, 8, 11, 14, 18, 23, 29, 37, 47]
     """
-    if measured is None:
-        return True
-    first, last = measured
-    return step >= last + min(every, 1 + (last - first) // 4)
+    measured = 0
+    while measured < step:
+        gap = min(every, 1 + measured // 4)
+        if gap == every:
+            return measured + -(-(step - measured) // every) * every
+        measured += gap
+    return measured
+
+
+def is_measured(step: int, every: int) -> bool:
+    """Whether the balance is measured in this step."""
+    return every == 1 or next_measurement(step, every) == step
 
 
 def due_terms(names: Iterable[str], group: Mapping[str, Any], every: int) -> list[str]:
-    """Those of the terms of a step's losses that are to be measured in it."""
-    measured = {term: (first, last) for term, first, last in group["measured"]}
-    return [name for name in names if is_due(group["steps"], every, measured.get(name))]
+    """Those of the terms of a step's losses that are to be measured in it.
+
+    In the steps in which the balance is measured, all; else those that never were, or not for ``every`` steps.
+    """
+    step, measured = group["steps"], dict(group["measured"])
+    if is_measured(step, every):
+        return list(names)
+    return [name for name in names if step - measured.get(name, -every) >= every]
 
 
 def await_terms(names: Iterable[str], group: Mapping[str, Any], every: int) -> dict[str, int]:
     """Until which step those that came too late to be measured are waited for: as long as they were not, or longer."""
-    step, lasts = group["steps"], {term: last for term, _, last in group["measured"]}
-    return {name: step + max(every, step - lasts.get(name, 0)) for name in names}
+    step, measured = group["steps"], dict(group["measured"])
+    return {name: step + max(every, step - measured.get(name, 0)) for name in names}
 
 
 def decay_of_norms(beta3: float, every: int) -> float:

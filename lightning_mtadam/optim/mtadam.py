@@ -256,9 +256,9 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         super().load_state_dict(state_dict)
         restore(self.state, self.param_groups, state_dict, self._options)
         for group in self.param_groups:
-            if any(isinstance(entry, str) for entry in group["measured"]):  # as it was written down before
+            if any(isinstance(one, str) for one in group.get("measured", ())):  # as it was written down before
                 group["measured"] = ()
-            group.setdefault("awaited", ())
+            group.update({key: group.get(key, value) for key, value in COUNTED.items()})
         self._want(importance)
         self._take_importance(groups[0]["terms"])
         self._set_terms(tuple(self.param_groups[0]["terms"]) or self._given_terms)

@@ -265,7 +265,7 @@ def test_checkpoints_from_before_steps_were_counted_are_loaded():
     follow(optimizer, parameters, stream(10, 0))
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
-        del group["steps"], group["measured"]
+        del group["steps"], group["measured"], group["awaited"]
     resumed_parameters, resumed = make(copies(parameters))
     resumed.load_state_dict(saved)
     follow(optimizer, parameters, stream(10, 1))

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_mtadam.optim.schedule import decay_of_norms, is_measured, next_measurement
 
+from lightning_mtadam.schedule import await_terms, decay_of_norms, due_terms, is_measured, next_measurement
 from tests.oracles.naive_balance_every import measured_steps
 
 STEPS, EVERY = st.integers(0, 20_000), st.integers(2, 500)
@@ -47,3 +47,18 @@ def test_with_one_every_step_is_measured(step):
 )
 def test_measurements_that_lie_close_count_less(every, decay):
     assert decay_of_norms(0.9, every) == pytest.approx(decay, rel=1e-15)
+
+
+@given(steps=st.lists(st.booleans(), min_size=1, max_size=300), every=st.integers(2, 60))
+def test_a_term_is_measured_in_the_first_step_in_which_it_is_after_as_many_as_balance_every(steps, every):
+    last = None
+    for step, here in enumerate(steps):
+        group = {"steps": step, "measured": () if last is None else (("rare", last),)}
+        due = due_terms(["rare"] if here else [], group, every)
+        assert bool(due) == (here and (last is None or step - last >= every or is_measured(step, every)))
+        last = step if due else last
+
+
+def test_a_term_that_came_too_late_is_waited_for_as_long_as_it_was_not_measured():
+    group = {"steps": 700, "measured": (("rare", 100), ("often", 690))}
+    assert await_terms(["rare", "often", "new"], group, 50) == {"rare": 1300, "often": 750, "new": 1400}

@@ -151,7 +151,9 @@ def test_layers_of_several_parameters_have_one_norm_and_each_parameter_its_scale
     tables, _, _ = tables_of(parameters(), layers="global")
     scales, coefficients = measured(tables, [[3.0, 0.0], [4.0, 12.0], [0.0, 5.0]])
     torch.testing.assert_close(tables.norms, torch.tensor([[5.0, 13.0]] * 3, dtype=torch.float64))
-    torch.testing.assert_close(scales, torch.tensor([[1.0, 5 / 13]], dtype=torch.float64))
+    shares = [[9 / 25, 0.0], [16 / 25, 144 / 169], [0.0, 25 / 169]]
+    torch.testing.assert_close(tables.shares, torch.tensor(shares, dtype=torch.float64))
+    torch.testing.assert_close(scales, torch.tensor([[1.0, 4 / 12]], dtype=torch.float64))  # where they meet
     torch.testing.assert_close(coefficients.scales, scales.expand(3, 2))
 
 

@@ -1,7 +1,7 @@
 """MTAdam(balance_every=k) in numpy float64, one parameter and one term at a time.
 
 Written from docs/balance_every.md. It shares nothing with the package: norms are averaged anew from all that were
-measured, and the measured steps are a list.
+measured, and terms that do not meet are compared over those between them, of which there is at most one.
 """
 
 import math
@@ -26,10 +26,10 @@ class NaiveBalanceEvery:
         self.terms, self.every, self.lr, self.betas, self.eps = list(terms), every, lr, betas, eps
         self.weight_decay, self.anchor, self.importance = weight_decay, anchor, importance or {}
         self.update, self.max_scale, self.amsgrad, self.maximize = update, max_scale, amsgrad, maximize
-        self.schedule = set(measured_steps(every, 100_000))
         self.decay = betas[2] ** min(1.0, every / 20)
-        self.measured = {term: [] for term in terms}
-        self.known = set()
+        self.schedule = set(measured_steps(every, 100_000))
+        self.measured = {term: [] for term in terms}  # the squares of the norms, by parameter
+        self.last = {}  # the step in which a term was measured last
         self.steps = 0
         self.scale = {}
         count = len(self.parameters)
@@ -37,27 +37,50 @@ class NaiveBalanceEvery:
         self.clock = [0] * count
         self.reaching = [set() for _ in range(count)]
 
-    def norm(self, term):
-        """The root of the mean of the squares, in which every measurement counts ``decay`` times its successor."""
+    def squares(self, term):
+        """By parameter the mean of the squares, in which every measurement counts ``decay`` times its successor."""
         found = self.measured[term]
         if not found:
-            return 0.0
+            return np.zeros(len(self.parameters))
         shares = [self.decay ** (len(found) - 1 - index) for index in range(len(found))]
-        return math.sqrt(sum(s * n**2 for s, n in zip(shares, found, strict=True)) / sum(shares))
+        return sum(s * squares for s, squares in zip(shares, found, strict=True)) / sum(shares)
 
-    def reference(self, anchor):
-        norms = {term: self.norm(term) for term in self.terms if self.norm(term) > 0}
+    def norm(self, term):
+        return math.sqrt(self.squares(term).sum())
+
+    def compared(self, one, other):
+        """The norm of the other term over that of the one; None where nothing joins them."""
+
+        def met(first, second):
+            mine, theirs = self.squares(first), self.squares(second)
+            return math.sqrt(mine[theirs > 0].sum())
+
+        if met(one, other) > 0:
+            return met(other, one) / met(one, other)
+        between = [t for t in self.terms if met(one, t) > 0 and met(other, t) > 0]
+        ways = [math.log(self.compared(one, t) * self.compared(t, other)) for t in between]
+        return math.exp(sum(ways) / len(ways)) if ways else None
+
+    def to_the_mean(self, term):
+        counted = [t for t in self.terms if self.importance.get(t, 1.0) > 0]
+        logs = [math.log(found) for found in (self.compared(term, t) for t in counted) if found is not None]
+        return sum(logs) / len(logs) if logs else -math.inf
+
+    def to_the_anchor(self, term, anchor):
+        """n_anchor / n_i."""
         if anchor == "max":
-            return max(norms.values())
-        name = self.terms[0] if anchor == "first" else anchor
-        return norms.get(name, math.exp(sum(math.log(n) for n in norms.values()) / len(norms)))
+            counted = [t for t in self.terms if self.importance.get(t, 1.0) > 0]
+            joined = [t for t in counted if self.compared(term, t) is not None]
+            return math.exp(self.to_the_mean(term) - min(map(self.to_the_mean, joined)))
+        found = None if anchor == "mean" else self.compared(term, self.terms[0] if anchor == "first" else anchor)
+        return math.exp(self.to_the_mean(term)) if found is None else found
 
     def measure(self, gradients):
         for term, found in gradients.items():
-            self.known.add(term)
-            norm = math.sqrt(sum(float((g**2).sum()) for g in found if g is not None))
-            if norm > 0 or self.measured[term]:
-                self.measured[term].append(norm)
+            self.last[term] = self.steps
+            squares = np.array([0.0 if g is None else float((g**2).sum()) for g in found])
+            if squares.any() or self.measured[term]:
+                self.measured[term].append(squares)
             for reaching, gradient in zip(self.reaching, found, strict=True):
                 if gradient is not None and np.any(gradient != 0):
                     reaching.add(term)
@@ -69,17 +92,18 @@ class NaiveBalanceEvery:
             return 1.0
         if self.norm(term) == 0:
             return 0.0
-        target = 1.0 if self.anchor == "unit" else self.reference(self.anchor)
-        return min(target / self.norm(term), self.max_scale)
+        found = 1 / self.norm(term) if self.anchor == "unit" else self.to_the_anchor(term, self.anchor)
+        return min(found, self.max_scale)
 
     def balance_weight(self, term):
         if self.norm(term) == 0:
             return math.nan
-        return self.norm(term) / self.reference("first" if self.anchor in ("unit", None) else self.anchor)
+        return 1 / self.to_the_anchor(term, "first" if self.anchor in ("unit", None) else self.anchor)
 
     def step(self, gradients, clip=None):
         """``gradients``: term name -> list with an array or None per parameter. Returns whether it was measured."""
-        measured = self.steps in self.schedule or not set(gradients) <= self.known
+        waiting = [term for term in gradients if term not in self.last or self.steps - self.last[term] >= self.every]
+        measured = self.steps in self.schedule or bool(waiting)
         if measured:
             self.measure(gradients)
         self.steps += 1

@@ -32,7 +32,7 @@ class NaiveMTAdam:
         self.own_clock = [[0] * count for _ in self.terms]
         self.n = {(i, layer): None for i in range(len(self.terms)) for layer in self.layers}
         self.n_count = dict.fromkeys(self.n, 0)
-        self.scale, self.history = {}, {}
+        self.scale, self.history, self.memory = {}, {}, {}
 
     def beta3(self, layer):
         return max(b[2] for b, other in zip(self.betas, self.layers, strict=True) if other == layer)
@@ -58,9 +58,16 @@ class NaiveMTAdam:
             n = max(0.0, (n - beta3**count * (1 - count * EPSILON)) / (1 - beta3**count))
         return n * math.sqrt(self.part(i, p))
 
+    def remembered(self, key, compute):
+        """Until norms move again."""
+        if key not in self.memory:
+            self.memory[key] = compute()
+        return self.memory[key]
+
     def is_noise(self, i, p):
         def share(j):
-            total = math.hypot(*(self.seen(j, q) for q in range(len(self.parameters))))
+            everywhere = range(len(self.parameters))
+            total = self.remembered(("total", j), lambda: math.hypot(*(self.seen(j, q) for q in everywhere)))
             return self.seen(j, p) / total if total > 0 else 0.0
 
         counted = [j for j, term in enumerate(self.terms) if self.importance.get(term, 1.0) > 0]
@@ -68,7 +75,7 @@ class NaiveMTAdam:
         return self.anchor is not None and clear and share(i) < 128 * EPSILON
 
     def hears(self, i, p):
-        return self.part(i, p) > 0 and not self.is_noise(i, p)
+        return self.remembered(("hears", i, p), lambda: self.part(i, p) > 0 and not self.is_noise(i, p))
 
     def heard(self, i, layer):
         mine = [p for p, other in enumerate(self.layers) if other == layer]
@@ -92,7 +99,8 @@ class NaiveMTAdam:
         """n_anchor / n_i."""
         every = range(len(self.terms))
         index = None if anchor in ("mean", "max") else 0 if anchor == "first" else self.terms.index(anchor)
-        joined = {(j, k): self.compared(j, k, layer) for j in every for k in every}
+        pairs = [(j, k) for j in every for k in every]
+        joined = self.remembered(layer, lambda: {pair: self.compared(*pair, layer) for pair in pairs})
         if index is not None and joined[i, index] is not None:
             return joined[i, index]
         counted = [j for j, term in enumerate(self.terms) if self.importance.get(term, 1.0) > 0 and joined[i, j]]
@@ -127,6 +135,7 @@ class NaiveMTAdam:
             beta3 = max(self.betas[p][2] for p in mine)
             if any(touched[p] for p in mine):
                 self.average_norms(layer, mine, beta3, full, gradients)
+        self.memory.clear()
         for layer in dict.fromkeys(self.layers):
             for i, term in enumerate(self.terms):
                 self.scale[i, layer] = self.new_scale(i, term, layer)
