@@ -62,10 +62,8 @@ def compare(met: Tensor) -> Tensor:
 
     Example:
         >>> met = torch.tensor([[[4.0, 4, 0], [2, 2, 3], [0, 6, 6]]])  # the first and the last do not meet
-        >>> compare(met).exp()[0]
-        tensor([[1., 2., 1.],
-                [0.5000, 1.0000, 0.5000],
-                [1.0000, 2.0000, 1.0000]])
+        >>> compare(met).exp()[0, 0].round(decimals=4)
+        tensor([1., 2., 1.])
     """
     logs = met.log() - met.transpose(1, 2).log()
     compared = logs.masked_fill((met == 0) | (met.transpose(1, 2) == 0), torch.nan)
