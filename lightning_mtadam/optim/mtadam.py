@@ -138,6 +138,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         kept = {"maximize": maximize, **COUNTED, "importance": dict(options.importance)}
         super().__init__(params, {**numbers, **kept}, options, terms)
+        # torch.distributed.checkpoint loads only the names that are there
+        self._want({**dict.fromkeys(self.terms, 1.0), **options.importance})
 
     @overload
     def step(self, closure: None = None) -> None: ...

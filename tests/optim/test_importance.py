@@ -8,8 +8,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lightning_mtadam.graphs import CHANGES, LOOKS
 from lightning_mtadam.optim import MTAdam
@@ -31,6 +33,11 @@ CHANGED = {
     110: {"c": 1.0},
 }
 """What is set before which step; the others stay as they were."""
+
+
+def importance_of(**changed):
+    """As the groups say it: of all terms."""
+    return {**dict.fromkeys(TERMS, 1.0), **changed}
 
 
 def run(optimizer, parameters, steps=range(STEPS), changed=CHANGED, seed=0):
@@ -194,7 +201,7 @@ def test_a_checkpoint_from_before_it_was_kept_there_leaves_the_optimizers_own():
         del group["importance"]
     _, other = make(start(0), importance={"c": 3.0})
     other.load_state_dict(saved)
-    assert [group["importance"] for group in other.param_groups] == [{"c": 3.0}] * 2
+    assert [group["importance"] for group in other.param_groups] == [importance_of(c=3.0)] * 2
 
 
 @pytest.mark.parametrize(
@@ -221,7 +228,8 @@ def test_a_copy_has_it_too_and_is_apart(copied):
     _, optimizer = make(start(0), importance={"b": 0.25})
     other = copied(optimizer)
     other.set_importance({"b": 4.0})
-    assert (optimizer.param_groups[0]["importance"], other.param_groups[1]["importance"]) == ({"b": 0.25}, {"b": 4.0})
+    assert optimizer.param_groups[0]["importance"] == importance_of(b=0.25)
+    assert other.param_groups[1]["importance"] == importance_of(b=4.0)
 
 
 INVALID = [
@@ -244,9 +252,9 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(importance, error, mes
     parameters, optimizer = make(start(0), importance={"b": 0.25})
     with pytest.raises(error, match=message):
         optimizer.set_importance({"a": 7.0, **importance} if isinstance(importance, dict) else importance)
-    assert [group["importance"] for group in optimizer.param_groups] == [{"b": 0.25}] * 2
+    assert [group["importance"] for group in optimizer.param_groups] == [importance_of(b=0.25)] * 2
     run(optimizer, parameters, range(3), {})
-    assert optimizer._options.importance == {"b": 0.25}
+    assert optimizer._options.importance == importance_of(b=0.25)
 
 
 @pytest.mark.parametrize(("importance", "error", "message"), INVALID)
@@ -258,7 +266,7 @@ def test_the_same_is_refused_where_a_group_was_edited(importance, error, message
         group["importance"] = importance
     with pytest.raises(error, match=message):
         feed(optimizer, parameters, [*stream(4, 0)][3])
-    assert optimizer._options.importance == {"b": 0.25}
+    assert optimizer._options.importance == importance_of(b=0.25)
     for one, other in zip(optimizer.state.values(), before.values(), strict=True):
         assert all(torch.equal(value, other[key]) for key, value in one.items())
 
@@ -293,7 +301,7 @@ def test_an_edit_of_one_group_of_several_is_refused_and_set_importance_is_the_re
         feed(optimizer, parameters, next(stream(1, 0)))
     optimizer.set_importance({"b": 0.25})
     run(optimizer, parameters, range(2), {})
-    assert optimizer._options.importance == {"b": 0.25}
+    assert optimizer._options.importance == importance_of(b=0.25)
 
 
 def test_groups_that_are_added_have_it_and_one_of_their_own_is_refused():
@@ -301,7 +309,7 @@ def test_groups_that_are_added_have_it_and_one_of_their_own_is_refused():
     optimizer.set_importance({"b": 0.25})
     optimizer.param_groups[0]["importance"]["c"] = 2.0
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(2, dtype=torch.float64)))]})
-    assert optimizer.param_groups[2]["importance"] == {"b": 0.25, "c": 2.0}
+    assert optimizer.param_groups[2]["importance"] == importance_of(b=0.25, c=2.0)
     with pytest.raises(ValueError, match=r"importance holds for the whole optimizer.*set_importance"):
         optimizer.add_param_group({"params": [("other", nn.Parameter(torch.ones(2)))], "importance": {"b": 1.0}})
     assert len(optimizer.param_groups) == 3
@@ -314,7 +322,7 @@ def test_lightnings_wrapper_passes_it_on():
     parameters, optimizer = make(start(0))
     LightningOptimizer(optimizer).set_importance({"b": 0.25})
     run(optimizer, parameters, range(2), {})
-    assert optimizer._options.importance == {"b": 0.25}
+    assert optimizer._options.importance == importance_of(b=0.25)
     assert "importance: {'b': 0.25}" in repr(optimizer)
 
 
@@ -441,3 +449,20 @@ def test_ranks_that_set_different_values_raise(step, other, tmp_path):
     for outcome in run_ranks(on_rank, tmp_path, changed, {}, timeout=30):
         assert outcome.error.startswith("ValueError: The ranks have different values of the option importance: rank 0")
         assert "as by set_importance, on all" in outcome.error
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_checkpoint_has_it_too(tmp_path):
+    """It loads only the names that are there before."""
+    networks = [make_network(), make_network()]
+    optimizer, other = (make_mtadam(network, terms=("fit", "size", "decay")) for network in networks)
+    for batch in make_loader(2):
+        optimizer.zero_grad()
+        optimizer.backward(three_losses(networks[0], batch))
+        optimizer.step()
+    optimizer.set_importance({"size": 0.25})
+    dcp.save({"optimizer": get_optimizer_state_dict(networks[0], optimizer)}, checkpoint_id=tmp_path)
+    found = {"optimizer": get_optimizer_state_dict(networks[1], other)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(networks[1], other, optim_state_dict=found["optimizer"])
+    assert other.param_groups[0]["importance"] == {"fit": 1.0, "size": 0.25, "decay": 1.0}
