@@ -323,7 +323,7 @@ def test_lightnings_wrapper_passes_it_on():
     LightningOptimizer(optimizer).set_importance({"b": 0.25})
     run(optimizer, parameters, range(2), {})
     assert optimizer._options.importance == importance_of(b=0.25)
-    assert "importance: {'b': 0.25}" in repr(optimizer)
+    assert f"importance: {importance_of(b=0.25)}" in repr(optimizer)
 
 
 def test_nothing_is_made_anew_while_it_stays():
