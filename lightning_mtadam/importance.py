@@ -96,7 +96,7 @@ def check_importance(importance: object, terms: Sequence[str] = ()) -> Importanc
     found: Importance = plain(importance)
     check_names(found)
     for name, value in found.items():
-        if not isinstance(value, Real) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
             raise ValueError(f"importance[{name!r}] must be a finite number of at least 0, but got {value!r}.")
         if terms and name not in terms:
             raise ValueError(unknown_name_message("importance", name, terms))
