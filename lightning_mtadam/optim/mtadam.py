@@ -57,7 +57,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
             geometric mean), "max", "unit" (scale to norm one), or ``None`` (no balancing).
         importance: wanted ratios after balancing, by term; 1 by default. :meth:`set_importance` changes it.
         layers: the unit that is balanced: "parameter" (the default), "module" (a module's weight and bias together),
-            "group", "global", or a callable from a parameter's name to a layer's name.
+            "group", "global", or a callable from a parameter's name to a layer's name. Where it has several parameters
+            terms are compared on those that both reach.
         norm_init: the gradient norms' average starts from the "first" one (the default), is "unbiased" (corrected for
             its start at zero; the default with ``balance_every``), or starts at "one" (the paper's Algorithm 1).
         denominator: which second moments divide the step: the "max" over the terms (the default), their "mean", each
@@ -71,8 +72,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
             pass per term, and take one backward pass of the sum in the steps between, each loss times its last scale.
             Not the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``, and costs little more than
-            Adam. A term that was never measured is measured in the step it comes in; under accumulation in the first
-            batch only, and with several processes at the next measured step.
+            Adam. A term that was never measured, or not for so many steps, is measured in the step it comes in; one
+            that comes in a later batch of an accumulated step, in a step after it.
         low_memory: consume each term's gradient as soon as it is there, which saves the memory of I gradients. The host
             waits for each term, and what needs all gradients at once is refused: accumulation, scalers, clipping. After
             a backward pass that fails, or that no step follows, second moments have seen the terms before.
