@@ -110,6 +110,14 @@ def constant_terms(network: nn.Module, batch: Batch, step: int, rank: int) -> Lo
     return {name: torch.zeros(()) for name in losses} if rank == 1 and step % 4 == 0 else losses
 
 
+def seldom_term(network: nn.Module, batch: Batch, step: int, rank: int) -> Losses:
+    """A term that comes every seventh batch, never where all are measured anyway; once on one rank only."""
+    losses = three_losses(network, batch)
+    if step % 7 != 5 or (rank, step) == (1, 12):
+        losses["size"] = torch.zeros(())
+    return losses
+
+
 def freezing(network: nn.Module, batch: Batch, step: int, rank: int) -> Losses:
     """The last layer is frozen for a while."""
     network[-1].requires_grad_(not 5 <= step < 10)
@@ -195,6 +203,10 @@ CASES = {
     ),
     "balance_every, a term that comes late": Case(
         late_term, optimizer={**SELDOM, "terms": ("fit", "size", "decay"), "anchor": "fit"}
+    ),
+    "balance_every, a term that comes seldom": Case(seldom_term, joined=False, optimizer={"balance_every": 3}),
+    "balance_every, a term that comes seldom, accumulation": Case(
+        seldom_term, joined=False, trainer={"accumulate_grad_batches": 2}, optimizer={"balance_every": 3}
     ),
     "low memory": Case(optimizer={"low_memory": True, "weight_decay": 0.1}),
     "low memory, the anchor is the last": Case(optimizer={"low_memory": True, "anchor": "decay", "amsgrad": True}),
