@@ -14,10 +14,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_mtadam.meetings import Reference
 from lightning_mtadam.terms import Gradients
 
 NormInit: TypeAlias = Literal["first", "unbiased", "one"]
+Reference: TypeAlias = int | Literal["mean", "max"]
 ROUNDING = 128.0  # epsilons: the share of a term's norm over the network below which a gradient may be rounding alone
 CLEAR = 100.0  # times that: terms' shares at a layer of a deep network differ by less
 
@@ -62,10 +62,10 @@ def layer_norms(parameter_norms: Tensor, layer_of: Tensor, layers: int) -> Tenso
     peak = by_layer(parameter_norms, layer_of, layers)
     divisor = torch.where(peak > 0, peak, 1)
     shares = (parameter_norms / divisor[layer_of]).square()
-    return peak * _add_up(shares, layer_of, layers).sqrt()
+    return peak * add_up(shares, layer_of, layers).sqrt()
 
 
-def _add_up(shares: Tensor, layer_of: Tensor, layers: int) -> Tensor:
+def add_up(shares: Tensor, layer_of: Tensor, layers: int) -> Tensor:
     """Add up the rows of each layer, numbers from 0 to 1: [P, I] -> [L, I].
 
     An accelerator adds in an order that changes from run to run. Whole numbers give the same sum in any order.

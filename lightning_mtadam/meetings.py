@@ -6,12 +6,10 @@ reach, as the decoder of an autoencoder has. A norm over all of it would compare
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor
 
-Reference: TypeAlias = int | Literal["mean", "max"]
+from lightning_mtadam.balancing import Reference, add_up
 
 
 def newest_share(norms: Tensor, observed: Tensor, before: Tensor, counts: Tensor, decays: tuple[Tensor, int]) -> Tensor:
@@ -49,9 +47,8 @@ def norms_where_met(norms: Tensor, shares: Tensor, heard: Tensor, layer_of: Tens
         layer_of: the layer of each parameter, [P].
     """
     mine = torch.where(heard, shares, 0)
-    pairs = mine[:, :, None] * heard[:, None, :]
-    met = norms.new_zeros(*norms.shape, norms.shape[1]).index_add_(0, layer_of, pairs)
-    return norms[:, :, None] * met.sqrt()
+    pairs = (mine[:, :, None] * heard[:, None, :]).flatten(1)
+    return norms[:, :, None] * add_up(pairs, layer_of, len(norms)).sqrt().view(*norms.shape, -1)
 
 
 def compare(met: Tensor) -> Tensor:
