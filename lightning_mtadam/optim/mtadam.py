@@ -42,7 +42,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)
 
     where ``^`` is Adam's bias correction. With one term this is :class:`torch.optim.Adam` (:class:`~torch.optim.AdamW`
-    with ``weight_decay``). A constant factor on a loss other than the anchor changes nothing.
+    with ``weight_decay``). A constant factor on a loss other than the anchor changes nothing, up to
+    rounding, and to ``eps`` in layers that the anchor does not reach.
 
     Args:
         params: parameters, named parameters, or parameter groups, as for every torch optimizer. With
@@ -71,8 +72,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         balance_every: measure the balance at most every so many steps (more often in the beginning), by one backward
             pass per term, and take one backward pass of the sum in the steps between, each loss times its last scale.
             Not the paper's algorithm: it has ``layers="global"`` and ``denominator="sum"``, and costs little more than
-            Adam. A term that was never measured is measured in the step it comes in; under accumulation in the first
-            batch only, and with several processes at the next measured step.
+            Adam. Each term is measured in its own time: one that never was in the step it comes in. One that comes only
+            in a later batch of an accumulated step is waited for, and left out until it was measured.
         low_memory: consume each term's gradient as soon as it is there, which saves the memory of I gradients. The host
             waits for each term, and what needs all gradients at once is refused: accumulation, scalers, clipping. After
             a backward pass that fails, or that no step follows, second moments have seen the terms before.
