@@ -126,7 +126,7 @@ def budget(runs: Sequence[Run]) -> Figure | None:
         lines = {}
         for name, search in of_methods(own).items():
             trials = trials_of(search)
-            total, shortest = sum(cost for cost, _ in trials), min(cost for cost, _ in trials)
+            total, shortest = sum(cost for cost, _ in trials), min(cost for cost, _ in trials if cost > 0)
             times = [shortest * (total / shortest) ** (at / (POINTS - 1)) for at in range(POINTS)]
             lines[name] = dict(zip(times, map(quartiles, replay(trials, times)), strict=True))
         ends = _lines(axes, lines)
