@@ -102,7 +102,11 @@ def by_factor(runs: Sequence[Run]) -> Figure | None:
     for (problem, factor), own in groups(runs):
         for name, losses in tests_of(own).items():
             curves.setdefault(problem, {}).setdefault(name, {})[float(factor)] = quartiles(losses)
-    curves = {problem: lines for problem, lines in curves.items() if any(len(line) > 1 for line in lines.values())}
+    curves = {
+        problem: {name: line for name, line in lines.items() if len(line) > 1}
+        for problem, lines in curves.items()
+        if any(len(line) > 1 for line in lines.values())
+    }
     if not curves:
         return None
     figure, panels = _panels(len(curves))
@@ -126,9 +130,14 @@ def budget(runs: Sequence[Run]) -> Figure | None:
         lines = {}
         for name, search in of_methods(own).items():
             trials = trials_of(search)
-            total, shortest = sum(cost for cost, _ in trials), min(cost for cost, _ in trials)
+            total, shortest = sum(cost for cost, _ in trials), min(cost for cost, _ in trials if cost > 0)
             times = [shortest * (total / shortest) ** (at / (POINTS - 1)) for at in range(POINTS)]
-            lines[name] = dict(zip(times, map(quartiles, replay(trials, times)), strict=True))
+            sign = -1 if own[0]["better"] == "higher" else 1
+            bests = map(quartiles, replay(trials, times))
+            lines[name] = {
+                time: (sign * low, sign * median, sign * high)
+                for time, (low, median, high) in zip(times, bests, strict=True)
+            }
         ends = _lines(axes, lines)
         axes.set(xscale="log", xlabel="processor seconds, search included")
         _plain_numbers(axes.xaxis)

@@ -42,7 +42,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         theta <- theta - lr M^ / (sqrt(max_i v^_i) + eps)
 
     where ``^`` is Adam's bias correction. With one term this is :class:`torch.optim.Adam` (:class:`~torch.optim.AdamW`
-    with ``weight_decay``). A constant factor on a loss other than the anchor changes nothing.
+    with ``weight_decay``). A constant factor on a loss other than the anchor changes nothing, up to rounding, and to
+    ``eps`` in layers that the anchor does not reach.
 
     Args:
         params: parameters, named parameters, or parameter groups, as for every torch optimizer. With
