@@ -77,8 +77,10 @@ def _factor_of(node: Node | None) -> float | None:
     if node is None or node.name() != "MulBackward0":
         return None
     one, other = (following for following, _ in node.next_functions)
-    saved = node._raw_saved_other if other is None else node._raw_saved_self if one is None else None  # type: ignore[attr-defined]
-    value = getattr(saved, "data", None)  # to unpack it could run a checkpointed part of the network again
+    kept = "other" if other is None else "self" if one is None else None
+    value = getattr(
+        getattr(node, f"_raw_saved_{kept}", None), "data", None
+    )  # to unpack it could run a checkpointed part of the network again
     if isinstance(value, Tensor) and value.dim() == 0 and is_host(value.device):
         return float(value)
     return None

@@ -37,17 +37,15 @@ def parameter_norms(whole: Tensor, shares: Tensor) -> Tensor:
     return whole * shares.sqrt()
 
 
-def norms_where_met(norms: Tensor, shares: Tensor, heard: Tensor, layer_of: Tensor) -> Tensor:
+def norms_where_met(norms: Tensor, shares: Tensor, layer_of: Tensor) -> Tensor:
     """The norm of each term on the parameters that another reaches as well: [L, I, I], of term i beside term j.
 
     Args:
         norms: of the layers, [L, I].
-        shares: of the parameters in their squares, [P, I].
-        heard: whether a term reaches a parameter, [P, I] bool.
+        shares: of the parameters in their squares, [P, I]; zero where a term does not reach.
         layer_of: the layer of each parameter, [P].
     """
-    mine = torch.where(heard, shares, 0)
-    pairs = (mine[:, :, None] * heard[:, None, :]).flatten(1)
+    pairs = (shares[:, :, None] * (shares > 0)[:, None, :]).flatten(1)
     return norms[:, :, None] * add_up(pairs, layer_of, len(norms)).sqrt().view(*norms.shape, -1)
 
 

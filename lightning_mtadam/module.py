@@ -90,6 +90,11 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
     _pending: _PendingLosses | None = None
     _log_beside: lightning_internals.LogBeside | None = None
 
+    @property
+    def pending(self) -> _PendingLosses | None:
+        """The losses that are about to be differentiated, with their optimizer and balancer; ``None`` if none are."""
+        return self._pending
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._told = False  # whether it was warned of terms beside a loss

@@ -44,6 +44,11 @@ def due_terms(names: Iterable[str], group: Mapping[str, Any], every: int) -> lis
     return [name for name in names if step - measured.get(name, -every) >= every]
 
 
+def hangs_on(names: Iterable[str], group: Mapping[str, Any], every: int) -> bool:
+    """Whether a step is measured only if those of these terms are there that are due."""
+    return every > 1 and not is_measured(group["steps"], every) and bool(due_terms(names, group, every))
+
+
 def await_terms(names: Iterable[str], group: Mapping[str, Any], every: int) -> dict[str, int]:
     """Until which step those that came too late to be measured are waited for: as long as they were not, or longer."""
     step, measured = group["steps"], dict(group["measured"])

@@ -23,13 +23,13 @@ def networks(draw):
 
 
 def tables(network):
-    """Norms by layer [L, I], shares [P, I], and whether they are above zero."""
+    """Norms by layer [L, I], shares [P, I], and the layers."""
     table, layer_of, layers = network
     norms = torch.tensor(table, dtype=torch.float64)
     index = torch.tensor(layer_of)
     squares = torch.zeros(layers, norms.shape[1], dtype=torch.float64).index_add_(0, index, norms.square())
     shares = torch.where(norms > 0, norms.square() / squares[index], 0)
-    return squares.sqrt(), shares, norms > 0, index
+    return squares.sqrt(), shares, index
 
 
 def met(network):

@@ -15,6 +15,7 @@ from lightning_mtadam import balancers, lightning_internals
 from lightning_mtadam.balancer_slot import balancer_of
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.callbacks.balance_weights import named_optimizers
+from lightning_mtadam.module import MultiTermLightningModule
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import check_names, kind_of, plain, unknown_name_message
 
@@ -101,7 +102,7 @@ class ImportanceScheduler(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Set it for the losses that are about to be differentiated."""
-        pending: Any = getattr(pl_module, "_pending", None)
+        pending: Any = pl_module.pending if isinstance(pl_module, MultiTermLightningModule) else None
         for tag, target in self._targets.items():
             if pending is not None and pending.balancer is target:
                 self._set(trainer, tag, target.terms or tuple(pending.losses))

@@ -37,12 +37,11 @@ class Weighed(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What the averages tell. ``heard``, ``faint``, ``clear`` are bool, [P, I], or [L, I] where there are no shares."""
+    """What the averages tell; of terms that reach, and are not noise that is left out."""
 
     norms: Tensor  # n_i of the layers, zero where a term is nowhere heard: [L, I]
-    shares: Tensor | None  # as of the averages
-    heard: Tensor  # where a term reaches, and is not noise that is left out
-    faint: Tensor  # where it may be noise
+    shares: Tensor | None  # as of the averages, zero where a term is not heard
+    faint: Tensor  # where it may be noise: bool, [P, I], or [L, I] where there are no shares
     clear: Tensor  # where it is not
 
 
@@ -280,20 +279,19 @@ class Tables:
         found = seen = balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
         if rule == "one":
             seen = balancing.without_start(found, counts, self._beta3)
-        if shares is not None:
-            seen = meetings.parameter_norms(self.by_parameter(seen), shares)
+        if shares is None:
+            noise, faint, clear = balancing.loudness(seen, self._silent)
+            return Told(found if self.options.anchor is None else found.masked_fill(noise, 0), None, faint, clear)
+        seen = meetings.parameter_norms(self.by_parameter(seen), shares)
         noise, faint, clear = balancing.loudness(seen, self._silent)
-        if shares is not None:  # of what is not reached, all is known
-            faint = faint & (seen > 0)
-        heard = (found if shares is None else shares) > 0
-        heard = heard if self.options.anchor is None else heard & ~noise
-        anywhere = heard if shares is None else self._by_layer(heard.to(self.dtype)) > 0
-        return Told(torch.where(anywhere, found, 0), shares, heard, faint, clear)
+        heard = shares if self.options.anchor is None else shares.masked_fill(noise, 0)
+        norms = torch.where(self._by_layer(heard) > 0, found, 0)
+        return Told(norms, heard, faint & (seen > 0), clear)  # of what is not reached, all is known
 
     def _met(self, told: Told) -> Tensor:
         """The norm of each term where it meets each other: [L, I, I]."""
         assert told.shares is not None
-        return meetings.norms_where_met(told.norms, told.shares, told.heard, self._layer_of)
+        return meetings.norms_where_met(told.norms, told.shares, self._layer_of)
 
     def _ratios(self, told: Told) -> Tensor:
         """``n_anchor / n_i``, where terms meet: [L, I]."""

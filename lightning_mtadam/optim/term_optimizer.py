@@ -30,7 +30,7 @@ from lightning_mtadam.optim.options import Options, check_group
 from lightning_mtadam.optim.state import MOMENT_KEYS, allocate
 from lightning_mtadam.optim.tables import Tables
 from lightning_mtadam.optim.update import Updater
-from lightning_mtadam.schedule import await_terms, due_terms
+from lightning_mtadam.schedule import await_terms, due_terms, hangs_on
 from lightning_mtadam.terms import Losses, NonFiniteError, are_on_host, check_losses, check_terms
 from lightning_mtadam.wrappers import nothing_to_consume
 
@@ -216,18 +216,14 @@ class TermOptimizer(GroupsOptimizer):
     def _factors(self, batch: Batch) -> Mapping[str, Tensor] | None:
         """By what to multiply the losses, if their sum alone is to be differentiated; ``None``: each by itself."""
         self._recall()  # whether the step before counts must be known now
-        pending, due = self._pending, self._due(batch.collected)
+        pending, group, every = self._pending, self.param_groups[0], self._options.balance_every
+        due = due_terms(batch.collected, group, every)
         if not pending.gradients:
-            pending.light = not due and not self.param_groups[0]["awaited"]
+            pending.light = not due and not group["awaited"]
         elif pending.light and due:
-            pending.awaited.update(await_terms(due, self.param_groups[0], self._options.balance_every))
+            pending.awaited.update(await_terms(due, group, every))
         scales = self._updater().tables.frozen_scales[0] if pending.light else None
         return None if scales is None else dict(zip(self.terms, scales.unbind(), strict=True))
-
-    def _due(self, names: Iterable[str]) -> list[str]:
-        """The terms that are to be measured in this step, as far as they are not in every step."""
-        every = self._options.balance_every
-        return [] if every == 1 else due_terms(names, self.param_groups[0], every)
 
     def _recall(self) -> None:
         """Tell of the step before if it was not finite, and that was not known then; and do not count it."""
@@ -303,7 +299,7 @@ class TermOptimizer(GroupsOptimizer):
             self._layer_names.layers(self.param_groups)
         if batch.processes.group is None:
             return ()
-        self._ranks.early = bool(self._due(batch.losses))  # which of them are constant on all ranks
+        self._ranks.early = hangs_on(batch.losses, self.param_groups[0], self._options.balance_every)
         if self._ranks.parameters is None:
             self._ranks.options = told_options({**vars(self._options), "terms": self._given_terms}, self.param_groups)
         named = zip(self._layer_names.labels, batch.parameters, strict=True)

@@ -104,10 +104,14 @@ WRONG = {
     "negative": ({"fit": 2.0, "size": -0.1}, ValueError, r"importance\['size'\] must be a finite number of at least 0"),
     "nan": ({"fit": 2.0, "size": float("nan")}, ValueError, "but got nan"),
     "infinite": ({"fit": 2.0, "size": float("inf")}, ValueError, "but got inf"),
-    "text": ({"fit": 2.0, "size": "1"}, ValueError, r"importance\['size'\] must be a finite number of at least 0, but got '1'"),
+    "text": (
+        {"fit": 2.0, "size": "1"},
+        ValueError,
+        "must be a finite number of at least 0, but got '1'",
+    ),
     "truth": ({"fit": 2.0, "size": True}, ValueError, "but got True"),
     "vector": ({"fit": 2.0, "size": torch.ones(2)}, ValueError, "must be a finite number"),
-    "no mapping": (0.1, TypeError, "importance must be a mapping of terms' names to numbers, but is a float"),
+    "no mapping": (0.1, TypeError, "must be a mapping of terms' names to numbers, but is a float"),
     "no name": ({"fit": 2.0, 3: 1.0}, TypeError, "must be a non-empty string, but got 3"),
 }
 
