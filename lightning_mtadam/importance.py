@@ -69,6 +69,11 @@ class ImportanceOptimizer(GroupsOptimizer):
         for group in (self.defaults, *self.param_groups):
             group["importance"] = importance
 
+    def _name_importance(self, terms: Sequence[str]) -> None:
+        """Let all terms be named: torch.distributed.checkpoint loads only the names that are there."""
+        said = {name: value for name, value in self.defaults["importance"].items() if value != 1}
+        self._want({**dict.fromkeys(terms, 1.0), **said})
+
     def _take_importance(self, terms: Sequence[str]) -> None:
         """Let what the groups say hold from now on, or raise if it is not what these terms can have."""
         held: Importance = self._options.importance

@@ -140,8 +140,7 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         kept = {"maximize": maximize, **COUNTED, "importance": dict(options.importance)}
         super().__init__(params, {**numbers, **kept}, options, terms)
-        # torch.distributed.checkpoint loads only the names that are there
-        self._want({**dict.fromkeys(self.terms, 1.0), **options.importance})
+        self._name_importance(self.terms)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -280,6 +279,10 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
     def _reset_transient(self) -> None:
         super()._reset_transient()
         self._ramps: dict[str, list[float]] = {}  # by which numbers losses were multiplied
+
+    def _set_terms(self, terms: tuple[str, ...]) -> None:
+        super()._set_terms(terms)
+        self._name_importance(terms)
 
     def _check(self, batch: Batch) -> Parameters:
         """As before; then the importance is taken from the groups, and holds for this batch."""

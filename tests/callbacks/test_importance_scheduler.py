@@ -269,7 +269,7 @@ def test_two_schedulers_have_states_of_their_own():
     module = Seen()
     fit(module, make_loader(2), callbacks=[steps, epochs], max_epochs=2)
     assert module.seen[-1] == (3, ramp(3))
-    assert module.trainer.optimizers[0].param_groups[0]["importance"] == {"size": ramp(3), "decay": ramp(1)}
+    assert module.trainer.optimizers[0].param_groups[0]["importance"] == {"fit": 1.0, "size": ramp(3), "decay": ramp(1)}
 
 
 def scheduled(rank):
