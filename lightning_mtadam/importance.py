@@ -56,7 +56,7 @@ class ImportanceOptimizer(GroupsOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         wanted = self.defaults["importance"]
-        if group["importance"] != wanted:
+        if not isinstance(group["importance"], Mapping) or _said(group["importance"]) != _said(wanted):
             raise ValueError(
                 f"importance holds for the whole optimizer, where it is {wanted!r}: give it to MTAdam, or call"
                 " optimizer.set_importance({...}); leave it out of the parameter group, which has"
@@ -71,8 +71,7 @@ class ImportanceOptimizer(GroupsOptimizer):
 
     def _name_importance(self, terms: Sequence[str]) -> None:
         """Let all terms be named: torch.distributed.checkpoint loads only the names that are there."""
-        said = {name: value for name, value in self.defaults["importance"].items() if value != 1}
-        self._want({**dict.fromkeys(terms, 1.0), **said})
+        self._want({**dict.fromkeys(terms, 1.0), **_said(self.defaults["importance"])})
 
     def _take_importance(self, terms: Sequence[str]) -> None:
         """Let what the groups say hold from now on, or raise if it is not what these terms can have."""
@@ -112,12 +111,17 @@ def importance_of(groups: Groups, terms: Sequence[str] = ()) -> Importance:
     """What all groups say, or raise: it holds for the whole optimizer."""
     found = [check_importance(group.get("importance"), terms) for group in groups]
     for index, other in enumerate(found):
-        if other != found[0]:
+        if _said(other) != _said(found[0]):
             raise ValueError(
                 f"param_groups[{index}]['importance'] is {other!r}, but that of param_groups[0] is {found[0]!r}:"
                 " importance holds for the whole optimizer. Call optimizer.set_importance({...}), which sets all."
             )
     return found[0]
+
+
+def _said(importance: Mapping[str, float]) -> Importance:
+    """What differs from the usual, 1."""
+    return {name: value for name, value in importance.items() if value != 1}
 
 
 def importance_of_checkpoint(saved_groups: Groups, groups: Groups) -> Importance:
