@@ -25,9 +25,9 @@ class ImportanceOptimizer(GroupsOptimizer):
     def set_importance(self, importance: Mapping[str, float]) -> None:
         """Change the importance of these terms, from the next :meth:`backward` on; the others keep theirs.
 
-        It is ``param_groups[0]["importance"]``, and in checkpoints. 0 takes a term's influence away, while its norms go
-        on, so that it comes back at its right scale; they still count in the anchors "mean" and "max". What was
-        collected before is stepped on as it was. Where several batches accumulate, all count as of the last, with
+        It is ``param_groups[0]["importance"]``, and in checkpoints. 0 takes a term's influence away, also from the
+        anchors "mean" and "max", while its norms go on, so that it comes back at its right scale. What was collected
+        before is stepped on as it was. Where several batches accumulate, all count as of the last, with
         ``balance_every`` and in a light step each as of its own: call it before the first. All processes must make the
         same call before the same step, or the next :meth:`backward` raises. ``docs/importance.md`` says how to choose.
 

@@ -9,9 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_mtadam.parameter_names import ParameterNames, group_names, named_alike, refuse_twice
-
-__all__ = ["LayerNames", "Layers", "named_alike"]
+from lightning_mtadam.parameter_names import ParameterNames, group_names, refuse_twice
 
 LayerRule: TypeAlias = str | Callable[[str], str]
 

@@ -40,6 +40,7 @@ class Told(NamedTuple):
     """What the averages tell; of terms that reach, and are not noise that is left out."""
 
     norms: Tensor  # n_i of the layers, zero where a term is nowhere heard: [L, I]
+    counted: Tensor  # the same, zero also for the terms without influence, which no mean takes in
     shares: Tensor | None  # as of the averages, zero where a term is not heard
     faint: Tensor  # where it may be noise: bool, [P, I], or [L, I] where there are no shares
     clear: Tensor  # where it is not
@@ -170,8 +171,7 @@ class Tables:
         if told.shares is not None and anchor not in (None, "unit"):
             ratios = self._ratios(told)
             return balancing.balance_scales((ratios > 0).to(ratios), ratios, self._importance, most)
-        counted = told.norms if self._left_out is None else told.norms.masked_fill(self._left_out, 0)
-        target = balancing.target_norms(counted, anchor, self.terms)
+        target = balancing.target_norms(told.counted, anchor, self.terms)
         return balancing.balance_scales(told.norms, target, self._importance, most)
 
     def balance_weights(self) -> Tensor:
@@ -180,8 +180,7 @@ class Tables:
         told = self._told_apart(self.averages())
         if told.shares is not None:
             return self._ratios(told).reciprocal().masked_fill(told.norms == 0, nan)
-        counted = told.norms if self._left_out is None else told.norms.masked_fill(self._left_out, 0)
-        return balancing.balance_weights(told.norms, balancing.reference_norms(counted, self._reference))
+        return balancing.balance_weights(told.norms, balancing.reference_norms(told.counted, self._reference))
 
     def reaching(self, observed: Tensor, scales: Tensor) -> Tensor:
         """Where a term's own clock begins: its gradient is neither zero nor left out. [P, I], [L, I] -> [P, I]."""
@@ -279,14 +278,16 @@ class Tables:
         found = seen = balancing.corrected_norms(norms, counts, self._beta3, rule, quadratic=self._quadratic)
         if rule == "one":
             seen = balancing.without_start(found, counts, self._beta3)
-        if shares is None:
-            noise, faint, clear = balancing.loudness(seen, self._silent)
-            return Told(found if self.options.anchor is None else found.masked_fill(noise, 0), None, faint, clear)
-        seen = meetings.parameter_norms(self.by_parameter(seen), shares)
+        if shares is not None:
+            seen = meetings.parameter_norms(self.by_parameter(seen), shares)
         noise, faint, clear = balancing.loudness(seen, self._silent)
-        heard = shares if self.options.anchor is None else shares.masked_fill(noise, 0)
-        norms = torch.where(self._by_layer(heard) > 0, found, 0)
-        return Told(norms, heard, faint & (seen > 0), clear)  # of what is not reached, all is known
+        heard = found if shares is None else shares
+        heard = heard if self.options.anchor is None else heard.masked_fill(noise, 0)
+        norms = heard
+        if shares is not None:  # a parameter that a term does not reach cannot be noise of it
+            norms, faint = torch.where(self._by_layer(heard) > 0, found, 0), faint & (seen > 0)
+        counted = norms if self._left_out is None else norms.masked_fill(self._left_out, 0)
+        return Told(norms, counted, None if shares is None else heard, faint, clear)
 
     def _met(self, told: Told) -> Tensor:
         """The norm of each term where it meets each other: [L, I, I]."""

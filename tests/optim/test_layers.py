@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mtadam.layers import LayerNames, named_alike
+from lightning_mtadam.layers import LayerNames
 from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.parameter_names import named_alike
 from tests.loops import take_step
 
 NAMES = ("net.0.weight", "net.0.bias", "net.1.weight", "scale")
