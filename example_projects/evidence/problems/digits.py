@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from example_projects.evidence.problems.images import BATCH, PIXELS, Labelled, error_rates, in_pieces, read_images
+from example_projects.evidence.problems.images import (
+    BATCH,
+    PIXELS,
+    Images,
+    Labelled,
+    error_rates,
+    in_pieces,
+    read_images,
+)
 from example_projects.evidence.problems.problem import Problem, seeded, shuffled_batches
 from example_projects.mnist.module import CLASSES, TERMS, class_losses
 from example_projects.mnist.network import Net
@@ -31,7 +40,23 @@ def digits(folder: Path) -> Problem:
 
     Failed: a tenth of the images is wrong, as with one class lost; or half of a class is.
     """
-    data = read_images(folder)
+    return _classes(read_images(folder))
+
+
+def mnist(folder: Path) -> Problem:
+    """The mnist project's network for an epoch of the full images. Failed: as for the digits."""
+    data = read_images(folder, small=False)
+    return replace(
+        _classes(data),
+        name="mnist",
+        make_network=partial(seeded, Net),
+        shared="fc2",
+        steps=len(data.train[1]) // BATCH,
+        lrs=(1e-4, 1e-2),
+    )
+
+
+def _classes(data: Images) -> Problem:
     return Problem(
         name="digits",
         make_network=partial(seeded, make_classifier),
@@ -45,26 +70,6 @@ def digits(folder: Path) -> Problem:
         higher_is_better=False,
         allowed={"error": (0, 10), "worst_class_error": (0, 50)},
         steps=400,
-    )
-
-
-def mnist(folder: Path) -> Problem:
-    """The mnist project's network for an epoch of the full images. Failed: as for the digits."""
-    data = read_images(folder, small=False)
-    return Problem(
-        name="mnist",
-        make_network=partial(seeded, Net),
-        batches=partial(shuffled_batches, data.train, BATCH),
-        losses=losses,
-        terms=TERMS,
-        anchor="mean",
-        shared="fc2",
-        measure=lambda network, part: _measure(network, data.part(part)),
-        figure="error",
-        higher_is_better=False,
-        allowed={"error": (0, 10), "worst_class_error": (0, 50)},
-        steps=len(data.train[1]) // BATCH,
-        lrs=(1e-4, 1e-2),
     )
 
 
