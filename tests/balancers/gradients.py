@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +62,22 @@ def assert_close(found: list[Tensor | None], expected: list[Tensor | None], tole
         if one is not None and other is not None:
             other = torch.as_tensor(other)
             assert float((one - other).abs().max()) <= tolerance * float(other.abs().max().clamp(min=1e-12))
+
+
+def same_state(first: Balancer, second: Balancer) -> bool:
+    """Whether two balancers remember the same, bit for bit."""
+    one, two = first.state_dict()["state"], second.state_dict()["state"]
+    return one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def assert_resumed_bitwise(whole: Balancer, resumed: Balancer, batches: Sequence[Batch], at: int, folder: Path) -> None:
+    """Fail unless a balancer goes on from the other's checkpoint, after so many batches, as the other does."""
+    network = make_network()
+    for batch in batches[:at]:
+        shown(whole, three_losses(network, batch), network)
+    torch.save(whole.state_dict(), folder / "balancer.pt")
+    resumed.load_state_dict(torch.load(folder / "balancer.pt", weights_only=True))
+    for batch in batches[at:]:
+        expected = shown(whole, three_losses(network, batch), network)
+        assert_close(shown(resumed, three_losses(network, batch), network), expected, 0)
+    assert same_state(whole, resumed)

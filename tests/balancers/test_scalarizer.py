@@ -27,9 +27,9 @@ from lightning_mtadam import MultiTermLightningModule, NonFiniteError
 from lightning_mtadam.balancers import Balancer, ScalarizerBalancer, TorchJDBalancer, UncertaintyWeighting
 from lightning_mtadam.balancers.aggregator_memory import drawing_from
 from tests.balancers.cases import TERMS
-from tests.balancers.gradients import assert_close, shown
+from tests.balancers.gradients import assert_close, assert_resumed_bitwise, shown
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.training import fit_rank, joined_rounds, rounds
+from tests.distributed.training import assert_equal_to_alone, fit_rank, rounds
 from tests.lightning_models import (
     QUIET,
     StepwiseRegression,
@@ -145,12 +145,7 @@ def told_rank(rank):
 
 
 def test_what_two_ranks_tell_famo_equals_what_one_process_does(tmp_path):
-    first, second = results(run_ranks(told_rank, tmp_path))
-    alone = Told()
-    fit(alone, torch.utils.data.DataLoader(joined_rounds(2, 10, torch.float64), batch_size=None), max_epochs=1)
-    for one, two, expected in zip(first, second, alone.parameters(), strict=True):
-        assert torch.equal(one, two)
-        assert float((one - expected.detach()).abs().max()) < 1e-6
+    assert_equal_to_alone(results(run_ranks(told_rank, tmp_path)), Told(), 10)
 
 
 def test_what_cannot_be_updated_says_so():
@@ -467,15 +462,4 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("make", [Counting, lambda: FAMO(3), DWA])
 def test_what_it_remembers_is_resumed_bitwise_in_another_process(make, tmp_path):
-    network = make_network()
-    whole, resumed = ScalarizerBalancer(make()), ScalarizerBalancer(make())
-    for batch in BATCHES[:4]:
-        shown(whole, three_losses(network, batch), network)
-    torch.save(whole.state_dict(), tmp_path / "balancer.pt")
-    resumed.load_state_dict(torch.load(tmp_path / "balancer.pt", weights_only=True))
-    for batch in BATCHES[4:]:
-        expected = shown(whole, three_losses(network, batch), network)
-        assert_close(shown(resumed, three_losses(network, batch), network), expected, 0)
-    one, two = whole.state_dict()["state"], resumed.state_dict()["state"]
-    assert one.keys() == two.keys()
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert_resumed_bitwise(ScalarizerBalancer(make()), ScalarizerBalancer(make()), BATCHES, 4, tmp_path)

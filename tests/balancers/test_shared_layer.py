@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_mtadam.balancers import SharedLayerBalancer
+from lightning_mtadam.balancers import GradNorm, SharedLayerBalancer
 from tests.balancers.gradients import TERMS, assert_close, shown
 from tests.distributed.ranks import results, run_ranks
-from tests.distributed.training import fit_rank, joined_rounds, rounds
+from tests.distributed.training import assert_equal_to_alone, fit_rank, rounds
 from tests.lightning_models import (
     GAN,
     QUIET,
@@ -166,9 +166,10 @@ def test_a_step_of_two_batches_is_remembered_as_one():
         torch.testing.assert_close(value, found[1][key], rtol=1e-10, atol=0)
 
 
-def test_the_layers_below_are_differentiated_once():
+@pytest.mark.parametrize("kind", [SharedLayerBalancer, GradNorm])
+def test_the_layers_below_are_differentiated_once(kind):
     network = MultiTask()
-    balancer, optimizer = SharedLayerBalancer("trunk.2"), torch.optim.Adam(network.parameters())
+    balancer, optimizer = kind("trunk.2"), torch.optim.Adam(network.parameters())
     balancer.backward(network(X), optimizer, model=network)  # the first time it is seen whether terms can be repeated
     losses = network(X)
     counts, _ = count(lambda: balancer.backward(losses, optimizer, model=network), network)
@@ -273,12 +274,7 @@ def gan_rank(rank):
 
 
 def test_two_ranks_of_a_gan_equal_one_process(tmp_path):
-    first, second = results(run_ranks(gan_rank, tmp_path))
-    alone = VQGAN()
-    fit(alone, torch.utils.data.DataLoader(joined_rounds(2, 6, torch.float64), batch_size=None), max_epochs=1)
-    for one, two, expected in zip(first, second, alone.parameters(), strict=True):
-        assert torch.equal(one, two)
-        assert float((one - expected.detach()).abs().max()) < 1e-6
+    assert_equal_to_alone(results(run_ranks(gan_rank, tmp_path)), VQGAN(), 6)
 
 
 def astray_rank(rank):

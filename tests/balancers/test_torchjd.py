@@ -25,7 +25,14 @@ from torchjd.autojac import backward, jac_to_grad
 from lightning_mtadam import NonFiniteError
 from lightning_mtadam.balancers import Balancer, TorchJDBalancer
 from lightning_mtadam.balancers.aggregator_memory import drawing_from
-from tests.balancers.gradients import TwoHeads, assert_close, gradients_of, last_gradients, shown
+from tests.balancers.gradients import (
+    TwoHeads,
+    assert_close,
+    assert_resumed_bitwise,
+    gradients_of,
+    last_gradients,
+    shown,
+)
 from tests.lightning_models import make_loader, make_network, sgd, three_losses
 
 BATCHES = list(make_loader(5))
@@ -45,11 +52,6 @@ STATEFUL = {
     "ExcessMTL": ExcessMTL,
     "CR-MOGM": lambda: GramianWeightedAggregator(CRMOGMWeighting(UPGradWeighting())),
 }
-
-
-def same_state(first, second):
-    one, two = first.state_dict()["state"], second.state_dict()["state"]
-    return one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -211,16 +213,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("make", [*STATEFUL.values(), Counting], ids=[*STATEFUL, "counting"])
 def test_the_state_of_an_aggregator_is_resumed_bitwise_in_another_process(make, tmp_path):
-    network = make_network()
-    whole, resumed = TorchJDBalancer(make()), TorchJDBalancer(make())
-    for batch in BATCHES[:3]:
-        shown(whole, three_losses(network, batch), network)
-    torch.save(whole.state_dict(), tmp_path / "balancer.pt")
-    resumed.load_state_dict(torch.load(tmp_path / "balancer.pt", weights_only=True))
-    for batch in BATCHES[3:]:
-        expected = shown(whole, three_losses(network, batch), network)
-        assert_close(shown(resumed, three_losses(network, batch), network), expected, 0)
-    assert same_state(whole, resumed)
+    assert_resumed_bitwise(TorchJDBalancer(make()), TorchJDBalancer(make()), BATCHES, 3, tmp_path)
 
 
 class Failing:

@@ -129,6 +129,14 @@ def joined_rounds(ranks: int, count: int, dtype: torch.dtype) -> list[list[Tenso
     return [join(parts) for parts in rounds(ranks, count, dtype)]
 
 
+def assert_equal_to_alone(ranks: Iterable[Sequence[Tensor]], alone: MultiTermLightningModule, count: int) -> None:
+    """Fail unless two ranks' parameters, after so many batches each, are the same and those of one process."""
+    first, second = ranks
+    fit(alone, DataLoader(joined_rounds(2, count, torch.float64), batch_size=None), max_epochs=1)
+    assert all_equal(first, second)
+    assert largest(first, [parameter.detach() for parameter in alone.parameters()]) < 1e-6
+
+
 def join(parts: Sequence[Batch]) -> list[Tensor]:
     """One batch of the ranks' batches."""
     return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]

@@ -142,12 +142,11 @@ def test_a_term_that_comes_seldom_keeps_its_due_scale(period, accumulate):
             optimizer.backward(losses)
         optimizer.step()
         measured.append(dict(optimizer.param_groups[0]["measured"]).get("rare") == step)
-    often = accumulate if accumulate > 1 else 1
-    assert due_scale(optimizer)[1] == pytest.approx(often / 100, rel=0.1)
+    assert due_scale(optimizer)[1] == pytest.approx(accumulate / 100, rel=0.1)
     assert sum(measured[600:]) >= 900 // (50 + 2 * period) - 1
 
 
-def test_a_term_that_is_late_in_its_step_and_never_comes_again_is_not_waited_for_longer_than_it_was_missed(monkeypatch):
+def test_a_term_that_is_late_in_its_step_and_never_comes_again_is_not_waited_for_longer_than_it_was_missed():
     p = nn.Parameter(torch.ones(5, dtype=torch.float64))
     optimizer = MTAdam([p], lr=0.0, balance_every=10, terms=("often", "rare"))
     waits = []
@@ -211,4 +210,4 @@ def test_a_checkpoint_from_before_begins_the_norms_anew_and_measures_at_once():
     step(resumed, other)
     assert dict(resumed.param_groups[0]["measured"]) == {"a": 30, "b": 30}
     assert bool((due_scale(resumed) > 0).all())
-    assert torch.equal(resumed.state[other]["exp_avg_sq"].isfinite(), torch.ones(1, 7, dtype=torch.bool))
+    assert bool(resumed.state[other]["exp_avg_sq"].isfinite().all())
