@@ -75,6 +75,7 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
         },
         settings={
             "data": str(data_dir),
+            "method": str(method),
             **{name: getattr(options, name) for name in ("batch_size", "max_epochs", "limit_train_batches")},
         },
         resume=options.resume,

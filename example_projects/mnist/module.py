@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from example_projects.common.methods import Method
 from example_projects.mnist.network import Net
-from lightning_mtadam import MultiTermLightningModule
+from lightning_mtadam import MTAdam, MultiTermLightningModule, partitioned_losses
 
 CLASSES = 10
 TERMS = tuple(f"class_{index}" for index in range(CLASSES))
@@ -55,9 +55,15 @@ class ClassTerms(MultiTermLightningModule):
         self.class_accuracy = MulticlassAccuracy(CLASSES, average="none")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the ten losses."""
+        """Return the ten losses; for MTAdam each of a pass of its own, which costs it one pass over the rows in all."""
         images, target = batch
+        if self.method.optimizer is MTAdam:
+            return partitioned_losses(self.losses_of_rows, batch, target, TERMS)
         return class_losses(self.network(images), target, self.weights)
+
+    def losses_of_rows(self, images: Tensor, target: Tensor) -> Tensor:
+        """The weighted negative log-likelihood of each row, [B]."""
+        return self.weights[target] * F.nll_loss(self.network(images), target, reduction="none")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count."""
@@ -73,4 +79,4 @@ class ClassTerms(MultiTermLightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The method's optimizer."""
-        return self.method.configure(self.network.named_parameters(), self.lr)
+        return self.method.configure(self.network.named_parameters(), self.lr, terms=TERMS)

@@ -215,7 +215,6 @@ def test_betas_go_to_the_methods_that_have_them():
               for name, method in IMAGE_METHODS.items()}  # fmt: skip
     assert all(group["lr"] == 1e-2 for group in groups.values())
     assert groups["mtadam"]["betas"] == (0.5, 0.9, 0.9)
-    assert groups["mtadam-v-no-norm-average"]["betas"] == (0.5, 0.9, 0.0)
     assert groups["adam"]["betas"] == groups["balanced-adam"]["betas"] == (0.5, 0.9)
     assert "betas" not in groups["rmsprop"]
     assert groups["sgd"]["momentum"] == 0.9
@@ -232,7 +231,7 @@ def test_the_methods_are_the_papers_and_its_five_ablations():
 
 
 def test_images_are_anchored_at_the_first_term_and_classes_at_their_mean():
-    for name in ("mtadam", "mtadam-ii-not-per-layer", "mtadam-iv-own-second-moment", "mtadam-v-no-norm-average"):
+    for name in ("mtadam", "mtadam-ii-not-per-layer", "mtadam-iv-own-second-moment", "mtadam-v-mean-second-moment"):
         assert IMAGE_METHODS[name].options.get("anchor", "first") == "first"
         assert MNIST_METHODS[name].options["anchor"] == "mean"
 
