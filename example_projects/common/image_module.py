@@ -41,7 +41,7 @@ class ImageModule(MultiTermLightningModule):
     def __init__(self, method: Method, lambdas: Mapping[str, float], lr: float) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.method, self.lambdas, self.lr = method, dict(lambdas), lr
+        self.method, self.lambdas, self.lr = method.on(lambdas), dict(lambdas), lr
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,20 @@ class Method:
             options |= {"betas": (*betas, NORM_DECAY), "terms": terms}
         return self.optimizer(named_parameters, lr=lr, **options)
 
+    def on(self, terms: Iterable[str]) -> Method:
+        """The method for these terms: an importance that is given to a kind goes to every term of that kind.
+
+        Example:
+            >>> gentle = Method(MTAdam, options={"importance": {"gan": 0.1}})
+            >>> gentle.on(["cycle_A", "gan_A", "gan_B"]).options
+            {'importance': {'gan_A': 0.1, 'gan_B': 0.1}}
+        """
+        if "importance" not in self.options:
+            return self
+        kinds = self.options["importance"]
+        known = {term: kinds[kind] for term in terms if (kind := term.partition("_")[0]) in kinds}
+        return replace(self, options={**self.options, "importance": known})
+
 
 # The rivals of the paper, on the plain sum of the losses.
 RIVALS = {
@@ -68,7 +82,13 @@ def ablations(anchor: str = "first") -> dict[str, Method]:
 
 
 # The setting to begin with, by the documentation; it is not the paper's algorithm.
-RECOMMENDED = {"recommended": Method(MTAdam, options={"balance_every": 50})}
+RECOMMENDED = Method(MTAdam, options={"balance_every": 50})
 
 # Of images the first term is the pixels': the anchor, as in the paper.
-IMAGE_METHODS = {"mtadam": Method(MTAdam), **RECOMMENDED, **RIVALS, **ablations()}
+IMAGE_METHODS = {
+    "mtadam": Method(MTAdam),
+    "mtadam-every-50": RECOMMENDED,
+    "mtadam-gan-0.1": Method(MTAdam, options={"importance": {"gan": 0.1}}),
+    **RIVALS,
+    **ablations(),
+}

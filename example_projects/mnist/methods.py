@@ -12,7 +12,7 @@ METHODS = {
     "mtadam": Method(MTAdam, options=EQUALS),
     "mtadam-first-anchor": Method(MTAdam),
     **{f"mtadam-every-{k}": Method(MTAdam, options={**EQUALS, "balance_every": k}) for k in (5, 20, 50, 200)},
-    **RECOMMENDED,
+    "recommended": RECOMMENDED,  # anchored at the first class
     **RIVALS,
     **ablations(anchor="mean"),
 }

@@ -226,8 +226,19 @@ def test_the_methods_are_the_papers_and_its_five_ablations():
     for name, kind in kinds.items():
         assert type(IMAGE_METHODS[name].configure(parameters, 1.0)) is kind
     assert [name for name, method in IMAGE_METHODS.items() if method.balanced] == ["balanced-adam"]
-    ablations = [name.split("-")[1] for name in IMAGE_METHODS if name.startswith("mtadam-")]
-    assert ablations == ["i", "ii", "iii", "iv", "v"]
+    settings = [name.split("-")[1] for name in IMAGE_METHODS if name.startswith("mtadam-")]
+    assert settings == ["every", "gan", "i", "ii", "iii", "iv", "v"]
+
+
+@pytest.mark.parametrize(
+    ("terms", "importance"),
+    [(("l1", "gan"), {"gan": 0.1}), (("cycle_A", "gan_A", "gan_B"), {"gan_A": 0.1, "gan_B": 0.1})],
+    ids=["pix2pix and srgan", "cyclegan"],
+)
+def test_the_gan_losses_of_every_project_can_be_given_a_tenth_of_the_say(terms, importance):
+    parameters = [("weight", nn.Parameter(torch.ones(2)))]
+    optimizer = IMAGE_METHODS["mtadam-gan-0.1"].on(terms).configure(parameters, 1.0)
+    assert optimizer.param_groups[0]["importance"] == importance
 
 
 def test_images_are_anchored_at_the_first_term_and_classes_at_their_mean():
