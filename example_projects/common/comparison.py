@@ -14,6 +14,7 @@ from torch import Tensor
 from example_projects.common import report
 from example_projects.common.command import write_rows
 from example_projects.common.curves import draw_curves
+from example_projects.common.full_size import note_on, numbers_for
 from example_projects.common.image_command import columns_of, reservation
 from example_projects.common.image_project import ImageProject
 from example_projects.common.images import GAP, grid, read_image, to_tensor
@@ -39,10 +40,9 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
         The table, as Markdown.
     """
     folder = options.output_dir
-    paper = project.paper.get(options.data_dir.name if options.data_dir else "", {})
-    table = write_rows(
-        options, beside(report.summarise(results, "method", columns_of(project, results)), paper), results
-    )
+    paper = numbers_for(project, options)
+    rows = report.summarise(results, "method", columns_of(project, results))
+    table = write_rows(options, beside(rows, paper, "paper, full size"), results)
     trained = [result for result in results if "folder" in result]
     curves = {f"{run['method']}, seed {run['seed']}": read_curve(folder / run["folder"]) for run in trained}
     measured = {label: curve for label, curve in curves.items() if curve}
@@ -50,8 +50,8 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
         draw_curves(measured, folder / "curves.png")
     first = {run["method"]: folder / run["folder"] / "final" for run in reversed(trained)}
     draw_samples(dict(reversed(first.items())), folder / "samples.png")
-    without = "" if paper else " The paper's numbers for these images are not known here, so they are not beside ours."
-    notes = f"Mean +- standard deviation over the runs.{without} {reservation(options)}".rstrip()
+    said = note_on(project, options, paper)
+    notes = f"Mean +- standard deviation over the runs. {said} {reservation(options)}".rstrip()
     (folder / "comparison.md").write_text(
         f"# {project.name}, {options.setting}\n\n{table}\n\n{notes}\n\n"
         + ("![Metrics of the hold-out set by epoch](curves.png)\n\n" if measured else "")
@@ -60,8 +60,13 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
     return table
 
 
-def beside(rows: Sequence[Mapping[str, str]], paper: Numbers) -> list[dict[str, str]]:
+def beside(rows: Sequence[Mapping[str, str]], paper: Numbers, label: str = "paper") -> list[dict[str, str]]:
     """The rows of a table with the paper's numbers in columns of their own, beside those that the paper has.
+
+    Args:
+        rows: each of a method, which may be followed by its learning rate, as in "adam, lr 0.002".
+        paper: the paper's numbers by method and column.
+        label: what the columns with the paper's numbers are called by.
 
     Example:
         >>> beside([{"method": "adam", "L1": "40", "L2": "50"}], {"adam": {"L1": 41.0}, "mtadam": {"L1": 30.0}})
@@ -70,11 +75,12 @@ def beside(rows: Sequence[Mapping[str, str]], paper: Numbers) -> list[dict[str, 
     known = {column for numbers in paper.values() for column in numbers}
     wide = []
     for row in rows:
+        numbers = paper.get(row["method"].partition(", lr ")[0], {})
         wide.append({})
         for column, value in row.items():
             wide[-1][column] = value
             if column in known:
-                wide[-1][f"{column} (paper)"] = str(paper.get(row["method"], {}).get(column, ""))
+                wide[-1][f"{column} ({label})"] = str(numbers.get(column, ""))
     return wide
 
 

@@ -33,7 +33,7 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
         for label, history in histories.items():
             colour = f"C{groups.index(label.partition(', seed')[0])}"
             axes.plot([row["epoch"] for row in history], [row[metric] for row in history], marker=".", color=colour)
-        axes.set(title=f"{metric}, n = {newest['n']:g}" if metric in DISTANCES else metric, xlabel="epoch")
+        axes.set(title=f"{metric}, n = {newest['n']:g}" if metric.startswith(DISTANCES) else metric, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     if groups != [""]:

@@ -25,8 +25,9 @@ from example_projects.common.image_project import ImageProject, Job, settings_of
 from example_projects.common.methods import Method
 from example_projects.common.runs import check_settings
 
-LOWEST, HIGHEST = 1e-3, 1e3  # of a lambda, relative to that of the first term
-HIGHER_IS_BETTER = ("PSNR", "SSIM", "PSNR-Y", "SSIM-Y")  # and those of a round trip, "cycle_PSNR" and "cycle_SSIM"
+LOWEST, HIGHEST = 1e-4, 1e4  # of a lambda, relative to that of the first term, as in the paper
+# However they begin: also those of a round trip, of a side and of the luma.
+HIGHER_IS_BETTER = tuple(name + kind for name in ("PSNR", "SSIM") for kind in ("", "-A", "-B", "-Y"))
 HANDLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
 
 

@@ -27,7 +27,7 @@ def parser_of(project: ImageProject) -> argparse.ArgumentParser:
         description=project.description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_what_is_compared(parser)
+    _add_what_is_compared(parser, list(project.lambdas))
     _add_data_and_networks(parser)
     _add_measuring(parser)
     _add_running(parser)
@@ -36,14 +36,15 @@ def parser_of(project: ImageProject) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_what_is_compared(parser: argparse.ArgumentParser) -> None:
+def _add_what_is_compared(parser: argparse.ArgumentParser, settings: Sequence[str]) -> None:
     methods = [*IMAGE_METHODS, HYPERBAND]
     add = parser.add_argument_group("what is compared").add_argument
     add("--method", nargs="+", choices=methods, default=["mtadam", "adam", "balanced-adam"], metavar="METHOD",
         help="one or several of: " + ", ".join(methods))  # fmt: skip
-    add("--setting", choices=("unbalanced", "balanced"), default="unbalanced",
+    add("--setting", choices=settings, default="unbalanced",
         help="lambdas of the losses: the paper's unbalanced ones, or those that the original prescribes;"
         " balanced-adam always has the latter")  # fmt: skip
+    add("--anchor", default="first", metavar="TERM", help="of MTAdam: the loss that others are brought to")
     add("--seeds", nargs="+", type=int, default=[0], help="one run per method, learning rate and seed")
     add("--lr", nargs="+", type=float, metavar="LR", help="learning rates, one run each")
     add("--trials", type=positive, default=40, help="of hyperband: how many lambdas it tries")
@@ -101,9 +102,15 @@ def jobs_of(project: ImageProject, options: argparse.Namespace) -> Iterator[Job]
                     found[lr] = found.get(lr) or _search(project, options, lr)
                     yield Job(name, Method(Adam), found[lr], lr, seed)
                 else:
-                    method = IMAGE_METHODS[name]
-                    setting = "balanced" if method.balanced else options.setting
+                    method = IMAGE_METHODS[name].anchored(options.anchor)
+                    setting = prescribed(project, options.setting) if method.balanced else options.setting
                     yield Job(name, method, project.lambdas[setting], lr, seed)
+
+
+def prescribed(project: ImageProject, setting: str) -> str:
+    """The setting with the weights that a setting has unbalanced."""
+    balanced = setting.replace("unbalanced", "balanced")
+    return balanced if balanced in project.lambdas else "balanced"
 
 
 def check_search(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ class ImageMetrics:
     """The mean over all images of L1, L2, NMSE, PSNR and SSIM, and the Frechet distance of their features.
 
     What is compared is what a PNG file would hold: images are brought to 0..255 and rounded first. L1 is the mean
-    absolute error, L2 the root of the mean squared error, both in 0..255. An image with a value that is not finite
+    absolute error, in 0..255, L2 the mean squared error, in squares of these. An image with a value that is not finite
     makes the means nan or inf.
 
     This is no module: what holds it neither saves nor trains the network of the distance.
@@ -40,12 +40,17 @@ class ImageMetrics:
         >>> truth = torch.zeros(2, 3, 8, 8)
         >>> metrics.update(truth + 0.2, truth)
         >>> {name: round(value, 2) for name, value in metrics.compute().items()}
-        {'L1': 25.0, 'L2': 25.0, 'NMSE': 0.04, 'PSNR': 20.17, 'SSIM': 0.98}
+        {'L1': 25.0, 'L2': 625.0, 'NMSE': 0.04, 'PSNR': 20.17, 'SSIM': 0.98}
     """
 
     def __init__(self, distance: FrechetDistance | None = None, *, y_border: int | None = None) -> None:
         self.distance = distance
         self._means = _PixelMeans(y_border)
+
+    @property
+    def names(self) -> list[str]:
+        """What ``compute`` gives."""
+        return [*self._means.names, *([self.distance.label, "n"] if self.distance is not None else [])]
 
     def to(self, device: torch.device | str) -> ImageMetrics:
         """Move to the device on which the images are."""
@@ -172,7 +177,7 @@ def _pixel_values(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
     errors = (prediction - truth).flatten(1)
     return {
         "L1": errors.abs().mean(1),
-        "L2": errors.square().mean(1).sqrt(),
+        "L2": errors.square().mean(1),
         "NMSE": normalized_squared_errors(prediction, truth),
         "PSNR": _psnr(prediction, truth),
         "SSIM": _ssim(prediction, truth),

@@ -32,6 +32,11 @@ def pixel_metrics(options: argparse.Namespace) -> Metrics:
     return ImageMetrics(make_distance(options.feature_extractor, options.weights))
 
 
+def name_of_folder(options: argparse.Namespace) -> Sequence[str]:
+    """The data set is called as its folder is."""
+    return [options.data_dir.name] if options.data_dir else []
+
+
 @dataclass(frozen=True)
 class ImageProject:
     """What a project is made of.
@@ -48,7 +53,9 @@ class ImageProject:
         evaluation: makes the callback that measures, of the run's folder and the metrics.
         add_options: adds the project's own options to the parser.
         references: takes the options and gives rows of the table that need no training.
-        paper: the paper's numbers, where they are known: per data set and method, by column.
+        paper: the paper's numbers, where they are known: per data set and method, by metric.
+        paper_columns: which column a metric of the paper belongs to, where it has another name.
+        data_sets: takes the options and names the data sets that are measured, as far as the paper measures the same.
     """
 
     name: str
@@ -63,6 +70,8 @@ class ImageProject:
     add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     references: Callable[[argparse.Namespace], Sequence[Result]] = lambda options: ()
     paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    paper_columns: Mapping[str, str] = field(default_factory=dict)
+    data_sets: Callable[[argparse.Namespace], Sequence[str]] = name_of_folder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from lightning_mtadam import MTAdam
 
-
 NORM_DECAY = 0.9  # of MTAdam's gradient norms, the third of its betas
 
 
@@ -44,6 +43,17 @@ class Method:
         elif self.optimizer is MTAdam:
             options |= {"betas": (*betas, NORM_DECAY), "terms": terms}
         return self.optimizer(named_parameters, lr=lr, **options)
+
+    def anchored(self, anchor: str) -> Method:
+        """The method with another anchor, where it has the first term's.
+
+        Example:
+            >>> Method(MTAdam).anchored("gan").options
+            {'anchor': 'gan'}
+        """
+        if self.optimizer is not MTAdam or self.options.get("anchor", "first") != "first":
+            return self
+        return replace(self, options={**self.options, "anchor": anchor})
 
     def on(self, terms: Iterable[str]) -> Method:
         """The method for these terms: an importance that is given to a kind goes to every term of that kind.

@@ -18,9 +18,11 @@ def mean_and_spread(values: Sequence[float]) -> str:
         '98.00 +- 1.00'
         >>> mean_and_spread([0.1234])
         '0.123'
+        >>> mean_and_spread([3812.4, 3830.2])
+        '3821 +- 13'
     """
     largest = max(map(abs, values))
-    digits = 4 if 0 < largest < 0.1 else 3 if 0 < largest < 1 else 2
+    digits = 4 if 0 < largest < 0.1 else 3 if 0 < largest < 1 else 2 if not largest >= 1000 else 0
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
 

@@ -29,6 +29,7 @@ class CycleGAN(ImageModule):
         width: channels of the networks' first convolutions.
         blocks: residual blocks of a generator.
         pool_size: how many generated images of each domain are kept for the discriminators.
+        beta1: of the generators' optimizer.
 
     References:
         Zhu et al., Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks, ICCV 2017.
@@ -44,9 +45,10 @@ class CycleGAN(ImageModule):
         width: int = 64,
         blocks: int = 9,
         pool_size: int = 50,
+        beta1: float = BETAS[0],
     ) -> None:
         super().__init__(method, lambdas, lr)
-        self.epochs = epochs
+        self.epochs, self.betas = epochs, (beta1, BETAS[1])
         self.generators = nn.ModuleDict({domain: Generator(width, blocks) for domain in DOMAINS})
         self.discriminators = nn.ModuleDict({domain: discriminator(width) for domain in DOMAINS})
         self.pools = {domain: ImagePool(pool_size) for domain in DOMAINS}
@@ -89,7 +91,7 @@ class CycleGAN(ImageModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The method's optimizer for both generators, the original's Adam for both discriminators."""
         optimizers = [
-            self.method.configure(self.generators.named_parameters("generators"), self.lr, betas=BETAS),
+            self.method.configure(self.generators.named_parameters("generators"), self.lr, betas=self.betas),
             Adam(self.discriminators.parameters(), lr=self.lr, betas=BETAS),
         ]
         if self.epochs is None:

@@ -17,11 +17,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from example_projects.common.command import keep_quiet, positive, write_tables
 from example_projects.common.runs import Result, run
 from example_projects.mnist.data import MNISTData, find_data
-from example_projects.mnist.methods import METHODS
+from example_projects.mnist.methods import IN_THE_PAPER, METHODS
 from example_projects.mnist.module import CLASSES, ClassTerms
 from lightning_mtadam import MTAdam
 from lightning_mtadam.callbacks import BalanceWeightMonitor
 
+SETTINGS = ("batch_size", "max_epochs", "limit_train_batches", "dropout2d")
 COLUMNS = ("test_accuracy", "worst_class", "seconds_per_step")
 
 
@@ -36,6 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0], help="one run per method and seed")
     add("--weights", choices=("code", "paper", "equal"), default="code",
         help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
+    add("--dropout2d", action="store_true",
+        help="drop whole channels after the convolutions, as the PyTorch example once did, not pixels")  # fmt: skip
     add("--lr", type=float, default=1e-3, help="learning rate")
     add("--batch-size", type=positive, default=64, help="of each process")
     add("--max-epochs", type=positive, default=1)
@@ -64,7 +67,8 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
     """One method with one seed."""
     method = METHODS[name]
     pl.seed_everything(seed, verbose=False)
-    module = ClassTerms(method, class_weights("equal" if method.balanced else options.weights, seed), options.lr)
+    weights = class_weights("equal" if method.balanced else options.weights, seed)
+    module = ClassTerms(method, weights, options.lr, whole_channels=options.dropout2d)
     return run(
         options.output_dir / f"{options.weights}-lr{options.lr:g}" / f"{name}-seed{seed}",
         module,
@@ -76,7 +80,7 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
         settings={
             "data": str(data_dir),
             "method": str(method),
-            **{name: getattr(options, name) for name in ("batch_size", "max_epochs", "limit_train_batches")},
+            **{name: getattr(options, name) for name in SETTINGS},
         },
         resume=options.resume,
         callbacks=[BalanceWeightMonitor()] if method.optimizer is MTAdam else [],
@@ -108,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
 def write(options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
     table = write_tables(options, results, COLUMNS)
-    print(f"\n{table}\n\nWritten to {options.output_dir}: table.md, table.csv; every run in results.csv.")
+    print(f"\n{table}\n\n{IN_THE_PAPER}\n")
+    print(f"Written to {options.output_dir}: table.md, table.csv; every run in results.csv.")
     print(f"See the balance with: tensorboard --logdir {options.output_dir}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
@@ -44,11 +44,14 @@ class ClassTerms(MultiTermLightningModule):
         method: how to train.
         weights: one per class.
         lr: learning rate.
+        whole_channels: the first dropout drops whole channels.
     """
 
-    def __init__(self, method: Method, weights: Tensor, lr: float) -> None:
+    def __init__(self, method: Method, weights: Tensor, lr: float, *, whole_channels: bool = False) -> None:
         super().__init__()
         self.network = Net()
+        if whole_channels:
+            self.network.dropout1 = nn.Dropout2d(self.network.dropout1.p)
         self.method, self.lr = method, lr
         self.register_buffer("weights", weights)
         self.accuracy = MulticlassAccuracy(CLASSES, average="micro")

@@ -8,21 +8,28 @@ photos for maps.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from example_projects.common import image_command
 from example_projects.common.image_data import ImageData
-from example_projects.common.image_project import ImageProject
+from example_projects.common.image_project import ImageProject, name_of_folder
 from example_projects.common.methods import Method
+from example_projects.common.paper import numbers
 from example_projects.pix2pix.data import make_data
 from example_projects.pix2pix.module import Pix2Pix
 
-LAMBDAS = {"unbalanced": {"l1": 1.0, "gan": 1.0}, "balanced": {"l1": 100.0, "gan": 1.0}}
+LAMBDAS = {
+    "balanced": {"l1": 100.0, "gan": 1.0},
+    "unbalanced": {"l1": 1.0, "gan": 1.0},
+    "unbalanced-100": {"l1": 100.0, "gan": 100.0},  # as in the paper: the same for Adam, but for its epsilon
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that only pix2pix has."""
-    parser.add_argument("--direction", choices=("AtoB", "BtoA"), default="BtoA", help="A is the left half of a file")
+    add = parser.add_argument_group("pix2pix").add_argument
+    add("--direction", choices=("AtoB", "BtoA"), default="BtoA", help="A is the left half of a file")
+    add("--beta1", type=float, default=0.5, help="of the generator: the original has 0.5, the paper's text 0.9")
 
 
 def data_of(options: argparse.Namespace, seed: int) -> ImageData:
@@ -39,7 +46,20 @@ def data_of(options: argparse.Namespace, seed: int) -> ImageData:
 
 def module_of(options: argparse.Namespace, method: Method, lambdas: Mapping[str, float], lr: float) -> Pix2Pix:
     """The module that the options ask for."""
-    return Pix2Pix(method, lambdas, lr, epochs=options.max_epochs, size=options.image_size, width=options.width)
+    return Pix2Pix(
+        method,
+        lambdas,
+        lr,
+        epochs=options.max_epochs,
+        size=options.image_size,
+        width=options.width,
+        beta1=options.beta1,
+    )
+
+
+def data_sets_of(options: argparse.Namespace) -> Sequence[str]:
+    """The data set as the paper measures it: the mean square of its truths, L2 / NMSE, is that of photographs, A."""
+    return name_of_folder(options) if options.direction == "BtoA" else []
 
 
 PROJECT = ImageProject(
@@ -51,6 +71,8 @@ PROJECT = ImageProject(
     make_data=data_of,
     make_module=module_of,
     add_options=add_options,
+    paper=numbers((2, 5), ("facades", "maps")),
+    data_sets=data_sets_of,
 )
 
 

@@ -29,6 +29,7 @@ class Pix2Pix(ImageModule):
         epochs: of the whole training, over which the learning rate falls.
         size: height and width of the images.
         width: channels of the networks' first layers.
+        beta1: of the generator's optimizer.
 
     References:
         Isola et al., Image-to-Image Translation with Conditional Adversarial Networks, CVPR 2017.
@@ -43,9 +44,10 @@ class Pix2Pix(ImageModule):
         epochs: int,
         size: int = 256,
         width: int = 64,
+        beta1: float = BETAS[0],
     ) -> None:
         super().__init__(method, lambdas, lr)
-        self.epochs = epochs
+        self.epochs, self.betas = epochs, (beta1, BETAS[1])
         self.generator = UNet(size, width)
         self.discriminator = PatchGAN(6, width, norm=BatchStatistics)
         initialise(self.generator)
@@ -85,7 +87,7 @@ class Pix2Pix(ImageModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """The method's optimizer for the generator, the original's Adam for the discriminator."""
         optimizers = [
-            self.method.configure(self.generator.named_parameters("generator"), self.lr, BETAS),
+            self.method.configure(self.generator.named_parameters("generator"), self.lr, self.betas),
             Adam(self.discriminator.parameters(), lr=self.lr, betas=BETAS),
         ]
         return optimizers, [linear_decay(optimizer, self.epochs) for optimizer in optimizers]

@@ -7,7 +7,7 @@ The first row of the table is bicubic interpolation, which learns nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_project import ImageProject
 from example_projects.common.methods import Method
+from example_projects.common.paper import numbers
 from example_projects.common.runs import Result
 from example_projects.srgan.data import make_data
 from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic
@@ -100,6 +101,12 @@ def references(options: argparse.Namespace) -> list[Result]:
     return [{"method": "bicubic", **metrics.compute()}]
 
 
+def data_sets_of(options: argparse.Namespace) -> Sequence[str]:
+    """The data sets that are tested on."""
+    folders = options.test_dir or []
+    return [folder.name for folder in (folders if isinstance(folders, list) else [folders])]
+
+
 PROJECT = ImageProject(
     name="srgan",
     description=__doc__,
@@ -111,6 +118,9 @@ PROJECT = ImageProject(
     make_metrics=metrics_of,
     add_options=add_options,
     references=references,
+    paper=numbers((4,), ("set14", "bsd100")),
+    paper_columns={"PSNR": "PSNR-Y", "SSIM": "SSIM-Y"},  # balanced Adam's are SRGAN's published ones, of the luma
+    data_sets=data_sets_of,
 )
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -15,9 +16,16 @@ from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.methods import IMAGE_METHODS
 from example_projects.cyclegan import __main__ as command
 from example_projects.cyclegan.data import TEST_SCENES, TRAINING_SCENES, Unpaired, has_truth, make_data
-from example_projects.cyclegan.evaluation import RoundTripMetrics
+from example_projects.cyclegan.evaluation import RoundTripEvaluation, RoundTripMetrics
 from example_projects.cyclegan.image_pool import ImagePool
-from example_projects.cyclegan.losses import DOMAINS, SETTINGS, discriminator_loss, generator_losses, lambdas
+from example_projects.cyclegan.losses import (
+    DOMAINS,
+    SETTINGS,
+    TEXT_SETTINGS,
+    discriminator_loss,
+    generator_losses,
+    lambdas,
+)
 from example_projects.cyclegan.module import CycleGAN
 from example_projects.cyclegan.networks import Generator, check_size, discriminator
 from example_projects.cyclegan.textures import scene
@@ -128,6 +136,8 @@ def test_a_discriminator_pays_half_for_real_and_half_for_made_images():
 def test_the_lambdas_are_1_10_and_half_of_the_cycles_and_unbalanced_the_cycle_has_1000():
     assert list(SETTINGS["balanced"].values()) == [10, 10, 1, 1, 5, 5]
     assert list(SETTINGS["unbalanced"].values()) == [1000, 1000, 1, 1, 500, 500]
+    assert list(TEXT_SETTINGS["balanced-text"].values()) == [10, 10, 1, 1, 0.5, 0.5]
+    assert list(TEXT_SETTINGS["unbalanced-text"].values()) == [1000, 1000, 1, 1, 0.5, 0.5]
     assert list(lambdas(identity=0)) == [f"{kind}_{domain}" for kind in ("cycle", "gan", "identity") for domain in "AB"]
 
 
@@ -262,41 +272,74 @@ def test_a_translation_is_shown_beside_its_source_and_the_other_domain():
 # What is measured
 
 
-def test_with_a_truth_the_translation_and_the_way_back_are_measured_and_without_one_only_the_way_back():
-    class Distance:
-        label, n = "FD-none", 2
+class Distance:
+    label, n = "FD-none", 2
 
-        def __getattr__(self, name):  # to, update, reset
-            return lambda *args, **kwargs: None
+    def __getattr__(self, name):  # to, update, reset
+        return lambda *args, **kwargs: None
 
-        def compute(self):
-            return torch.tensor(7.0)
+    def compute(self):
+        return torch.tensor(7.0)
 
-    found = []
-    for truth in (True, False):
-        metrics = RoundTripMetrics(ImageMetrics(Distance()), ImageMetrics(), truth=truth)
-        metrics.to(torch.device("cpu"))
-        metrics.update(torch.full((1, 3, 16, 16), 1.0), torch.ones(1, 3, 16, 16))
-        metrics.reset()
-        black = torch.full((1, 3, 16, 16), -1.0)
-        metrics.update(black + 0.4, black)
-        metrics.update_cycle(black + 0.8, black)
-        found.append(metrics.compute())
-    measured, unknown = found
-    assert list(measured) == [
-        "L1",
-        "L2",
-        "NMSE",
-        "PSNR",
-        "SSIM",
-        "FD-none",
-        "n",
-        *(f"cycle_{n}" for n in command.PIXELS),
-    ]
-    assert measured["L1"] == pytest.approx(51)
-    assert measured["cycle_L1"] == pytest.approx(102)
-    assert unknown == {name: value for name, value in measured.items() if name not in command.PIXELS}
-    assert (unknown["FD-none"], unknown["n"]) == (7, 2)
+
+def round_trip(truth):
+    """Measured: of A's images translations off by 51 and ways back by 102, of B's by 10 and 20."""
+    there = {side: ImageMetrics(Distance()) for side in "AB"}
+    metrics = RoundTripMetrics(there, {side: ImageMetrics() for side in "AB"}, truth=truth)
+    metrics.to(torch.device("cpu"))
+    metrics.update(torch.full((1, 3, 16, 16), 1.0), torch.ones(1, 3, 16, 16), "A")
+    metrics.reset()
+    black = torch.full((1, 3, 16, 16), -1.0)
+    for side, error in (("A", 51), ("B", 10)):
+        metrics.update(black + error / 127.5, black, side)
+        metrics.update_cycle(black + 2 * error / 127.5, black, side)
+    return metrics.compute()
+
+
+def test_with_a_truth_both_translations_and_ways_back_are_measured_and_without_one_the_ways_back():
+    measured, unknown = round_trip(truth=True), round_trip(truth=False)
+    names = [*command.PIXELS, "FD-none", *(f"cycle_{name}" for name in command.PIXELS)]
+    assert [name for name in measured if name != "n"] == [f"{name}-{side}" for side in "AB" for name in names]
+    for name, expected in {"L1-A": 51, "cycle_L1-A": 102, "L1-B": 10, "cycle_L1-B": 20, "L2-A": 51**2}.items():
+        assert measured[name] == pytest.approx(expected)
+    translations = [f"{name}-{side}" for side in "AB" for name in command.PIXELS]
+    assert unknown == {name: value for name, value in measured.items() if name not in translations}
+    assert (unknown["FD-none-A"], unknown["n"]) == (7, 2)
+
+
+def both_ways(options):
+    """What a callback measures of one batch: by side the pairs of translation and truth, and of way back and start."""
+    seen = {}
+
+    class Kept:
+        def __init__(self, kind):
+            self.kind = kind
+
+        def update(self, one, other):
+            seen[self.kind] = one, other
+
+    metrics = command.metrics_of(image_command.parser_of(command.PROJECT).parse_args(options))
+    metrics.there = {side: Kept(f"there {side}") for side in metrics.there}
+    metrics.back = {side: Kept(f"back {side}") for side in metrics.back}
+    module, here, there = make_module("adam"), random_images(seed=1), random_images(seed=2)
+    watching = RoundTripEvaluation(Path("none"), metrics)
+    watching.on_validation_batch_end(None, module, module.generate((here, there)))
+    return module.generators, here, there, seen
+
+
+@pytest.mark.parametrize(("direction", "shown", "other"), [("AtoB", "A", "B"), ("BtoA", "B", "A")])
+def test_both_translations_are_measured_whichever_is_shown(direction, shown, other):
+    generators, here, there, seen = both_ways(["--direction", direction])
+    made, made_of_there = generators["B"](here), generators["A"](there)
+    expected = {
+        f"there {shown}": (made, there),
+        f"back {shown}": (generators["A"](made), here),
+        f"there {other}": (made_of_there, here),
+        f"back {other}": (generators["B"](made_of_there), there),
+    }
+    assert seen.keys() == expected.keys()
+    for name, pair in expected.items():
+        assert all(map(torch.equal, seen[name], pair)), name
 
 
 # The image pool
@@ -526,16 +569,16 @@ def test_every_method_runs_and_has_a_row(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table in printed
     header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
-    assert header[2:-1] == [*command.PIXELS, *(f"cycle_{name}" for name in command.PIXELS)]
+    assert header[2:-1] == [name for name in command.COLUMNS if not name.startswith("F")]
     for row in rows:
         assert row["steps"] == "2"
-        assert all(0 < float(row[name]) < 255 for name in ("L1", "L2", "cycle_L1", "cycle_L2"))
+        assert all(0 < float(row[name]) < 255 for name in ("L1-A", "L1-B", "cycle_L1-A", "cycle_L1-B"))
     weights = [f"{cycle} cycle_A, {cycle} cycle_B, 1 gan_A, 1 gan_B, {cycle // 2} identity_A" for cycle in (1000, 10)]
     assert [printed.count(line) for line in weights] == [len(IMAGE_METHODS) - 1, 1]
 
 
 def test_hyperband_searches_by_the_way_back_and_trains_with_what_it_found(tmp_path):
-    search = ["--method", "hyperband", "--trials", 2, "--search-metric", "cycle_SSIM", "--devices", 1]
+    search = ["--method", "hyperband", "--trials", 2, "--search-metric", "cycle_SSIM-A", "--devices", 1]
     printed = call(*search, "--output-dir", tmp_path)
     (row,) = read_results(tmp_path)
     assert (row["method"], row["steps"]) == ("hyperband", "2")
@@ -549,16 +592,16 @@ def test_the_images_as_they_are_stand_in_the_table_for_generators_that_change_no
     (row,) = command.untranslated(options)
     pairs_of_test = [data_of().test[index] for index in range(2)]
     expected = sum((a - b).abs().mean() for a, b in pairs_of_test) / 2 * 127.5
-    assert row["L1"] == pytest.approx(expected.item(), rel=1e-5)
-    assert row["cycle_L1"] == 0
-    assert row["cycle_SSIM"] == pytest.approx(1)
+    assert row["L1-A"] == row["L1-B"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row["cycle_L1-A"] == row["cycle_L1-B"] == 0
+    assert row["cycle_SSIM-B"] == pytest.approx(1)
 
 
 def test_without_a_truth_no_metric_of_the_translation_is_shown(folder, tmp_path):
     call("--method", "adam", "--data-dir", folder, "--output-dir", tmp_path)
     (row,) = read_results(tmp_path)
-    assert not set(command.PIXELS) & set(row)
-    assert {f"cycle_{name}" for name in command.PIXELS} < set(row)
+    assert not {f"{name}-{side}" for name in command.PIXELS for side in "AB"} & set(row)
+    assert {f"cycle_{name}-{side}" for name in command.PIXELS for side in "AB"} < set(row)
     assert (tmp_path / "unbalanced-lr0.0002" / "adam-seed0" / "curves.png").exists()
 
 
@@ -567,7 +610,7 @@ def test_without_a_truth_no_metric_of_the_translation_is_shown(folder, tmp_path)
 def test_other_precisions_train_and_measure(tmp_path, precision):
     call("--method", "mtadam", "--precision", precision, "--output-dir", tmp_path)
     (row,) = read_results(tmp_path)
-    assert 0 < float(row["cycle_L1"]) < 255
+    assert 0 < float(row["cycle_L1-B"]) < 255
 
 
 def state_of(folder, method="mtadam"):
@@ -625,5 +668,5 @@ def test_two_ranks_end_as_one_process_with_the_doubled_batch(tmp_path, method):
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     one, two = (read_results(tmp_path / kind)[0] for kind in ("one", "two"))
-    for name in ("L1", "cycle_L1", "steps"):
+    for name in ("L1-A", "cycle_L1-B", "steps"):
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-3)

@@ -20,6 +20,11 @@ def test_small_values_have_four_digits():
     assert report.mean_and_spread([0.01239]) == "0.0124"
 
 
+def test_thousands_have_no_digits_after_the_point():
+    assert report.mean_and_spread([3811.6, 3822.0]) == "3817 +- 7"
+    assert report.mean_and_spread([math.nan]) == "nan"
+
+
 def test_a_summary_has_a_row_per_value_in_the_order_of_appearance():
     results = [
         {"method": "b", "seed": 0, "accuracy": 90.0, "loss": 1},
