@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Adam
 
 from example_projects.common.command import keep_quiet, positive, write_tables
-from example_projects.common.image_metrics import FEATURE_EXTRACTORS
+from example_projects.common.image_metrics import DISTANCES, FEATURE_EXTRACTORS
 from example_projects.common.image_project import ImageProject, Job, train
 from example_projects.common.methods import IMAGE_METHODS, Method
 from example_projects.common.runs import Result
@@ -20,9 +21,26 @@ from example_projects.common.runs import Result
 HYPERBAND = "hyperband"
 
 
+class Parser(argparse.ArgumentParser):
+    """Unless --search-metric is given, the search is by the first Frechet distance that is measured, as in the paper.
+
+    Where there is none it is by the first column.
+    """
+
+    columns: Sequence[str] = ()
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Parse, and fill in the metric."""
+        found, rest = super().parse_known_args(*args, **options)
+        if found.search_metric is None:
+            label = DISTANCES.get(found.feature_extractor, self.columns[0])
+            found.search_metric = next((name for name in self.columns if name.startswith(label)), self.columns[0])
+        return found, rest
+
+
 def parser_of(project: ImageProject) -> argparse.ArgumentParser:
     """The options of all projects and the project's own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"python -m example_projects.{project.name}",
         description=project.description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -32,7 +50,8 @@ def parser_of(project: ImageProject) -> argparse.ArgumentParser:
     _add_measuring(parser)
     _add_running(parser)
     project.add_options(parser)
-    parser.set_defaults(output_dir=Path("runs") / project.name, search_metric=project.columns[0], **project.defaults)
+    parser.columns = project.columns
+    parser.set_defaults(output_dir=Path("runs") / project.name, **project.defaults)
     return parser
 
 
@@ -48,7 +67,8 @@ def _add_what_is_compared(parser: argparse.ArgumentParser, settings: Sequence[st
     add("--seeds", nargs="+", type=int, default=[0], help="one run per method, learning rate and seed")
     add("--lr", nargs="+", type=float, metavar="LR", help="learning rates, one run each")
     add("--trials", type=positive, default=40, help="of hyperband: how many lambdas it tries")
-    add("--search-metric", metavar="METRIC", help="of hyperband: the metric that it looks for the best of")
+    add("--search-metric", metavar="METRIC",
+        help="of hyperband: what it judges by; if left out, the Frechet distance, or the first column")  # fmt: skip
 
 
 def _add_data_and_networks(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from lightning_mtadam.metrics import (
 
 PEAK = 255.0
 FEATURE_EXTRACTORS = ("inception", "vgg16", "none")
+DISTANCES = {"inception": FrechetInceptionDistance.label, "vgg16": FrechetVGG16Distance.label}
 # Luma of ITU-R BT.601 in 16..235, of red, green and blue in 0..255: that of MATLAB's rgb2ycbcr.
 LUMA, LUMA_OFFSET = (65.481 / 255, 128.553 / 255, 24.966 / 255), 16.0
 

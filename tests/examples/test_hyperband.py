@@ -10,6 +10,7 @@ from torch.optim import Adam
 from example_projects.common import hyperband, image_command
 from example_projects.common.hyperband import HIGHEST, LOWEST, Prune, draws, search
 from example_projects.common.image_project import ImageProject
+from example_projects.cyclegan.__main__ import PROJECT as CYCLEGAN
 from tests.examples.running import EndedError
 
 TERMS = {"l1": 100.0, "gan": 1.0, "perceptual": 0.1}
@@ -204,3 +205,16 @@ def test_it_is_off_unless_asked_for(tmp_path):
     assert "hyperband" not in options.method
     assert options.trials == 40
     assert options.search_metric == "L1"
+
+
+@pytest.mark.parametrize(
+    ("given", "metric"),
+    [
+        ([], "L1-A"),
+        (["--feature-extractor", "vgg16"], "FD-VGG16-A"),
+        (["--feature-extractor", "inception"], "FID-A"),
+        (["--search-metric", "L1-A", "--feature-extractor", "inception"], "L1-A"),
+    ],
+)
+def test_it_searches_by_the_frechet_distance_where_there_is_one(given, metric):
+    assert image_command.parser_of(CYCLEGAN).parse_args(given).search_metric == metric
