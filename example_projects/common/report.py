@@ -73,6 +73,22 @@ def summarise(
     return rows
 
 
+def by_seed(results: Sequence[Row], by: str, column: str) -> list[dict[str, str]]:
+    """One row per value of ``by``, with the column's figure of each seed, for a reader who does not trust a mean.
+
+    Example:
+        >>> by_seed([{"method": "adam", "seed": 7, "accuracy": 97.128}], "method", "accuracy")
+        [{'accuracy': 'adam', 'seed 7': '97.13'}]
+    """
+    seeds = sorted({int(str(result["seed"])) for result in results})
+    rows = []
+    for value in dict.fromkeys(result[by] for result in results):
+        found = {result["seed"]: float(str(result[column])) for result in results if result[by] == value}
+        shown = {f"seed {seed}": mean_and_spread([found[seed]]) if seed in found else "" for seed in seeds}
+        rows.append({column: str(value), **shown})
+    return rows
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table of the rows, with aligned columns.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from example_projects.common import report
 from example_projects.common.command import keep_quiet, positive, write_tables
 from example_projects.common.runs import Result, run
 from example_projects.mnist.data import MNISTData, find_data
@@ -112,8 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
 def write(options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
     table = write_tables(options, results, COLUMNS)
-    print(f"\n{table}\n\n{IN_THE_PAPER}\n")
-    print(f"Written to {options.output_dir}: table.md, table.csv; every run in results.csv.")
+    seeds = report.markdown(report.by_seed(results, "method", COLUMNS[0]))
+    (options.output_dir / "seeds.md").write_text(seeds + "\n")
+    print(f"\n{table}\n\n{seeds}\n\n{IN_THE_PAPER}\n")
+    print(f"Written to {options.output_dir}: table.md, seeds.md, table.csv; every run in results.csv.")
     print(f"See the balance with: tensorboard --logdir {options.output_dir}")
 
 

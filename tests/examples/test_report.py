@@ -37,6 +37,15 @@ def test_a_summary_has_a_row_per_value_in_the_order_of_appearance():
     ]
 
 
+def test_a_table_by_seed_has_every_figure_and_leaves_out_what_was_not_run():
+    results = [{"method": "b", "seed": 3, "accuracy": 97.0}, {"method": "a", "seed": 3, "accuracy": 91.5},
+               {"method": "b", "seed": 1, "accuracy": 0.5}]  # fmt: skip
+    assert report.by_seed(results, "method", "accuracy") == [
+        {"accuracy": "b", "seed 1": "0.500", "seed 3": "97.00"},
+        {"accuracy": "a", "seed 1": "", "seed 3": "91.50"},
+    ]
+
+
 def test_a_summary_of_medians_has_the_smallest_and_the_largest():
     results = [{"method": "a", "error": value} for value in (0.004, 0.1, 0.0012)]
     assert report.summarise(results, "method", ["error"], report.median_and_range) == [
