@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from example_projects.common.image_metrics import DISTANCES
+from lightning_mtadam.metrics import FrechetInceptionDistance, FrechetVGG16Distance
 
+DISTANCES = (FrechetInceptionDistance.label, FrechetVGG16Distance.label)
 COLUMNS = 3  # panels beside each other
 
 
@@ -32,8 +33,7 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
         for label, history in histories.items():
             colour = f"C{groups.index(label.partition(', seed')[0])}"
             axes.plot([row["epoch"] for row in history], [row[metric] for row in history], marker=".", color=colour)
-        counted = f", n = {newest['n']:g}" if metric.startswith(tuple(DISTANCES.values())) else ""
-        axes.set(title=metric + counted, xlabel="epoch")
+        axes.set(title=f"{metric}, n = {newest['n']:g}" if metric.startswith(DISTANCES) else metric, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     if groups != [""]:
