@@ -36,15 +36,20 @@ def draw_lines(axes: Axes, lines: Mapping[str, Mapping[float, tuple[float, float
 
 
 def label_ends(axes: Axes, ends: Mapping[str, float]) -> None:
-    """Names beside the ends of lines, above each other."""
+    """Names beside the ends of lines, above each other, none above the panel."""
     to_fraction = axes.transScale + axes.transLimits
     x, _ = axes.get_xlim()[1], axes.get_ylim()  # the limits are set when they are asked for
-    below = -math.inf
+    heights: dict[str, float] = {}
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        below = max(float(to_fraction.transform((x, end))[1]), below + LABEL_HEIGHT)
+        below = max(heights.values(), default=-math.inf)
+        heights[name] = max(float(to_fraction.transform((x, end))[1]), below + LABEL_HEIGHT)
+    top = 1.0
+    for name, height in reversed(heights.items()):
+        height = min(height, top)
         axes.text(
-            1.02, below, METHODS[name].label, transform=axes.transAxes, color=LINES[name], fontsize=7, va="center"
+            1.02, height, METHODS[name].label, transform=axes.transAxes, color=LINES[name], fontsize=7, va="center"
         )
+        top = height - LABEL_HEIGHT
 
 
 def name_axis(axes: Axes, which: Literal["x", "y"], runs: Sequence[Run], problem: str, what: str = "test ") -> None:
@@ -59,10 +64,18 @@ def name_axis(axes: Axes, which: Literal["x", "y"], runs: Sequence[Run], problem
     axes.grid(alpha=0.3)
 
 
+class PlainNumbers(LogFormatter):
+    """Numbers without powers, at those places of a logarithmic axis that have one."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The number, or nothing."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def plain_numbers(axis: Axis) -> None:
     """Numbers without powers on a logarithmic axis; between the powers of ten too, where these are few."""
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+    axis.set_major_formatter(PlainNumbers())
+    axis.set_minor_formatter(PlainNumbers(minor_thresholds=(1.5, 0.6)))
     axis.set_tick_params(which="both", labelsize=7)
 
 

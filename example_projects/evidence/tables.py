@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from example_projects.common.report import markdown
 from example_projects.common.run_file import Run
 from example_projects.evidence.methods import METHODS
+from example_projects.evidence.problems.catalogue import PROBLEMS
 from example_projects.evidence.record import chosen_tests, loss_of, matching
 from example_projects.evidence.search import replay
 
@@ -22,7 +23,8 @@ def tables(runs: Sequence[Run]) -> str:
     parts = []
     for (problem, factor), own in groups(runs):
         first = own[0]
-        parts.append(f"## {problem}, factor {factor}\n\n{first['figure']}, {first['better']} is better\n")
+        title = problem if factor == "1" else f"{problem}, losses times up to {factor}"
+        parts.append(f"## {title}\n\n{first['figure']}, {first['better']} is better\n")
         if matching(own, stage="test"):
             parts.append(markdown(results(own)) + "\n")
         if matching(own, stage="search"):
@@ -36,9 +38,11 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def groups(runs: Sequence[Run]) -> Iterator[tuple[tuple[str, str], list[Run]]]:
-    """The searches and their tests, for each problem and factor."""
+    """The searches and their tests, for each problem, in the order of the problems, and each factor, 1 first."""
     searched = [run for run in runs if run["stage"] in ("search", "test")]
-    for problem, factor in dict.fromkeys((run["problem"], run["factor"]) for run in searched):
+    found = {(run["problem"], run["factor"]) for run in searched}
+    places = {problem: place for place, problem in enumerate(PROBLEMS)}
+    for problem, factor in sorted(found, key=lambda one: (places.get(one[0], -1), one[1] != "1", float(one[1]))):
         yield (problem, factor), matching(searched, problem=problem, factor=factor)
 
 

@@ -657,7 +657,8 @@ def test_the_commands_work_together(tmp_path):
     assert set(json.loads(runs[1]["figures"])) == {"validation", "test"}
     assert runs[0]["torch"] == torch.__version__
     printed = output_of(command.main, "tables", "--runs", out, "--output-dir", tmp_path)
-    assert "## digits, factor 100" in printed
+    assert "## digits\n" in printed
+    assert "## digits, losses times up to 100\n" in printed
     assert (tmp_path / "tables.md").read_text() == tables(runs)
     output_of(command.main, "figures", "--runs", out, "--output-dir", tmp_path)
     assert {file.stem for file in tmp_path.glob("*.png")} == {"failed", "quality", "factors", "budget", "cost"}
