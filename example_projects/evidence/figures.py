@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from example_projects.common.run_file import Run
 from example_projects.evidence.methods import METHODS
+from example_projects.evidence.panels import LINES, draw_lines, label_ends, make_panels, name_axis, plain_numbers
 from example_projects.evidence.record import chosen_tests, loss_of, matching
 from example_projects.evidence.search import replay
 from example_projects.evidence.tables import SEARCHED, groups, of_methods, quartiles, ratios_of, trials_of
 
-# The few that have a line where there are lines.
-LINES = {"adam_sum": "0.6", SEARCHED: "black", "mtadam_paper": "C1", "recommended": "C0"}
 POINTS = 40  # of a curve over seconds
-COLUMNS = 3
-LABEL_HEIGHT = 0.08  # of a panel
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -77,7 +70,7 @@ def quality(runs: Sequence[Run]) -> Figure | None:
     found = {problem: tests for problem, tests in found.items() if tests}
     if not found:
         return None
-    figure, panels = _panels(len(found), height=2.9)
+    figure, panels = make_panels(len(found), height=2.9)
     for axes, (problem, tests) in zip(panels, found.items(), strict=False):
         for row, (name, losses) in enumerate(tests.items()):
             finite = [loss for loss in losses if math.isfinite(loss)]
@@ -91,7 +84,7 @@ def quality(runs: Sequence[Run]) -> Figure | None:
             axes.axvspan(*quartiles(tests[SEARCHED])[::2], color="black", alpha=0.08, linewidth=0)
         axes.set_yticks(range(len(tests)), [METHODS[name].label for name in tests], fontsize=7)
         axes.invert_yaxis()
-        _name(axes, "x", runs, problem)
+        name_axis(axes, "x", runs, problem)
         axes.set_title(problem, fontsize=10)
     return figure
 
@@ -109,12 +102,12 @@ def by_factor(runs: Sequence[Run]) -> Figure | None:
     }
     if not curves:
         return None
-    figure, panels = _panels(len(curves))
+    figure, panels = make_panels(len(curves))
     for axes, (problem, lines) in zip(panels, curves.items(), strict=False):
-        ends = _lines(axes, lines)
+        ends = draw_lines(axes, lines)
         axes.set(xscale="log", xlabel="factor on the last loss")
-        _name(axes, "y", runs, problem)
-        _label(axes, ends)
+        name_axis(axes, "y", runs, problem)
+        label_ends(axes, ends)
         axes.set_title(problem, fontsize=10)
     return figure
 
@@ -125,7 +118,7 @@ def budget(runs: Sequence[Run]) -> Figure | None:
     found = {problem: own for problem, own in found.items() if own}
     if not found:
         return None
-    figure, panels = _panels(len(found))
+    figure, panels = make_panels(len(found))
     for axes, (problem, own) in zip(panels, found.items(), strict=False):
         lines = {}
         for name, search in of_methods(own).items():
@@ -138,11 +131,11 @@ def budget(runs: Sequence[Run]) -> Figure | None:
                 time: (sign * low, sign * median, sign * high)
                 for time, (low, median, high) in zip(times, bests, strict=True)
             }
-        ends = _lines(axes, lines)
+        ends = draw_lines(axes, lines)
         axes.set(xscale="log", xlabel="processor seconds, search included")
-        _plain_numbers(axes.xaxis)
-        _name(axes, "y", runs, problem, what="validation ")
-        _label(axes, ends)
+        plain_numbers(axes.xaxis)
+        name_axis(axes, "y", runs, problem, what="validation ")
+        label_ends(axes, ends)
         axes.set_title(problem, fontsize=10)
     return figure
 
@@ -152,7 +145,7 @@ def cost(runs: Sequence[Run]) -> Figure | None:
     found = {run["problem"]: ratios_of(runs, run["problem"]) for run in matching(runs, stage="cost")}
     if not found:
         return None
-    figure, panels = _panels(len(found), height=2.6)
+    figure, panels = make_panels(len(found), height=2.6)
     for axes, (problem, ratios) in zip(panels, found.items(), strict=False):
         for row, (name, values) in enumerate(ratios.items()):
             axes.plot(values, [row] * len(values), "o", color=LINES.get(name, "0.45"), fillstyle="none", markersize=4)
@@ -170,61 +163,6 @@ def tests_of(runs: Sequence[Run]) -> dict[str, list[float]]:
     sign = -1 if runs and runs[0]["better"] == "higher" else 1
     tests = {name: [sign * loss_of(run, "test") for run in chosen_tests(own)] for name, own in of_methods(runs).items()}
     return {name: values for name, values in tests.items() if values}
-
-
-def _lines(axes: Axes, lines: Mapping[str, Mapping[float, tuple[float, float, float]]]) -> dict[str, float]:
-    """The median with a band between the quartiles, for those that have lines; where each line ends."""
-    ends = {}
-    for name, colour in LINES.items():
-        finite = {x: y for x, y in sorted(lines.get(name, {}).items()) if all(map(math.isfinite, y))}
-        if finite:
-            low, median, high = zip(*finite.values(), strict=True)
-            axes.plot(list(finite), median, color=colour, linewidth=1.5)
-            axes.fill_between(list(finite), low, high, color=colour, alpha=0.15, linewidth=0)
-            ends[name] = median[-1]
-    return ends
-
-
-def _label(axes: Axes, ends: Mapping[str, float]) -> None:
-    """Names beside the ends of lines, above each other."""
-    to_fraction = axes.transScale + axes.transLimits
-    x, _ = axes.get_xlim()[1], axes.get_ylim()  # the limits are set when they are asked for
-    below = -math.inf
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        below = max(float(to_fraction.transform((x, end))[1]), below + LABEL_HEIGHT)
-        axes.text(
-            1.02, below, METHODS[name].label, transform=axes.transAxes, color=LINES[name], fontsize=7, va="center"
-        )
-
-
-def _name(axes: Axes, which: Literal["x", "y"], runs: Sequence[Run], problem: str, what: str = "test ") -> None:
-    """The axis of a figure: its name, which way is better, and a logarithmic scale where less is better."""
-    run = matching(runs, problem=problem)[0]
-    lower = run["better"] == "lower"
-    label = f"{what}{run['figure'].replace('_', ' ')}\n({run['better']} is better)"
-    axes.set(**{f"{which}label": label})
-    if lower:
-        axes.set(**{f"{which}scale": "log"})
-        _plain_numbers(axes.xaxis if which == "x" else axes.yaxis)
-    axes.grid(alpha=0.3)
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """Numbers without powers on a logarithmic axis; between the powers of ten too, where these are few."""
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
-    axis.set_tick_params(which="both", labelsize=7)
-
-
-def _panels(count: int, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels."""
-    columns = min(COLUMNS, count)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    return figure, panels
 
 
 def _share(counts: tuple[int, int] | None) -> float:

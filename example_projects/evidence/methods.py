@@ -1,80 +1,32 @@
-"""The methods that are compared: each prepares an optimizer, and says how gradients come to it."""
+"""The methods that are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 
+from example_projects.evidence.method import Losses, Method, Setup, Training
+from example_projects.evidence.momentum_config import BETA1, MomentumConFIG
 from example_projects.evidence.problems.problem import Problem
 from lightning_mtadam import MTAdam, export_weights
-from lightning_mtadam.balancers import Balancer, GradNorm, MetaBalance, TorchJDBalancer, UncertaintyWeighting
-
-Losses: TypeAlias = Mapping[str, Tensor]
+from lightning_mtadam.balancers import (
+    Balancer,
+    GradNorm,
+    MetaBalance,
+    SharedLayerBalancer,
+    TorchJDBalancer,
+    UncertaintyWeighting,
+)
 
 RECOMMENDED: Mapping[str, Any] = {"balance_every": 50}  # what the documents recommend, its learning rate aside
 
 FIRST_BATCHES = 5  # over so many the first losses are averaged: a term may be absent from one
 EXPORTED_SHARE = 10  # weights are exported after one in so many steps
 GRADNORM_ALPHA = {"gradnorm_toy": 0.12}  # its paper's for its toy; elsewhere the default
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a method is given.
-
-    Attributes:
-        problem: its names; the losses are to be taken from :attr:`losses`.
-        network: to be trained.
-        losses: takes a network and a batch; the terms as they are given, multiplied by factors.
-        batches: takes a number of steps.
-        lr: learning rate.
-        shares: by term, what each loss, over its first value, is weighed by; only for the method that searches weights.
-        seed: of the run.
-        steps: of the run.
-    """
-
-    problem: Problem
-    network: nn.Module
-    losses: Callable[[nn.Module, Any], Losses]
-    batches: Callable[[int], Iterator[Any]]
-    lr: float
-    shares: Mapping[str, float] | None
-    seed: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Training:
-    """How one network is trained.
-
-    Attributes:
-        optimizer: steps on the gradients.
-        backward: takes the losses, and leaves gradients.
-    """
-
-    optimizer: Optimizer
-    backward: Callable[[Losses], object]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to train.
-
-    Attributes:
-        prepare: what it does first; its time counts.
-        label: for tables and figures.
-        searches_weights: whether a search draws weights beside the learning rate.
-    """
-
-    prepare: Callable[[Setup], Training]
-    label: str
-    searches_weights: bool = False
 
 
 def adam(setup: Setup, weights: Mapping[str, float] | None = None) -> Training:
@@ -160,10 +112,14 @@ def config(problem: Problem) -> Balancer:
     return TorchJDBalancer(ConFIG(), normalize=False, terms=problem.terms)
 
 
+def m_config(setup: Setup) -> Training:
+    """ConFIG of momenta, one backward pass a step."""
+    momenta = MomentumConFIG(setup.network, setup.problem.terms)
+    return Training(Adam(setup.network.parameters(), lr=setup.lr, betas=(BETA1, 0.999), fused=True), momenta.backward)
+
+
 def shared_layer(problem: Problem) -> Balancer:
     """The closed form at the last shared layer."""
-    from lightning_mtadam.balancers import SharedLayerBalancer
-
     return SharedLayerBalancer(problem.shared, terms=problem.terms)
 
 
@@ -199,6 +155,7 @@ METHODS = {
     "metabalance": Method(partial(balanced_by, metabalance), "MetaBalance"),
     "upgrad": Method(partial(balanced_by, upgrad), "UPGrad"),
     "config": Method(partial(balanced_by, config), "ConFIG"),
+    "m_config": Method(m_config, "M-ConFIG"),
     "famo": Method(famo, "FAMO"),
     "shared_layer": Method(partial(balanced_by, shared_layer), "shared layer"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -79,12 +79,9 @@ def matching(runs: Sequence[Run], **wanted: str) -> list[Run]:
 
 
 def chosen_tests(runs: Sequence[Run]) -> list[Run]:
-    """The test runs of one method, problem and factor that were made with what its search has found best.
-
-    Where there was no search, with a learning rate that was given, all of them.
-    """
-    trials, tests = matching(runs, stage="search"), matching(runs, stage="test")
+    """The test runs of one method, problem and factor that were made with what its search has found best."""
+    trials = matching(runs, stage="search")
     if not trials:
-        return tests
-    best: Mapping[str, str] = best_of(trials)
-    return matching(tests, lr=best["lr"], weights=best["weights"])
+        return []
+    best = best_of(trials)
+    return matching(runs, stage="test", lr=best["lr"], weights=best["weights"])

@@ -28,7 +28,7 @@ class Plan:
         factors: on the losses.
         seeds: of the test.
         budget: processor seconds for the search of each method, for each problem and factor.
-        lr: a learning rate, in place of a search.
+        lr: a learning rate, in place of a search; these runs are kept apart.
         steps: of a run, in place of the problem's.
     """
 
@@ -58,9 +58,10 @@ class Runner:
         """Make what is missing of a plan, for one problem: factor by factor, method by method."""
         for factor in plan.factors:
             for name in plan.methods:
+                stage = "test" if plan.lr is None else "given"
                 chosen = self._search(problem, name, factor, plan) if plan.lr is None else Candidate(plan.lr)
                 for seed in plan.seeds:
-                    self._make(problem, name, factor, "test", seed, chosen, plan, ("validation", "test"))
+                    self._make(problem, name, factor, stage, seed, chosen, plan, ("validation", "test"))
 
     def time(self, problem: Problem, plan: Plan) -> None:
         """Train with all methods in turn, some steps of each at a time, and keep their seconds; for all seeds."""

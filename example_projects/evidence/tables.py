@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from example_projects.common.report import markdown
 from example_projects.common.run_file import Run
 from example_projects.evidence.methods import METHODS
+from example_projects.evidence.problems.catalogue import PROBLEMS
 from example_projects.evidence.record import chosen_tests, loss_of, matching
 from example_projects.evidence.search import replay
 
@@ -17,15 +19,18 @@ SHARES_OF_BUDGET = (0.25, 0.5, 1.0)
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """All tables, as Markdown: for each problem and factor one of results and one of the search, then that of costs."""
+    """All tables, as Markdown: for each problem and factor one of results and one of the search, then those without."""
     parts = []
     for (problem, factor), own in groups(runs):
         first = own[0]
-        parts.append(f"## {problem}, factor {factor}\n\n{first['figure']}, {first['better']} is better\n")
+        title = problem if factor == "1" else f"{problem}, losses times up to {factor}"
+        parts.append(f"## {title}\n\n{first['figure']}, {first['better']} is better\n")
         if matching(own, stage="test"):
             parts.append(markdown(results(own)) + "\n")
         if matching(own, stage="search"):
             parts.append(f"Validation {first['figure']} of the best trial so far\n\n{markdown(progress(own))}\n")
+    for problem, rows in at_given_rates(runs).items():
+        parts.append(f"## {problem}, at given learning rates\n\n{markdown(rows)}\n")
     times = costs(runs)
     if times:
         parts.append(f"## Processor time over that of {METHODS[BASELINE].label}\n\n{markdown(times)}\n")
@@ -33,11 +38,12 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def groups(runs: Sequence[Run]) -> Iterator[tuple[tuple[str, str], list[Run]]]:
-    """The runs for each problem and factor, without those that tell costs."""
-    for problem, factor in dict.fromkeys((run["problem"], run["factor"]) for run in runs):
-        own = [run for run in matching(runs, problem=problem, factor=factor) if run["stage"] != "cost"]
-        if own:
-            yield (problem, factor), own
+    """The searches and their tests, for each problem, in the order of the problems, and each factor, 1 first."""
+    searched = [run for run in runs if run["stage"] in ("search", "test")]
+    found = {(run["problem"], run["factor"]) for run in searched}
+    places = {problem: place for place, problem in enumerate(PROBLEMS)}
+    for problem, factor in sorted(found, key=lambda one: (places.get(one[0], -1), one[1] != "1", float(one[1]))):
+        yield (problem, factor), matching(searched, problem=problem, factor=factor)
 
 
 def of_methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -105,6 +111,29 @@ def progress(runs: Sequence[Run]) -> list[dict[str, str]]:
 def trials_of(search: Sequence[Run]) -> list[tuple[float, float]]:
     """Seconds and figure of each trial, infinite if it has failed."""
     return [(float(run["seconds"]), math.inf if run["failed"] == "1" else loss_of(run, "validation")) for run in search]
+
+
+def at_given_rates(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
+    """By problem, a row per method, factor and learning rate of the runs without a search: medians over the seeds.
+
+    They are of all figures of the test part, those that are watched on the way among them.
+    """
+    kept: dict[tuple[str, str, str, str], list[Run]] = {}
+    for run in matching(runs, stage="given"):
+        kept.setdefault((run["problem"], run["method"], run["factor"], run["lr"]), []).append(run)
+    found: dict[str, list[dict[str, str]]] = {}
+    for (problem, method, factor, lr), own in kept.items():
+        figures = [json.loads(run["figures"])["test"] for run in own]
+        row = {
+            "method": METHODS[method].label,
+            "factor": factor,
+            "lr": lr,
+            "seeds": " ".join(run["seed"] for run in own),
+            **{name: shown(statistics.median(each[name] for each in figures)) for name in figures[0]},
+            "seconds a run": shown(statistics.median(float(run["seconds"]) for run in own)),
+        }
+        found.setdefault(problem, []).append(row)
+    return found
 
 
 def costs(runs: Sequence[Run]) -> list[dict[str, str]]:

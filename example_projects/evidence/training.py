@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from example_projects.evidence.methods import Method, Setup
+from example_projects.evidence.method import Method, Setup
 from example_projects.evidence.problems.problem import Part, Problem, factors
 from lightning_mtadam import NonFiniteError
+
+WATCHED_EVERY = 10  # steps between measurements on the way
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(own_seed)
             setup = make_setup(problem, lr, own_seed, factor, shares, steps)
-            seconds += sum(step_by_step(method, setup))
+            own, seen = watch(problem, setup.network, parts, step_by_step(method, setup))
+        seconds += own
         setup.network.eval()
-        found.append({part: problem.measure(setup.network, part) for part in parts})
+        found.append({part: with_least(problem, problem.measure(setup.network, part), seen[part]) for part in parts})
     return Outcome(
         {part: worst(problem, [each[part] for each in found]) for part in parts}, seconds, steps * len(found)
     )
@@ -102,6 +105,39 @@ def step_by_step(method: Method, setup: Setup) -> Iterator[float]:
         with torch.no_grad():
             for parameter in setup.network.parameters():
                 parameter.fill_(math.nan)
+
+
+def watch(
+    problem: Problem, network: nn.Module, parts: Sequence[Part], steps: Iterator[float]
+) -> tuple[float, dict[Part, list[float]]]:
+    """Train to the end, and look at the figure that is watched on the way, if one is.
+
+    Args:
+        problem: whose figure it is.
+        network: that is trained.
+        parts: of the data, to measure on.
+        steps: trains, and gives the seconds of each step.
+
+    Returns:
+        The seconds of all steps, without those of measuring; and what was seen, by part.
+    """
+    seconds = 0.0
+    seen: dict[Part, list[float]] = {part: [] for part in parts}
+    for step, own in enumerate(steps):
+        seconds += own
+        if problem.watched and step % WATCHED_EVERY == 0:
+            network.eval()
+            for part, values in seen.items():
+                values.append(problem.measure(network, part)[problem.watched])
+            network.train()
+    return seconds, seen
+
+
+def with_least(problem: Problem, figures: Mapping[str, float], seen: Sequence[float]) -> dict[str, float]:
+    """The figures at the end, with the least on the way beside them, if one is watched."""
+    if problem.watched is None:
+        return dict(figures)
+    return {**figures, f"least_{problem.watched}": min(figures[problem.watched], *seen)}
 
 
 def worst(problem: Problem, found: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -33,6 +33,7 @@ class Problem:
         steps: of a run.
         lrs: the smallest and the largest learning rate that a search tries.
         starts: how many networks a run trains, one after the other; its figures are those of the worst.
+        watched: a figure whose least value on the way is kept too, if published ones are of that kind.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Problem:
     steps: int
     lrs: tuple[float, float] = (1e-4, 1e-1)
     starts: int = 1
+    watched: str | None = None
 
     def failed(self, figures: Figures) -> bool:
         """Whether a figure is not finite, or outside what is allowed."""
