@@ -27,7 +27,7 @@ CONFLICT = -0.05
 PIECE = 1 << 20
 """How many elements are widened to float64 at a time."""
 
-UNEXPLAINED = 1e-3
+UNEXPLAINED = 1e-5
 """Weights explain an update if the square of what they leave of it is this share of its own square, or less."""
 
 DEPENDENT = 1e-9
@@ -161,6 +161,21 @@ def with_update(gram: Tensor, weights: Tensor) -> GradientStatistics:
     parts = weights * mixed
     right = torch.cat([mixed, parts.sum(-1, keepdim=True)], -1)
     return GradientStatistics(torch.cat([torch.cat([gram, mixed[..., None]], -1), right[..., None, :]], -2), parts)
+
+
+def with_measured_update(gram: Tensor) -> GradientStatistics:
+    """The statistics from the inner products of the terms and a given update: [P, I + 1, I + 1].
+
+    The weights are those of :func:`weights_of_update`. What these do not explain of the update has no part in the
+    shares.
+
+    Example:
+        >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> found = with_measured_update(gram_matrices([[a], [b], [a + 3 * b]])).whole
+        >>> found.shares.round(decimals=6).tolist()
+        [0.1, 0.9]
+    """
+    return GradientStatistics(gram, weights_of_update(gram) * gram[..., :-1, -1])
 
 
 def weights_of_update(gram: Tensor) -> Tensor:

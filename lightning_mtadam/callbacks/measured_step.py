@@ -14,7 +14,7 @@ from lightning_mtadam.balancers.balancer import Balancer, parameters_in
 from lightning_mtadam.balancers.gradient_balancer import GradientBalancer
 from lightning_mtadam.distributed import sharding
 from lightning_mtadam.extra_pass import ExtraPass, divided
-from lightning_mtadam.gradient_statistics import GradientStatistics, gram_matrices, weights_of_update, with_update
+from lightning_mtadam.gradient_statistics import GradientStatistics, gram_matrices, with_measured_update, with_update
 from lightning_mtadam.layers import LayerRule, label_of
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.optim.held import consumes_at_once, held_by
@@ -62,12 +62,12 @@ class MeasuredStep:
         if scales is None:
             update = divided(list(map(sharding.local_gradient, parameters)), left)
             gram = _joined(gram_matrices([*rows, update]), parameters)
-            gram, weights = gram[:, :-1, :-1], weights_of_update(gram)
+            found = with_measured_update(gram) if bool(gram.isfinite().all()) else None
         else:
             gram, known = _joined(gram_matrices(rows), parameters), list(self._terms(optimizer))
             weights = torch.stack([scales[:, known.index(term)] * (term in gradients) for term in terms], 1)
-        found = with_update(gram, weights)
-        return (found, terms) if found.finite else None
+            found = with_update(gram, weights) if bool(gram.isfinite().all()) else None
+        return None if found is None else (found, terms)
 
     def _gradients(self, optimizer: Optimizer) -> tuple[TermGradients, Tensor | None]:
         """By term, and what multiplies them, [P, I], if that is known."""
