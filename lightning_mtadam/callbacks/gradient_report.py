@@ -93,6 +93,10 @@ class GradientReport(pl.Callback):
         if stage == "fit":
             self._followed, self._given, self._new, self.latest, self.reports = [], None, [], None, {}
 
+    def take(self, losses: Losses, optimizer: Optimizer | None = None) -> None:
+        """Take the losses that the next backward pass is of; :func:`report_losses` calls it."""
+        self._given = dict(losses), optimizer
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """In a step of the report, differentiate the losses one by one, unless MTAdam or a balancer will do so."""
         coming, self._given = coming_losses(trainer, pl_module, self._given), None
@@ -161,9 +165,6 @@ class GradientReport(pl.Callback):
         self._followed += [Followed() for _ in range(missing)]
         return next(one for one, its in zip(self._followed, trainer.optimizers, strict=False) if its is optimizer)
 
-    def _take(self, losses: Losses, optimizer: Optimizer | None) -> None:
-        self._given = dict(losses), optimizer
-
 
 def report_losses(module: pl.LightningModule, losses: Losses, optimizer: Optimizer | None = None) -> Tensor:
     """Name the losses of an ordinary LightningModule's training step for :class:`GradientReport`; gives their sum.
@@ -190,7 +191,7 @@ def report_losses(module: pl.LightningModule, losses: Losses, optimizer: Optimiz
         check_losses(losses, finite=False, graph=False)
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientReport):
-                callback._take(losses, optimizer)
+                callback.take(losses, optimizer)
     return reduce(add, losses.values())
 
 

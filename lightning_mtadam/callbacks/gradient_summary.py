@@ -95,7 +95,7 @@ class GradientSummary:
         """A line for each term, and what is wrong."""
         width = max(map(len, self.terms))
         lines = [
-            f"{term:{width}}  norm {self.norms[term]:8.2e}  share {100 * self.shares[term]:6.1f} %"
+            f"{term:{width}}  norm {self.norms[term]:8.2e}  share {round(100 * self.shares[term], 1) + 0:6.1f} %"
             f"  cosine to the update {self.cosines_to_update[term]:5.2f}"
             for term in self.terms
         ]

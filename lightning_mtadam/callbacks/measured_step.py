@@ -17,7 +17,6 @@ from lightning_mtadam.extra_pass import ExtraPass, divided
 from lightning_mtadam.gradient_statistics import GradientStatistics, gram_matrices, with_measured_update, with_update
 from lightning_mtadam.layers import LayerRule, label_of
 from lightning_mtadam.optim import MTAdam
-from lightning_mtadam.optim.held import consumes_at_once, held_by
 from lightning_mtadam.parameter_names import group_names
 from lightning_mtadam.terms import PLACEHOLDER, TermGradients, clean_names
 
@@ -40,7 +39,7 @@ class MeasuredStep:
     def needs_passes(self) -> bool:
         """Whether nobody holds the gradients of the terms after the backward pass."""
         if isinstance(self.balancer, MTAdam):
-            return consumes_at_once(self.balancer)
+            return self.balancer.consumes_at_once
         return not isinstance(self.balancer, GradientBalancer)
 
     def measure(self, optimizer: Optimizer, left: Tensor | None = None) -> tuple[GradientStatistics, list[str]] | None:
@@ -73,7 +72,7 @@ class MeasuredStep:
         """By term, and what multiplies them, [P, I], if that is known."""
         mtadam = mtadam_of(optimizer)
         if mtadam is not None:
-            held = held_by(mtadam)
+            held = mtadam.held()
             if held is None:
                 return {}, None
             return held[0] or self.beside.averaged(), held[1]

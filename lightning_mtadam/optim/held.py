@@ -8,31 +8,25 @@ from lightning_mtadam.optim.term_optimizer import TermOptimizer
 from lightning_mtadam.terms import TermGradients
 
 
-def held_by(optimizer: TermOptimizer) -> tuple[TermGradients, Tensor] | None:
-    """The terms' gradients, [P] each, and what multiplies them, [P, I]; ``None`` if there are none, as in a light step.
+class ObservedOptimizer(TermOptimizer):
+    """A term optimizer whose gradients can be looked at; looking changes nothing."""
 
-    They are accumulated, averaged over the processes, without the loss scale, and not to be written to. With
-    ``low_memory`` they are consumed already: there is none, but the scales.
+    @property
+    def consumes_at_once(self) -> bool:
+        """Whether no gradients are held for the step: with ``low_memory``."""
+        return self._options.low_memory
 
-    Example:
-        >>> import torch
-        >>> from lightning_mtadam import MTAdam
-        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-        >>> optimizer = MTAdam([w])
-        >>> optimizer.backward({"fit": w[0], "decay": w.square().sum()})
-        >>> held_by(optimizer)[0]["decay"], held_by(optimizer)[1]
-        ([tensor([6., 8.])], tensor([[1.0000, 0.1000]]))
-    """
-    pending = optimizer._pending
-    if pending.shown is None or pending.light:
-        return None
-    updater = optimizer._updater()
-    found = updater.tables.by_parameter((pending.absorbed or updater).scales_of(pending))
-    scales = found.new_zeros(len(updater.tables.parameters), found.shape[1])
-    scales[updater.tables.members] = found
-    return dict(pending.gradients), scales
+    def held(self) -> tuple[TermGradients, Tensor] | None:
+        """The terms' gradients, [P] each, and their scales, [P, I]; ``None`` where none were measured, or after a step.
 
-
-def consumes_at_once(optimizer: TermOptimizer) -> bool:
-    """Whether it holds no gradient until ``step``: with ``low_memory``."""
-    return optimizer._options.low_memory
+        They are accumulated, averaged over the processes, without the loss scale, and not to be written to. With
+        ``low_memory`` there are no gradients any more, but scales.
+        """
+        pending = self._pending
+        if pending.shown is None or pending.light:
+            return None
+        updater = self._updater()
+        found = updater.tables.by_parameter((pending.absorbed or updater).scales_of(pending))
+        scales = found.new_zeros(len(updater.tables.parameters), found.shape[1])
+        scales[updater.tables.members] = found
+        return dict(pending.gradients), scales

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lightning_mtadam.optim.held import consumes_at_once, held_by
 from tests.lightning_models import assert_same, assert_same_state, make_loader, make_mtadam, make_network, three_losses
 
 BATCHES = list(make_loader(6))
@@ -23,7 +22,7 @@ def trained(options, look):
     for batch in BATCHES:
         optimizer.zero_grad()
         optimizer.backward(three_losses(network, batch))
-        held = held_by(optimizer) if look else None
+        held = optimizer.held() if look else None
         optimizer.step()
         if held is not None:
             found.append(
@@ -40,7 +39,7 @@ def test_to_look_changes_nothing_and_the_scales_are_those_of_the_step(options):
     assert_same_state(optimizer, plain)
     assert found
     for (gradients, scales), stepped, layer_of in found:
-        assert bool(gradients) != consumes_at_once(optimizer)
+        assert bool(gradients) != optimizer.consumes_at_once
         by_parameter = torch.stack([list(stepped.values())[layer] for layer in layer_of])
         torch.testing.assert_close(scales, by_parameter, rtol=1e-12, atol=0)
 
@@ -48,19 +47,19 @@ def test_to_look_changes_nothing_and_the_scales_are_those_of_the_step(options):
 def test_the_gradients_are_those_of_the_losses_and_none_are_held_before_and_after():
     network = make_network()
     optimizer = make_mtadam(network)
-    assert held_by(optimizer) is None
+    assert optimizer.held() is None
     losses = three_losses(network, BATCHES[0])
     expected = {
         name: torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
         for name, loss in losses.items()
     }
     optimizer.backward(losses)
-    gradients, _ = held_by(optimizer)
+    gradients, _ = optimizer.held()
     for name, row in expected.items():
         for one, other in zip(gradients[name], row, strict=True):
             assert one is other is None or torch.equal(one, other)
     optimizer.step()
-    assert held_by(optimizer) is None
+    assert optimizer.held() is None
 
 
 def test_of_a_light_step_nothing_is_held():
@@ -70,6 +69,6 @@ def test_of_a_light_step_nothing_is_held():
     for batch in BATCHES:
         optimizer.zero_grad()
         optimizer.backward(three_losses(network, batch))
-        kinds.append((optimizer._pending.light, held_by(optimizer) is None))
+        kinds.append((optimizer._pending.light, optimizer.held() is None))
         optimizer.step()
     assert {(True, True), (False, False)} == set(kinds)
