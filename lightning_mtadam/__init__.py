@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_mtadam.callbacks.gradient_report import report_losses
     from lightning_mtadam.export import export_weights
     from lightning_mtadam.module import MultiTermLightningModule
     from lightning_mtadam.optim import MTAdam
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from lightning_mtadam.terms import NonFiniteError
 
 __version__ = "0.1.0"
-__all__ = ["MTAdam", "MultiTermLightningModule", "NonFiniteError", "export_weights", "partitioned_losses"]
+__all__ = [
+    "MTAdam",
+    "MultiTermLightningModule",
+    "NonFiniteError",
+    "export_weights",
+    "partitioned_losses",
+    "report_losses",
+]
 
 _HOMES = {
     "MTAdam": "lightning_mtadam.optim",
@@ -25,6 +33,7 @@ _HOMES = {
     "NonFiniteError": "lightning_mtadam.terms",
     "export_weights": "lightning_mtadam.export",
     "partitioned_losses": "lightning_mtadam.partition",
+    "report_losses": "lightning_mtadam.callbacks.gradient_report",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import lightning.pytorch as pl
     from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -41,20 +41,20 @@ class LogBeside:
         self._trainer = trainer
         self._last: dict[str, Tensor] = {}
         self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # and of how many batches
-        self._bar: dict[str, Tensor | float] = {}
+        self._bar: dict[str, tuple[str, Tensor | float]] = {}  # by what they are called there
         trainer.fit_loop.epoch_loop._results = _results_with(self._complete, self._forget)
 
-    def add(self, names: tuple[str, ...], numbers: Tensor, *, on_bar: str) -> None:
-        """Log the numbers of a batch, [n], each under its name; the one that is called ``on_bar`` on the progress bar.
+    def add(self, names: tuple[str, ...], numbers: Tensor, *, on_bar: Mapping[str, str]) -> None:
+        """Log the numbers of a batch, [n], each under its name; those in ``on_bar`` on the progress bar, as it says.
 
-        To show it, the host waits for it: on an accelerator it does so only where the trainer logs.
+        To show them, the host waits for them: on an accelerator it does so only where the trainer logs.
         """
         numbers = numbers if numbers.dtype == torch.float64 else numbers.float()
         self._last.update(zip(names, numbers.unbind(), strict=True))
         total, count = self._sums.get(names, (torch.zeros_like(numbers), 0))
         self._sums[names] = total + numbers, count + 1
-        if on_bar in names and (numbers.device.type == "cpu" or should_log(self._trainer)):
-            self._bar = {on_bar: self._last[on_bar]}
+        if numbers.device.type == "cpu" or should_log(self._trainer):
+            self._bar.update({on_bar[name]: (name, self._last[name]) for name in names if name in on_bar})
 
     def _complete(self, metrics: dict[str, dict[str, Any]], on_step: bool) -> None:
         """Add the last numbers, or the means, to what Lightning reads, unless others log under their names."""
@@ -68,8 +68,10 @@ class LogBeside:
         metrics["callback"] |= found
         metrics["log"] |= found
         if on_step:
-            self._bar = {name: float(number) for name, number in self._bar.items()}
-            metrics["pbar"] |= {name: number for name, number in self._bar.items() if name not in taken}
+            found = {short: one for short, (_, one) in self._bar.items() if isinstance(one, Tensor)}
+            numbers = torch.stack(list(found.values())).tolist() if found else []  # they come to the host together
+            self._bar |= {short: (self._bar[short][0], one) for short, one in zip(found, numbers, strict=True)}
+            metrics["pbar"] |= {short: one for short, (name, one) in self._bar.items() if not taken & {name, short}}
 
     def _means(self) -> dict[str, Tensor]:
         sums: dict[str, Any] = dict.fromkeys(self._last, 0)

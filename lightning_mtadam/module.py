@@ -22,6 +22,7 @@ from lightning_mtadam.distributed.averaging import means_over_ranks
 from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.guard import Guard, check_output, refuse_accumulated_lbfgs, tell_of_terms_beside
 from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.progress_bar import bar_names
 from lightning_mtadam.terms import HAS_GRAPH, Losses, check_losses
 
 TOTAL = "train/loss"
@@ -61,9 +62,13 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
 
     The terms are logged as ``train/<term>``, their sum as ``train/loss``, and their means over the batches of an epoch
     as ``train/<term>_epoch`` and ``train/loss_epoch``. With several processes all of these are means over them, and the
-    same on each. What you log under one of these names yourself stands in its place. The progress bar shows
-    ``train/loss`` alone: its line has no room for many terms. On an accelerator, whose numbers the host would wait for,
-    it is renewed every ``log_every_n_steps``.
+    same on each. What you log under one of these names yourself stands in its place.
+
+    The progress bar shows the first six terms, by short names: "kl" for "kl_loss". It shows their sum, "loss", only if
+    the module trains on that: without MTAdam and without a balancer. With these the sum says little: it follows the
+    term with the largest numbers, and may rise while all goes well. ``train/loss`` is logged in any case, for callbacks
+    that monitor it. On an accelerator, whose numbers the host would wait for, the bar is renewed every
+    ``log_every_n_steps``.
 
     Attributes:
         log_terms: set it to False to log nothing.
@@ -176,7 +181,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         else:
             with uninterrupted():  # who leaves between the two would leave the others waiting
                 objective = balance()
-                self._log(pending.shown, agreed=True)
+                self._log(pending.shown, pending.balancer, agreed=True)
         if objective is not None:
             pending.result.loss = objective
 
@@ -252,7 +257,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         if not lightning_internals.skips_backward(self.trainer):
             self._keep(_PendingLosses(losses, total, accumulated, optimizer, balancer, shown, result))
         else:
-            self._log(shown)
+            self._log(shown, balancer)
             if mtadam is not None:
                 mtadam.skip_step()
         if named:
@@ -263,7 +268,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         """Keep losses for backward, and log them, unless other processes must have agreed on them before."""
         self._pending = pending
         if pending.balancer is None or self.trainer.world_size == 1:
-            self._log(pending.shown)
+            self._log(pending.shown, pending.balancer)
 
     def _checked(self, losses: Losses, optimizer: Optimizer, balancer: MTAdam | Balancer | None) -> Losses:
         losses, alone = as_losses(losses, optimizer), self.trainer.world_size == 1
@@ -280,7 +285,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         shown = {f"train/{name}": loss.detach() for name, loss in losses.items()}
         return shown if total is None or TOTAL in shown else {**shown, TOTAL: total.detach()}
 
-    def _log(self, shown: Losses, *, agreed: bool = False) -> None:
+    def _log(self, shown: Losses, balancer: MTAdam | Balancer | None, *, agreed: bool = False) -> None:
         """Log it, averaged over the processes; ``agreed``: whether these are known to have the same terms."""
         if not shown or self._log_beside is None:
             return
@@ -288,7 +293,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
             names, numbers = means_over_ranks(shown, self.device, agreed=agreed)
         else:
             names, numbers = tuple(shown), torch.stack(list(shown.values()))
-        self._log_beside.add(names, numbers, on_bar=TOTAL)
+        self._log_beside.add(names, numbers, on_bar=bar_names(names, TOTAL, summed=balancer is None))
 
 
 def _sum(losses: Losses) -> Tensor:

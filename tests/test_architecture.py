@@ -31,6 +31,7 @@ FLOORS = (
             "recomputed",
             "wrappers",
             "constants",
+            "gradient_statistics",
             "finite",
             "layout",
             "layers",
@@ -41,11 +42,11 @@ FLOORS = (
         "lightning_internals",
     },
     {"distributed"},
-    {"collect", "partition"},
+    {"collect", "extra_pass", "partition"},
     {"edits"},
     {"optim", "balancers"},
     {"export"},
-    {"balancer_slot", "guard", "module", "callbacks", "metrics", "__init__"},
+    {"balancer_slot", "guard", "module", "progress_bar", "callbacks", "metrics", "__init__"},
 )
 """Rooms from below to above: a room imports from those below it, and from its own floor if there is no circle."""
 KNOW_LIGHTNING = {"module", "guard", "lightning_internals", "callbacks"}

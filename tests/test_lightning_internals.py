@@ -100,7 +100,7 @@ def test_numbers_logged_beside_are_read_with_what_was_logged():
             self.beside = lightning_internals.LogBeside(trainer)
 
         def training_step(self, batch, batch_idx):
-            self.beside.add(("a", "b"), torch.tensor([1.0 + batch_idx, 5.0]), on_bar="a")
+            self.beside.add(("a", "b"), torch.tensor([1.0 + batch_idx, 5.0]), on_bar={"a": "short"})
             assert float(self.trainer.callback_metrics["a"]) == 1 + batch_idx, "though nothing else was logged"
             if batch_idx == 2:
                 self.log("b", 7.0)
@@ -110,7 +110,7 @@ def test_numbers_logged_beside_are_read_with_what_was_logged():
     trainer = fit(Beside(sgd), make_loader(3), max_epochs=2, logger=logger, log_every_n_steps=1)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert found == {"a": 3, "b": 7, "a_epoch": 2}
-    assert trainer.progress_bar_metrics == {"a": 3}
+    assert trainer.progress_bar_metrics == {"short": 3}
     batches = [{tag: value for tag, value in row.items() if tag in "ab"} for _, row in logger.rows if "a" in row]
     one, two, three = {"a": 1, "b": 5}, {"a": 2, "b": 5}, {"a": 3, "b": 7}
     assert batches == [one, two, three, {"a": 1}, {"a": 2}, three], "a tag that was logged once is not taken back"
@@ -126,7 +126,7 @@ def test_an_accelerator_is_waited_for_where_the_trainer_logs_only():
             self.beside = lightning_internals.LogBeside(self.trainer)
 
         def training_step(self, batch, batch_idx):
-            self.beside.add(("a",), torch.ones(1, device="meta"), on_bar="a")
+            self.beside.add(("a",), torch.ones(1, device="meta"), on_bar={"a": "a"})
             shown.append(bool(self.beside._bar))
             self.beside._forget()
             return super().training_step(batch, batch_idx)
@@ -218,6 +218,7 @@ ROOT = Path(__file__).parents[1]
 OF_OTHERS = re.compile(
     r"_foreach_\w+|_fused_adamw_|_dynamo|_comm_hooks|_join_config|_apply|_version|_replace|_make"
     r"|_C|_current_graph_task_id|_forward_cls|_post_accumulate_grad_hooks"
+    r"|_backward_hooks|_step_supports_amp_scaling"
 )
 
 

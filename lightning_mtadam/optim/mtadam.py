@@ -23,14 +23,14 @@ from lightning_mtadam.groups import COUNTED, check_numbers, count, materialized
 from lightning_mtadam.importance import ImportanceOptimizer, check_importance, importance_of_checkpoint
 from lightning_mtadam.layers import LayerRule
 from lightning_mtadam.layout import own_memory
+from lightning_mtadam.optim.held import ObservedOptimizer
 from lightning_mtadam.optim.options import Denominator, OnNonfinite, Options, Update
 from lightning_mtadam.optim.state import check_checkpoint, restore
 from lightning_mtadam.optim.tables import Tables
-from lightning_mtadam.optim.term_optimizer import TermOptimizer
 from lightning_mtadam.terms import plain
 
 
-class MTAdam(ImportanceOptimizer, TermOptimizer):
+class MTAdam(ImportanceOptimizer, ObservedOptimizer):
     """Adam for several loss terms: per layer, every term's gradient is brought to the magnitude of an anchor's.
 
     For a layer and a term :math:`i` with gradient :math:`g_i`::
@@ -127,15 +127,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         layers = layers or ("global" if lightly else "parameter")
         norm_init = norm_init or ("unbiased" if lightly else "first")
         denominator = denominator or ("sum" if lightly else "max")
-        balance = (
-            anchor,
-            check_importance({} if importance is None else importance),
-            layers,
-            norm_init,
-            denominator,
-            update,
-            plain(max_scale),
-        )
+        wanted = check_importance({} if importance is None else importance)
+        balance = (anchor, wanted, layers, norm_init, denominator, update, plain(max_scale))
         options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         kept = {"maximize": maximize, **COUNTED, "importance": dict(options.importance)}

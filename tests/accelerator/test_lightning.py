@@ -201,7 +201,9 @@ def test_the_host_waits_for_what_is_logged_where_the_trainer_logs_only(automatic
     first, second = waits.batches[:6], waits.batches[6:]
     assert second == [False, False, True] * 2
     assert first[3:] == [False, False, True], "the first steps make what is kept"
-    assert trainer.progress_bar_metrics["train/loss"] == pytest.approx(float(trainer.callback_metrics["train/loss"]))
+    shown = trainer.progress_bar_metrics
+    assert shown == {name: pytest.approx(float(trainer.callback_metrics[f"train/{name}"])) for name in shown}
+    assert shown
 
 
 @pytest.mark.parametrize("default", [None, FIRST, pytest.param(SECOND, marks=pytest.mark.two_devices)])

@@ -52,7 +52,8 @@ def test_terms_and_their_sum_are_logged_unnormalised_and_their_means_over_an_epo
     expected = {**seen[-1], **means(seen[BATCHES:])}
     assert floats(trainer.callback_metrics) == pytest.approx(expected, rel=1e-6)
     assert floats(trainer.logged_metrics) == pytest.approx(expected, rel=1e-6)
-    assert trainer.progress_bar_metrics == pytest.approx({"train/loss": expected["train/loss"]}, rel=1e-6)
+    shown = ["fit", "size", "decay", *(["loss"] if make_optimizer is adam else [])]
+    assert trainer.progress_bar_metrics == pytest.approx({name: expected[f"train/{name}"] for name in shown}, rel=1e-6)
 
 
 @pytest.mark.parametrize("every", [1, 2])
