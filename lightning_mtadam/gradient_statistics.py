@@ -191,7 +191,8 @@ def weights_of_update(gram: Tensor) -> Tensor:
         >>> weights_of_update(gram_matrices([[a], [b], [2 * a + 3 * b]])).round(decimals=6).tolist()
         [[2.0, 3.0]]
     """
-    total = gram.sum(0)
+    reached = _norms(gram)[..., :-1].sum(-1) > 0  # elsewhere the update is somebody else's
+    total = gram[reached].sum(0)
     for weights in (total.new_ones(len(total) - 1), _least_squares(total)):
         rest = torch.cat([weights, weights.new_tensor([-1.0])])  # what is left of the update: sum_i w_i g_i - u
         if rest @ total @ rest <= UNEXPLAINED * total[-1, -1]:

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from lightning_mtadam import MTAdam
-from tests.benchmarks import exchange, importance, memory, noise, optimizer_step, rivals, scaling, step_cost
+from tests.benchmarks import (
+    exchange,
+    gradient_report,
+    importance,
+    memory,
+    noise,
+    optimizer_step,
+    rivals,
+    scaling,
+    step_cost,
+)
 from tests.benchmarks.authors import AuthorsMTAdam
 from tests.benchmarks.measuring import Piece, interleave, ratio
 from tests.benchmarks.methods import GradNorm, Method, weight_gradients
@@ -165,6 +175,16 @@ def test_the_command_for_the_importance_prints_its_table(capsys):
     rows = re.findall(r"\| importance (\S+) \| 100 \| ([\d.]+) \| ([\d.]+) \|", capsys.readouterr().out)
     assert [float(name) for name, *_ in rows] == [0.3, 0.1, 0.03, 0.01]
     assert [float(kl) for *_, kl in rows] == sorted(float(kl) for *_, kl in rows)
+
+
+@QUIET
+def test_the_report_is_timed_against_the_steps_beside_it(capsys, monkeypatch):
+    monkeypatch.setattr(gradient_report, "CASES", {"small": small_task})
+    gradient_report.main([*QUICK, "--cases", "small"])
+    printed = capsys.readouterr().out
+    assert len(re.findall(RATIO, printed)) == 2
+    assert len(re.findall(r"\d\.\d\d %", printed)) == 2
+    assert len(re.findall(r"\d\.\d{3}, at most", printed)) == 2
 
 
 @QUIET

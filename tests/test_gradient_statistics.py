@@ -212,3 +212,9 @@ def test_terms_with_the_same_gradient_are_treated_alike_and_a_dead_one_gets_noth
 def test_what_no_term_explains_is_no_part_of_the_shares():
     gram = gram_matrices([[torch.tensor([1.0, 0.0])], [torch.tensor([3.0, 7.0])]])  # a term, and an update
     torch.testing.assert_close(weights_of_update(gram), torch.tensor([[3.0]], dtype=torch.float64))
+
+
+def test_what_no_term_reaches_says_nothing_of_the_weights():
+    a, b, other = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]), torch.full((3,), 100.0)
+    weights = weights_of_update(gram_matrices([[a, None], [b, None], [2 * a + 3 * b, other]]))
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 3.0]] * 2, dtype=torch.float64))

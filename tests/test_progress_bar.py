@@ -9,9 +9,8 @@ from lightning_mtadam.progress_bar import LONGEST, SHOWN, bar_names
 from tests.lightning_models import GAN, QUIET, Regression, adam, fit, make_loader, make_mtadam
 
 TOTAL = "train/loss"
-BARS = [TQDMProgressBar]
-if RequirementCache("rich"):
-    BARS.append(RichProgressBar)
+needs_rich = pytest.mark.skipif(not RequirementCache("rich"), reason="rich is not installed")
+BARS = [TQDMProgressBar, pytest.param(RichProgressBar, marks=needs_rich)]
 
 
 def tags(*terms):

@@ -59,8 +59,8 @@ class MeasuredStep:
         none: list[Tensor | None] = [None] * len(parameters)
         rows = [gradients.get(term, none) for term in terms]
         if scales is None:
-            update = divided(list(map(sharding.local_gradient, parameters)), left)
-            gram = _joined(gram_matrices([*rows, update]), parameters)
+            update = [sharding.local_gradient(one) if one.requires_grad else None for one in parameters]
+            gram = _joined(gram_matrices([*rows, divided(update, left)]), parameters)
             found = with_measured_update(gram) if bool(gram.isfinite().all()) else None
         else:
             gram, known = _joined(gram_matrices(rows), parameters), list(self._terms(optimizer))

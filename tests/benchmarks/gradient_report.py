@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,8 +26,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mtadam import MTAdam
 from lightning_mtadam.callbacks import GradientReport
 from tests.benchmarks.measuring import Ratio, parse, parser, ratio, show, thread_counts, versions
-from tests.benchmarks.step_cost import CASES, Trained
+from tests.benchmarks.networks import Task, mnist_task, unet_task
+from tests.benchmarks.step_cost import Trained
 
+CASES: dict[str, Callable[[], Task]] = {
+    "MNIST, I = 10": mnist_task,
+    "U-Net, I = 2": partial(unet_task, 2, width=16),  # a small batch, beside which a report weighs most
+    "U-Net, I = 6": partial(unet_task, 6, width=16),
+}
 EVERY = 50
 WARM_UP = 4  # steps; an even number
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"MTAdam": MTAdam, "Adam": Adam}
