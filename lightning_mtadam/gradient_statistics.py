@@ -24,8 +24,8 @@ DROWNED = 0.01
 CONFLICT = -0.05
 """Below this cosine two terms are in conflict. It is a little below zero: chance brings unrelated gradients there."""
 
-PIECE = 1 << 20
-"""How many elements are widened to float64 at a time."""
+PIECE = 1 << 16
+"""How many elements of each gradient are widened to float64 at a time: on the host they stay in its cache."""
 
 UNEXPLAINED = 1e-5
 """Weights explain an update if the square of what they leave of it is this share of its own square, or less."""
@@ -142,7 +142,8 @@ def gram_matrices(gradients: Sequence[Gradients]) -> Tensor:
         >>> gram_matrices([[torch.ones(2), torch.tensor(2.0)], [torch.tensor([3.0, -1.0]), None]]).tolist()
         [[[2.0, 2.0], [2.0, 10.0]], [[4.0, 0.0], [0.0, 0.0]]]
     """
-    matrices = [_gram(column) for column in zip(*gradients, strict=True)]
+    scratch: dict[torch.device, Tensor] = {}
+    matrices = [_gram(column, scratch) for column in zip(*gradients, strict=True)]
     return torch.stack([matrix.to("cpu", torch.float64) for matrix in matrices])
 
 
@@ -240,18 +241,23 @@ def conflicts(found: GradientStatistics, terms: Sequence[str]) -> tuple[tuple[st
     return tuple(sorted(against, key=lambda pair: pair[2]))
 
 
-def _gram(rows: Gradients) -> Tensor:
-    """The inner products of the I gradients of one parameter: [I, I], on their device."""
+def _gram(rows: Gradients, scratch: dict[torch.device, Tensor]) -> Tensor:
+    """The inner products of the I gradients of one parameter: [I, I], on their device, whose ``scratch`` is kept."""
     here = [index for index, row in enumerate(rows) if row is not None]
     flat = [row.detach().reshape(-1) for row in rows if row is not None]
     device = flat[0].device if flat else torch.device("cpu")
     wide = torch.float32 if device.type == "mps" else torch.float64  # which that device does not have
-    gram = torch.zeros(len(rows), len(rows), dtype=wide, device=device)
+    found = torch.zeros(len(here), len(here), dtype=wide, device=device)
+    if flat and device not in scratch:
+        scratch[device] = found.new_empty(len(rows) * PIECE)
     for start in range(0, len(flat[0]) if flat else 0, PIECE):
-        piece = torch.stack([row[start : start + PIECE].to(wide) for row in flat])
-        found = piece.new_zeros(len(rows), piece.shape[1])
-        found[here] = piece
-        gram += found @ found.T
+        pieces = [row[start : start + PIECE] for row in flat]
+        block = scratch[device][: len(pieces) * len(pieces[0])].view(len(pieces), -1)
+        torch._foreach_copy_(list(block.unbind()), pieces)
+        found.addmm_(block, block.T)
+    gram = found.new_zeros(len(rows), len(rows))
+    places = torch.tensor(here, dtype=torch.int64, device=device)
+    gram[places[:, None], places] = found
     return gram
 
 

@@ -182,7 +182,7 @@ def test_the_report_is_timed_against_the_steps_beside_it(capsys, monkeypatch):
     monkeypatch.setattr(gradient_report, "CASES", {"small": small_task})
     gradient_report.main([*QUICK, "--cases", "small"])
     printed = capsys.readouterr().out
-    assert len(re.findall(RATIO, printed)) == 2
+    assert len(re.findall(RATIO, printed)) == 4
     assert len(re.findall(r"\d\.\d\d %", printed)) == 2
     assert len(re.findall(r"\d\.\d{3}, at most", printed)) == 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
@@ -36,7 +36,7 @@ class Followed:
 
     steps: int = 0
     due: int = 0
-    step: MeasuredStep = field(default_factory=MeasuredStep)
+    step: MeasuredStep | None = None
     at: int = -1
 
     @property
@@ -46,15 +46,16 @@ class Followed:
 
     def begin(self, optimizer: Optimizer) -> MeasuredStep:
         """The step that is under way; a new one, if there are no gradients: those before were dropped."""
-        if not any(_is_something(parameter.grad) for parameter in parameters_in(optimizer)):
+        if self.step is None or not any(_is_something(parameter.grad) for parameter in parameters_in(optimizer)):
             self.step = MeasuredStep()
         return self.step
 
     def end(self, at: int) -> MeasuredStep | None:
-        """The step whose gradients are complete; ``None`` if the trainer has counted it already."""
+        """The step whose gradients are complete, if it is to be reported; one that is evaluated again was counted."""
         if self.at == at:
             return None
-        ended, self.step, self.steps, self.at = self.step, MeasuredStep(), self.steps + 1, at
+        ended = (self.step or MeasuredStep()) if self.is_due else None
+        self.step, self.steps, self.at = None, self.steps + 1, at
         return ended
 
 

@@ -50,6 +50,7 @@ class GradientReport(pl.Callback):
         every_n_steps: steps of the optimizer from one report to the next; the first is at step 0.
         layers: what is a row of the reports by layer: a "module" (its weight and bias together), a "parameter", or what
             a function makes of a parameter's name.
+        image_every_n: pictures are drawn of the first report, and then of every so many; 0 draws none.
 
     Attributes:
         latest: the last report; ``None`` before the first.
@@ -57,8 +58,8 @@ class GradientReport(pl.Callback):
 
     Raises:
         MisconfigurationException: a training step gives no losses by name, or one alone.
-        TypeError: ``every_n_steps`` is no integer, or ``layers`` no rule.
-        ValueError: ``every_n_steps`` is below 1, or ``layers`` is an unknown name.
+        TypeError: a number is no integer.
+        ValueError: ``every_n_steps`` is below 1, ``image_every_n`` below 0, or ``layers`` an unknown name.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -67,16 +68,19 @@ class GradientReport(pl.Callback):
         >>> trainer = Trainer(callbacks=[report], accelerator="cpu")
     """
 
-    def __init__(self, every_n_steps: int = 50, *, layers: LayerRule = "module") -> None:
-        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool):
-            raise TypeError(f"every_n_steps must be an integer, but is {every_n_steps!r}.")
+    def __init__(self, every_n_steps: int = 50, *, layers: LayerRule = "module", image_every_n: int = 10) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("image_every_n", image_every_n)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer, but is {value!r}.")
         if every_n_steps < 1:
             raise ValueError(
                 f"every_n_steps must be at least 1, but is {every_n_steps}. To report nothing, leave it out."
             )
         if not callable(layers) and layers not in LAYER_RULES:
             raise ValueError(f"layers must be one of {LAYER_RULES}, or a function of a name, but is {layers!r}.")
-        self.every_n_steps, self.layers = every_n_steps, layers
+        if image_every_n < 0:
+            raise ValueError(f"image_every_n must be at least 0, which draws nothing, but is {image_every_n}.")
+        self.every_n_steps, self.layers, self.image_every_n = every_n_steps, layers, image_every_n
         self.latest: GradientSummary | None = None
         self.reports: dict[str, GradientSummary] = {}
         self._followed: list[Followed] = []
@@ -99,7 +103,10 @@ class GradientReport(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """In a step of the report, differentiate the losses one by one, unless MTAdam or a balancer will do so."""
-        coming, self._given = coming_losses(trainer, pl_module, self._given), None
+        given, self._given = self._given, None
+        if self.reports and not any(one.is_due for one in self._followed):
+            return
+        coming = coming_losses(trainer, pl_module, given)
         if coming is None:
             if pl_module.automatic_optimization and not self.reports:
                 raise MisconfigurationException(NO_NAMES)
@@ -122,9 +129,8 @@ class GradientReport(pl.Callback):
         """Measure, if a report is due."""
         optimizer = lightning_internals.unwrap(optimizer)
         followed = self._of(trainer, optimizer)
-        number, due = followed.steps, followed.is_due
-        step = followed.end(trainer.global_step)
-        found = step.measure(optimizer, scale_left(trainer, optimizer)) if due and step is not None else None
+        number, step = followed.steps, followed.end(trainer.global_step)
+        found = None if step is None else step.measure(optimizer, scale_left(trainer, optimizer))
         if found is None:
             return
         followed.due = (number // self.every_n_steps + 1) * self.every_n_steps
@@ -139,9 +145,11 @@ class GradientReport(pl.Callback):
             step, metrics = lightning_internals.logging_step(trainer), summary.scalars(suffix)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
-            for writer in tensorboard.writers(trainer.loggers):
+            due = self.image_every_n > 0 and summary.step // self.every_n_steps % self.image_every_n == 0
+            for writer in tensorboard.writers(trainer.loggers) if due else ():
                 add_pictures(writer, suffix, summary.terms, list(summary.layers), statistics, step)
-        self._new = []
+        if self._new:
+            self._new = []
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell, if a report was due and none has come."""

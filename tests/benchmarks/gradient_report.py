@@ -1,7 +1,7 @@
 """What ``GradientReport`` costs: ``python -m tests.benchmarks.gradient_report``. A U-Net, under the trainer.
 
-1. A step with a report over the steps beside it, which have none; and what that is of a step, one in 50 of which has a
-   report. The step is whole: with the loggers' part, TensorBoard's pictures included.
+1. A step with a report over the steps beside it, which have none; and what that adds to a step, where one in 50 has a
+   report, and one report in 10 has pictures. The step is whole, with the part of TensorBoard's logger.
 2. The time that the callback's hooks take in a step without a report, in ms.
 
 Run by hand: timings are no tests.
@@ -34,7 +34,7 @@ CASES: dict[str, Callable[[], Task]] = {
     "U-Net, I = 2": partial(unet_task, 2, width=16),  # a small batch, beside which a report weighs most
     "U-Net, I = 6": partial(unet_task, 6, width=16),
 }
-EVERY = 50
+EVERY, DRAWN = 50, 10  # steps from one report to the next, reports from one with pictures to the next
 WARM_UP = 4  # steps; an even number
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"MTAdam": MTAdam, "Adam": Adam}
 
@@ -42,8 +42,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"MTAdam": MTAdam, "Adam": Ada
 class TimedReport(GradientReport):
     """Reports every second step, and notes how long its hooks take in each."""
 
-    def __init__(self) -> None:
-        super().__init__(every_n_steps=2)
+    def __init__(self, *, pictures: bool) -> None:
+        super().__init__(every_n_steps=2, image_every_n=int(pictures))
         self.seconds: list[float] = []
 
     @contextmanager
@@ -89,9 +89,11 @@ class Steps(pl.Callback):
         return [after - before for before, after in zip(self.begins, self.begins[1:], strict=False)]
 
 
-def measure(case: str, make_optimizer: Callable[..., Optimizer], repeats: int) -> tuple[Ratio, float, float]:
+def measure(
+    case: str, make_optimizer: Callable[..., Optimizer], repeats: int, *, pictures: bool
+) -> tuple[Ratio, float, float]:
     """A step with a report over one without; the median and the largest time of the hooks without, in ms."""
-    task, steps, report = CASES[case](), Steps(), TimedReport()
+    task, steps, report = CASES[case](), Steps(), TimedReport(pictures=pictures)
     batches = WARM_UP + 2 * repeats + 1
     data = [part.repeat(batches, *[1] * (part.dim() - 1)) for part in task.batch]
     with tempfile.TemporaryDirectory() as folder:
@@ -110,12 +112,15 @@ def measure(case: str, make_optimizer: Callable[..., Optimizer], repeats: int) -
 
 def row(case: str, name: str, repeats: int) -> dict[str, object]:
     """A line of the table."""
-    found, idle, most = measure(case, OPTIMIZERS[name], repeats)
+    drawn, _, _ = measure(case, OPTIMIZERS[name], repeats, pictures=True)
+    found, idle, most = measure(case, OPTIMIZERS[name], repeats, pictures=False)
+    mean = found.value + (drawn.value - found.value) / DRAWN
     return {
         "case": case,
         "optimizer": name,
         "a step with a report / one without": found,
-        f"added, one report in {EVERY} steps": f"{100 * (found.value - 1) / EVERY:.2f} %",
+        "with its pictures": drawn,
+        f"added, one report in {EVERY} steps": f"{100 * (mean - 1) / EVERY:.2f} %",
         "hooks of other steps, ms": f"{idle:.3f}, at most {most:.3f}",
     }
 

@@ -246,9 +246,16 @@ def images(folder):
 
 def test_tensorboard_gets_terms_by_terms_and_layers_by_terms(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tb", version="")
-    fit(Regression(adam), make_loader(4), max_epochs=1, callbacks=[GradientReport(2)], logger=logger)
+    fit(Regression(adam), make_loader(4), max_epochs=1, callbacks=[GradientReport(2, image_every_n=1)], logger=logger)
     expected = ["gradient_cosine/terms_by_terms", "gradient_cosine/layers_by_terms", "gradient_share/layers_by_terms"]
     assert images(tmp_path) == {tag: [0, 2] for tag in expected}
+
+
+@pytest.mark.parametrize(("image_every_n", "drawn"), [(2, [0, 4, 8]), (0, []), (10, [0])])
+def test_pictures_are_drawn_of_every_so_many_reports(image_every_n, drawn, tmp_path):
+    logger, report = TensorBoardLogger(tmp_path, name="tb", version=""), GradientReport(2, image_every_n=image_every_n)
+    fit(Regression(make_mtadam), make_loader(10), max_epochs=1, callbacks=[report], logger=logger)
+    assert images(tmp_path).get("gradient_cosine/terms_by_terms", []) == drawn
 
 
 def test_layers_are_joined_until_a_picture_has_room_and_add_up():
@@ -517,6 +524,8 @@ def test_a_manual_run_that_names_nothing_is_told_of_when_it_ends():
         ({"every_n_steps": -3}, ValueError, "must be at least 1, but is -3"),
         ({"every_n_steps": 2.5}, TypeError, r"must be an integer, but is 2\.5"),
         ({"every_n_steps": True}, TypeError, "must be an integer, but is True"),
+        ({"image_every_n": -1}, ValueError, "must be at least 0, which draws nothing, but is -1"),
+        ({"image_every_n": 0.5}, TypeError, r"image_every_n must be an integer, but is 0\.5"),
         ({"layers": "block"}, ValueError, r"layers must be one of .*, but is 'block'"),
     ],
 )
