@@ -86,7 +86,7 @@ def number(value: float) -> str:
     """A number in at most six letters, for cells and axes.
 
     Example:
-        >>> [number(value) for value in (0.0, 1.0, -0.25, 0.0123, 12.34, 1234.0, 2.5e-5, 3e7)]
+        >>> [number(value) for value in (0.0, 1.0, -0.25, 0.0123, 12.34, 1234.0, 2e-5, 3e7)]
         ['0', '1', '-0.25', '0.012', '12', '1234', '2e-5', '3e7']
     """
     size = abs(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -24,14 +25,16 @@ def few_rows(table: Tensor, rows: Sequence[str], at_most: int = 40) -> tuple[Ten
     Example:
         >>> names = ["encoder.0.weight", "encoder.0.bias", "head.weight"]
         >>> few_rows(torch.tensor([[1.0], [3.0], [2.0]]), names, at_most=2)[1]
-        ['encoder', 'head']
+        ['encoder.0', 'head.weight']
     """
     if len(rows) <= at_most:
         return table, list(rows), ""
     deepest = max(name.count(".") for name in rows)
     for depth in range(deepest, 0, -1):
         names = [".".join(name.split(".")[:depth]) for name in rows]
-        if len(set(names)) <= at_most:
+        counts = Counter(names)
+        if len(counts) <= at_most:
+            names = [whole if counts[name] == 1 else name for whole, name in zip(rows, names, strict=True)]
             return *_joined(table, names), f"Each row is the median of the layers of a module, of {len(rows)} in all."
     length = math.ceil(len(rows) / at_most)
     firsts, lasts = rows[::length], [*rows[length - 1 :: length], rows[-1]]
