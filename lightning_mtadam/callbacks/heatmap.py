@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from lightning_mtadam.callbacks import drawing
-from lightning_mtadam.callbacks.drawing import LINE, MARGIN, RGB, number, shortened, width_of, wrapped
+from lightning_mtadam.callbacks.drawing import LINE, MARGIN, RGB, number, shortened, widest, width_of, wrapped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-CELL_WIDTH, CELL_HEIGHT = 44, 24
-WIDEST_CELL, WIDEST_TABLE = 84, 640
+CELL_WIDTH, CELL_HEIGHT = 80, 46
+WIDEST_CELL, WIDEST_TABLE = 160, 840
 """Cells widen so far for names that are written level; with longer names, or more of them, they are upright."""
-LONGEST_NAME, NARROWEST = 240, 420
-SWATCH = 13
+LONGEST_NAME, NARROWEST = 420, 800
+SWATCH, GAP = 24, 14
+BESIDE = SWATCH + GAP
 BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)  # told apart with every colour blindness
 MISSING: RGB = (208, 208, 208)
 
@@ -95,13 +96,12 @@ def heatmap(table: Tensor, rows: Sequence[str], columns: Sequence[str], scale: S
             f"table must have a row for each of {len(rows)} rows and a column for each of {len(columns)} columns, but"
             f" has shape {tuple(table.shape)}."
         )
-    letters = drawing.font()
-    rows, columns = ([shortened(name, LONGEST_NAME, letters) for name in names] for names in (rows, columns))
+    rows, columns = ([shortened(name, LONGEST_NAME) for name in names] for names in (rows, columns))
     grid = _Grid.fitting(rows, columns, title)
-    legend = [(colour, wrapped(words, grid.text_width - 19, letters)) for colour, words in _legend(scale, table)]
+    legend = [(colour, wrapped(words, grid.text_width - BESIDE)) for colour, words in _legend(scale, table)]
     height = grid.bottom + LINE * sum(len(lines) for _, lines in legend) + 2 * MARGIN
     image, draw = drawing.new_image(grid.text_width + 2 * MARGIN, height)
-    drawing.write_lines(draw, (MARGIN, MARGIN), wrapped(title, grid.text_width, letters), letters)
+    drawing.write_lines(draw, (MARGIN, MARGIN), wrapped(title, grid.text_width))
     _write_names(image, rows, columns, grid)
     _draw_cells(draw, table, scale, grid)
     _draw_legend(draw, legend, grid.bottom + MARGIN)
@@ -120,14 +120,13 @@ class _Grid:
 
     @classmethod
     def fitting(cls, rows: Sequence[str], columns: Sequence[str], title: str) -> _Grid:
-        letters = drawing.font()
-        longest = max((width_of(name, letters) for name in columns), default=0)
-        level = max(longest + 8, CELL_WIDTH)
+        longest = widest(columns)
+        level = max(longest + 14, CELL_WIDTH)
         upright = level > WIDEST_CELL or level * len(columns) > WIDEST_TABLE
-        left = MARGIN + max((width_of(name, letters) for name in rows), default=0) + 8
+        left = MARGIN + widest(rows) + GAP
         grid = cls(left, 0, CELL_WIDTH if upright else level, (len(rows), len(columns)), upright)
-        above = LINE * len(wrapped(title, grid.text_width, letters)) + 6 if title else 0
-        return replace(grid, top=MARGIN + above + (longest if upright else LINE) + 6)
+        above = LINE * len(wrapped(title, grid.text_width)) + GAP if title else 0
+        return replace(grid, top=MARGIN + above + (longest if upright else LINE) + GAP)
 
     @property
     def bottom(self) -> int:
@@ -140,7 +139,7 @@ class _Grid:
 
     def cell(self, row: int, column: int) -> tuple[int, int, int, int]:
         left, top = self.left + self.cell_width * column, self.top + CELL_HEIGHT * row
-        return left, top, left + self.cell_width - 2, top + CELL_HEIGHT - 2
+        return left, top, left + self.cell_width - 3, top + CELL_HEIGHT - 3
 
 
 def _write_names(image: Image, rows: Sequence[str], columns: Sequence[str], grid: _Grid) -> None:
@@ -149,19 +148,19 @@ def _write_names(image: Image, rows: Sequence[str], columns: Sequence[str], grid
     letters, draw = drawing.font(), ImageDraw.Draw(image)
     for index, name in enumerate(rows):
         middle = grid.top + CELL_HEIGHT * index + CELL_HEIGHT // 2 - 1
-        draw.text((grid.left - 8, middle), name, drawing.INK, letters, anchor="rm")
+        draw.text((grid.left - GAP, middle), name, drawing.INK, letters, anchor="rm")
     for index, name in enumerate(columns):
         middle = grid.left + grid.cell_width * index + grid.cell_width // 2 - 1
         if not grid.upright:
-            draw.text((middle, grid.top - 6), name, drawing.INK, letters, anchor="md")
+            draw.text((middle, grid.top - GAP), name, drawing.INK, letters, anchor="md")
             continue
-        label = Image.new("RGB", (width_of(name, letters), LINE), drawing.PAPER)
+        label = Image.new("RGB", (width_of(name), LINE), drawing.PAPER)
         ImageDraw.Draw(label).text((0, LINE // 2), name, drawing.INK, letters, anchor="lm")
-        image.paste(label.rotate(90, expand=True), (middle - LINE // 2, grid.top - 6 - label.width))
+        image.paste(label.rotate(90, expand=True), (middle - LINE // 2, grid.top - GAP - label.width))
 
 
 def _draw_cells(draw: ImageDraw, table: Tensor, scale: Scale, grid: _Grid) -> None:
-    letters = drawing.font(12)
+    letters = drawing.font(drawing.SMALL_LETTERS)
     for row, (places, values) in enumerate(zip(scale.places(table).tolist(), table.tolist(), strict=True)):
         for column, (place, value) in enumerate(zip(places, values, strict=True)):
             colour, (left, top, right, bottom) = _colour(place), grid.cell(row, column)
@@ -193,6 +192,6 @@ def _legend(scale: Scale, table: Tensor) -> list[tuple[RGB, str]]:
 
 def _draw_legend(draw: ImageDraw, legend: Sequence[tuple[RGB, list[str]]], top: int) -> None:
     for colour, lines in legend:
-        draw.rectangle((MARGIN, top + 2, MARGIN + SWATCH - 1, top + 1 + SWATCH), colour, drawing.FAINT)
-        drawing.write_lines(draw, (MARGIN + 19, top), lines, drawing.font())
+        draw.rectangle((MARGIN, top + 4, MARGIN + SWATCH - 1, top + 3 + SWATCH), colour, drawing.FAINT)
+        drawing.write_lines(draw, (MARGIN + BESIDE, top), lines)
         top += LINE * len(lines)
