@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BALANCE = Scale(
-    below="multiplied up, as its gradient is smaller than the anchor's",
-    above="divided down, as its gradient is larger than the anchor's",
+    below="multiplied up, smaller than the anchor's",
+    above="divided down, larger than the anchor's",
     missing="the term does not reach the layer",
     logarithmic=True,
 )
@@ -29,17 +29,17 @@ MOST_LAYERS = 24
 def terms_over_steps(prefix: str, history: History) -> Image:
     """The medians of all terms over the steps, or the weights of the losses, on one axis."""
     if prefix.startswith(WEIGHT):
-        title = f"Balance weights{_whose(prefix)}: each term's gradient over the anchor's, median over the layers"
-        legend = ["Above 1x: larger than the anchor's, and divided down. Below 1x: smaller, and multiplied up."]
+        title = f"Balance weights{_whose(prefix)} over the steps, medians over the layers"
+        legend = [f"Above 1x: {BALANCE.above}.", f"Below 1x: {BALANCE.below}."]
     else:
-        title, legend = "What multiplies each loss", ["Above 1x: multiplied up. Below 1x: multiplied down."]
+        title, legend = "What multiplies each loss, over the steps", []
     return line_chart(history.steps, history.series, title, legend)
 
 
 def layers_by_terms(reading: Reading, when: str = "now") -> Image:
     """The balance weights of the layers that train; of many layers, the medians of their modules."""
     table, rows, joined = few_rows(reading.table, reading.layers, MOST_LAYERS)
-    title = f"Balance weights {when}{_whose(reading.prefix)}: each term's gradient over the anchor's. {joined}"
+    title = f"Balance weights{_whose(reading.prefix)} {when}: gradients over the anchor's. {joined}"
     return heatmap(table, rows, reading.terms, BALANCE, title)
 
 

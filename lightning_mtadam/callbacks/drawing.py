@@ -20,7 +20,7 @@ PAPER: RGB = (255, 255, 255)
 INK: RGB = (33, 33, 33)
 FAINT: RGB = (110, 110, 110)
 RULED: RGB = (222, 222, 222)
-LETTERS, SMALL_LETTERS = 26, 24
+LETTERS, SMALL_LETTERS = 26, 22
 """Large, in pixels: TensorBoard shows a picture at a third of its width until it is clicked, without smoothing."""
 LINE, MARGIN = 34, 24
 

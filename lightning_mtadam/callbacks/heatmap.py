@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-CELL_WIDTH, CELL_HEIGHT = 80, 46
-WIDEST_CELL, WIDEST_TABLE = 160, 840
+CELL_WIDTH, CELL_HEIGHT = 68, 42
+WIDEST_CELL, WIDEST_TABLE = 160, 720
 """Cells widen so far for names that are written level; with longer names, or more of them, they are upright."""
-LONGEST_NAME, NARROWEST = 420, 800
+LONGEST_NAME, NARROWEST = 400, 640
 SWATCH, GAP = 24, 14
 BESIDE = SWATCH + GAP
 BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)  # told apart with every colour blindness

@@ -27,7 +27,7 @@ COLOURS: tuple[RGB, ...] = (
     (136, 34, 85),
 )
 """Told apart with every colour blindness, and 3 to 1 at least against the paper; lines after these are hollow."""
-WIDTH, PLOT_HEIGHT = 1000, 460
+WIDTH, PLOT_HEIGHT = 800, 340
 LONGEST_NAME, LEADER = 220, 44
 SMOOTHING = 2
 """Lines are drawn so many times larger, and made small."""
@@ -164,7 +164,7 @@ def _draw_line(draw: ImageDraw, places: Sequence[Point], index: int) -> None:
 def _write_ends(draw: ImageDraw, plot: _Plot, pieces: Sequence[Sequence[Point]], ends: Sequence[str]) -> None:
     """Write what stands at the lines' ends, and lead there from the last point of each."""
     lasts = [points[-1] if points else (plot.steps[1], plot.logs[0]) for points in pieces]
-    places = spread([plot.y(log) for _, log in lasts], LINE, plot.top, plot.bottom)
+    places = spread([plot.y(log) for _, log in lasts], LINE, plot.top, plot.bottom - LINE // 2)
     for index, ((step, log), place, end) in enumerate(zip(lasts, places, ends, strict=True)):
         leader = [(plot.x(step), plot.y(log)), (plot.right + 6, plot.y(log)), (plot.right + LEADER - 8, place)]
         if pieces[index]:

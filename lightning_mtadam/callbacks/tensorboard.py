@@ -47,8 +47,8 @@ def explain(writer: Any, terms_of: Mapping[str, Sequence[str]], logged: Containe
         pictures |= tags.meanings_of_pictures(prefix)
         losses = {f"train/{term}": f"The loss **{term}**, as the training step returned it." for term in terms}
         scalars |= {tag: text for tag, text in losses.items() if tag in logged}
-    describe(writer, scalars, pictures)
     add_layout(writer, terms_of)
+    describe(writer, scalars, pictures)
 
 
 def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]]) -> None:
@@ -79,7 +79,8 @@ def add_matrix(writer: Any, tag: str, columns: Sequence[str], rows: Sequence[str
 def describe(writer: Any, scalars: Mapping[str, str], pictures: Mapping[str, str]) -> None:
     """Say what tags mean, in Markdown, before the first value of each. TensorBoard shows it beside them.
 
-    It takes a description without a value, if it is told of what class the values will be.
+    It takes a description without a value, if it is told of what class the values will be. Something must have been
+    written before: that opens the file of a writer that was closed at the end of an earlier run.
     """
     from tensorboard.compat.proto import summary_pb2 as proto  # type: ignore[import-untyped]
 
@@ -92,4 +93,4 @@ def describe(writer: Any, scalars: Mapping[str, str], pictures: Mapping[str, str
             metadata = proto.SummaryMetadata(summary_description=text, data_class=data_class)
             metadata.plugin_data.plugin_name = plugin
             values.append(proto.Summary.Value(tag=tag, metadata=metadata))
-    writer._get_file_writer().add_summary(proto.Summary(value=values))
+    writer.file_writer.add_summary(proto.Summary(value=values))
