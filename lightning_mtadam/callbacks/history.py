@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 AT_MOST = 1000
@@ -40,9 +41,22 @@ class History:
         for name, one in self.series.items():
             one.append(values.get(name, math.nan))
         if len(self.steps) > AT_MOST:
-            kept = len(self.steps) // 4 * 4
-            self.steps = [*self.steps[:kept:2], *self.steps[kept:]]
-            self.series = {name: [*_halved(one[:kept]), *one[kept:]] for name, one in self.series.items()}
+            self._join_neighbours()
+
+    def _join_neighbours(self) -> None:
+        """Keep two values of each cell of steps: of each series the lowest and the highest, in their order.
+
+        Cells are as wide as a power of two and begin at its multiples, so that what was joined is not moved again
+        until they are twice as wide.
+        """
+        width = 2 ** math.ceil(math.log2(4 * (self.steps[-1] - self.steps[0]) / AT_MOST))
+        cells = [list(cell) for _, cell in groupby(range(len(self.steps)), lambda at: self.steps[at] // width)]
+        steps = self.steps
+        self.steps = [steps[at] for cell in cells for at in dict.fromkeys((cell[0], cell[len(cell) // 2]))]
+        self.series = {
+            name: [value for cell in cells for value in _extremes([values[at] for at in cell])]
+            for name, values in self.series.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in lists."""
@@ -57,11 +71,10 @@ class History:
         return history
 
 
-def _halved(values: list[float]) -> list[float]:
-    """Of every four neighbours the lowest and the highest, in their order: no outlier is lost."""
-    found: list[float] = []
-    for at in range(0, len(values), 4):
-        present = [place for place in range(at, at + 4) if not math.isnan(values[place])] or [at]
-        low, high = (choose(present, key=values.__getitem__) for choose in (min, max))
-        found += [values[low], values[high]] if low <= high else [values[high], values[low]]
-    return found
+def _extremes(values: list[float]) -> list[float]:
+    """The lowest and the highest, in their order; what is not more than two as it is."""
+    if len(values) <= 2:
+        return values
+    present = [at for at, value in enumerate(values) if not math.isnan(value)] or [0]
+    low, high = (choose(present, key=values.__getitem__) for choose in (min, max))
+    return [values[min(low, high)], values[max(low, high)]]

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 COLOURS: tuple[RGB, ...] = (
     (0, 114, 178),
     (213, 94, 0),
-    (0, 135, 95),
-    (160, 60, 150),
-    (40, 40, 40),
-    (60, 150, 210),
-    (140, 110, 0),
-    (136, 34, 85),
+    (50, 166, 137),
+    (90, 17, 115),
+    (140, 121, 63),
+    (166, 50, 79),
+    (30, 30, 30),
+    (33, 33, 217),
 )
 """Told apart with every colour blindness, and 3 to 1 at least against the paper; lines after these are hollow."""
 WIDTH, PLOT_HEIGHT = 800, 340
