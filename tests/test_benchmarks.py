@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mtadam import MTAdam
-from tests.benchmarks import exchange, importance, memory, noise, optimizer_step, rivals, scaling, step_cost
+from tests.benchmarks import exchange, importance, memory, monitor, noise, optimizer_step, rivals, scaling, step_cost
 from tests.benchmarks.authors import AuthorsMTAdam
 from tests.benchmarks.measuring import Piece, interleave, ratio
 from tests.benchmarks.methods import GradNorm, Method, weight_gradients
@@ -34,6 +34,17 @@ def known_peaks(monkeypatch):
             "in_a_process",
             lambda function, *arguments: 1 + sum(number for number in arguments if not isinstance(number, str)),
         )
+
+
+@QUIET
+@pytest.mark.filterwarnings("ignore:.*tensorboardX", "ignore:.*does not have many workers")
+def test_the_cost_of_the_monitor_is_told_by_what_it_did(monkeypatch, capsys):
+    monkeypatch.setattr(monitor, "CASES", {"small": small_task})
+    monitor.main(["--quick"])
+    printed = capsys.readouterr().out
+    assert re.search(r"case +\| not logged +\| logged +\| with pictures", printed)
+    quiet, logged, pictures = (float(one) for one in re.findall(r"([\d.]+) \([\d.]+ to [\d.]+\)", printed))
+    assert quiet < logged < pictures
 
 
 def test_the_authors_algorithm_equals_ours():
