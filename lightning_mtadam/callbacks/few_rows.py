@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def few_rows(table: Tensor, rows: Sequence[str], at_most: int = 40) -> tuple[Tensor, list[str], str]:
-    """Join the rows of a long table, so that it can be read: by the modules that their names tell, else by neighbours.
+    """Join the rows of a long table, so that it can be read: by the modules that their names tell, else by neighbors.
 
     Args:
         table: the values, [R, C]; nan where there is none.
@@ -39,7 +39,7 @@ def few_rows(table: Tensor, rows: Sequence[str], at_most: int = 40) -> tuple[Ten
     length = math.ceil(len(rows) / at_most)
     firsts, lasts = rows[::length], [*rows[length - 1 :: length], rows[-1]]
     names = [f"{firsts[i // length]} to {lasts[i // length]}" for i in range(len(rows))]
-    return *_joined(table, names), f"Each row is the median of {length} neighbouring layers, of {len(rows)} in all."
+    return *_joined(table, names), f"Each row is the median of {length} neighboring layers, of {len(rows)} in all."
 
 
 def _joined(table: Tensor, names: Sequence[str]) -> tuple[Tensor, list[str]]:

@@ -1,4 +1,4 @@
-"""A table as a picture: colours that diverge from a middle, the numbers in the cells, a legend in words."""
+"""A table as a picture: colors that diverge from a middle, the numbers in the cells, a legend in words."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ WIDEST_CELL, WIDEST_TABLE = 160, 720
 LONGEST_NAME, NARROWEST = 400, 640
 SWATCH, GAP = 24, 14
 BESIDE = SWATCH + GAP
-BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)  # told apart with every colour blindness
+BLUE, WHITE, RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)  # told apart with every color blindness
 MISSING: RGB = (208, 208, 208)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the colours of a heatmap mean: blue below the middle, white at it, red above.
+    """What the colors of a heatmap mean: blue below the middle, white at it, red above.
 
     Attributes:
         below: what blue means, in words.
         above: what red means, in words.
-        missing: what a grey cell without a number means: a value that is nan or inf.
-        logarithmic: the middle is 1, and colours deepen by powers of ten; else it is 0, and they deepen evenly.
+        missing: what a gray cell without a number means: a value that is nan or inf.
+        logarithmic: the middle is 1, and colors deepen by powers of ten; else it is 0, and they deepen evenly.
         limit: the value above the middle with the deepest red. ``None``: the largest of the data, up or down.
     """
 
@@ -61,7 +61,7 @@ class Scale:
         return table.log10() if self.logarithmic else table
 
     def _reach(self, shifted: Tensor) -> float:
-        """How far from the middle colours go on deepening."""
+        """How far from the middle colors go on deepening."""
         if self.limit is not None:
             return math.log10(self.limit) if self.logarithmic else self.limit
         sizes = shifted[shifted.isfinite()].abs()
@@ -76,7 +76,7 @@ def heatmap(table: Tensor, rows: Sequence[str], columns: Sequence[str], scale: S
         table: the values, [R, C]; nan where there is none.
         rows: R names, written to the left. For many, see :func:`~lightning_mtadam.callbacks.few_rows.few_rows`.
         columns: C names, written above the table, upright if they are long.
-        scale: what the colours mean; its words are the legend.
+        scale: what the colors mean; its words are the legend.
         title: what the picture shows, in words.
 
     Returns:
@@ -98,7 +98,7 @@ def heatmap(table: Tensor, rows: Sequence[str], columns: Sequence[str], scale: S
         )
     rows, columns = ([shortened(name, LONGEST_NAME) for name in names] for names in (rows, columns))
     grid = _Grid.fitting(rows, columns, title)
-    legend = [(colour, wrapped(words, grid.text_width - BESIDE)) for colour, words in _legend(scale, table)]
+    legend = [(color, wrapped(words, grid.text_width - BESIDE)) for color, words in _legend(scale, table)]
     height = grid.bottom + LINE * sum(len(lines) for _, lines in legend) + 2 * MARGIN
     image, draw = drawing.new_image(grid.text_width + 2 * MARGIN, height)
     drawing.write_lines(draw, (MARGIN, MARGIN), wrapped(title, grid.text_width))
@@ -163,15 +163,15 @@ def _draw_cells(draw: ImageDraw, table: Tensor, scale: Scale, grid: _Grid) -> No
     letters = drawing.font(drawing.SMALL_LETTERS)
     for row, (places, values) in enumerate(zip(scale.places(table).tolist(), table.tolist(), strict=True)):
         for column, (place, value) in enumerate(zip(places, values, strict=True)):
-            colour, (left, top, right, bottom) = _colour(place), grid.cell(row, column)
-            draw.rectangle((left, top, right, bottom), colour)
+            color, (left, top, right, bottom) = _color(place), grid.cell(row, column)
+            draw.rectangle((left, top, right, bottom), color)
             if not math.isnan(place):
-                ink = drawing.INK if sum(colour) > 380 else drawing.PAPER
+                ink = drawing.INK if sum(color) > 380 else drawing.PAPER
                 draw.text(((left + right) // 2, (top + bottom) // 2), number(value), ink, letters, anchor="mm")
 
 
-def _colour(place: float) -> RGB:
-    """The colour at a place from -1 to 1."""
+def _color(place: float) -> RGB:
+    """The color at a place from -1 to 1."""
     if math.isnan(place):
         return MISSING
     end = RED if place > 0 else BLUE
@@ -180,18 +180,18 @@ def _colour(place: float) -> RGB:
 
 
 def _legend(scale: Scale, table: Tensor) -> list[tuple[RGB, str]]:
-    """The colours that are seen, and what they mean."""
+    """The colors that are seen, and what they mean."""
     places, (low, high) = scale.places(table), scale.ends(table)
     said = [
         (RED, f"red: {scale.above}; deepest at {number(high)}", places > 0),
         (BLUE, f"blue: {scale.below}; deepest at {number(low)}", places < 0),
-        (MISSING, f"grey: {scale.missing}", places.isnan()),
+        (MISSING, f"gray: {scale.missing}", places.isnan()),
     ]
-    return [(colour, words) for colour, words, seen in said if seen.any()]
+    return [(color, words) for color, words, seen in said if seen.any()]
 
 
 def _draw_legend(draw: ImageDraw, legend: Sequence[tuple[RGB, list[str]]], top: int) -> None:
-    for colour, lines in legend:
-        draw.rectangle((MARGIN, top + 4, MARGIN + SWATCH - 1, top + 3 + SWATCH), colour, drawing.FAINT)
+    for color, lines in legend:
+        draw.rectangle((MARGIN, top + 4, MARGIN + SWATCH - 1, top + 3 + SWATCH), color, drawing.FAINT)
         drawing.write_lines(draw, (MARGIN + BESIDE, top), lines)
         top += LINE * len(lines)

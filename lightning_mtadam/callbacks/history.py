@@ -11,7 +11,7 @@ AT_MOST = 1000
 
 
 class History:
-    """Values by name, over the steps. A run of any length takes as little: neighbours are joined, extremes are kept.
+    """Values by name, over the steps. A run of any length takes as little: neighbors are joined, extremes are kept.
 
     Attributes:
         steps: where there are values, ascending: [N].
@@ -41,9 +41,9 @@ class History:
         for name, one in self.series.items():
             one.append(values.get(name, math.nan))
         if len(self.steps) > AT_MOST:
-            self._join_neighbours()
+            self._join_neighbors()
 
-    def _join_neighbours(self) -> None:
+    def _join_neighbors(self) -> None:
         """Keep two values of each cell of steps: of each series the lowest and the highest, in their order.
 
         Cells are as wide as a power of two and begin at its multiples, so that what was joined is not moved again

@@ -1,4 +1,4 @@
-"""Series over the steps as a picture: one logarithmic axis of factors, a colour a series, its name at its end."""
+"""Series over the steps as a picture: one logarithmic axis of factors, a color a series, its name at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-COLOURS: tuple[RGB, ...] = (
+COLORS: tuple[RGB, ...] = (
     (0, 114, 178),
     (213, 94, 0),
     (50, 166, 137),
@@ -26,7 +26,7 @@ COLOURS: tuple[RGB, ...] = (
     (30, 30, 30),
     (33, 33, 217),
 )
-"""Told apart with every colour blindness, and 3 to 1 at least against the paper; lines after these are hollow."""
+"""Told apart with every color blindness, and 3 to 1 at least against the paper; lines after these are hollow."""
 WIDTH, PLOT_HEIGHT = 800, 340
 LONGEST_NAME, LEADER = 220, 44
 SMOOTHING = 2
@@ -69,9 +69,9 @@ def line_chart(steps: Sequence[int], series: Mapping[str, Sequence[float]], titl
     return image
 
 
-def colour_of(index: int) -> RGB:
-    """The colour of a series."""
-    return COLOURS[index % len(COLOURS)]
+def color_of(index: int) -> RGB:
+    """The color of a series."""
+    return COLORS[index % len(COLORS)]
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ def _pieces(steps: Sequence[int], logs: Sequence[float]) -> list[list[Point]]:
 def _draw_line(draw: ImageDraw, places: Sequence[Point], index: int) -> None:
     radius = 3 * SMOOTHING
     for x, y in (places[0], places[-1]):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour_of(index))
-    draw.line(places, colour_of(index), 5 * SMOOTHING)
-    if index >= len(COLOURS):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), color_of(index))
+    draw.line(places, color_of(index), 5 * SMOOTHING)
+    if index >= len(COLORS):
         draw.line(places, drawing.PAPER, 2 * SMOOTHING)
 
 
@@ -168,5 +168,5 @@ def _write_ends(draw: ImageDraw, plot: _Plot, pieces: Sequence[Sequence[Point]],
     for index, ((step, log), place, end) in enumerate(zip(lasts, places, ends, strict=True)):
         leader = [(plot.x(step), plot.y(log)), (plot.right + 6, plot.y(log)), (plot.right + LEADER - 8, place)]
         if pieces[index]:
-            draw.line(leader, colour_of(index), 2)
+            draw.line(leader, color_of(index), 2)
         draw.text((plot.right + LEADER, place), end, drawing.INK, drawing.font(), anchor="lm")

@@ -1,7 +1,8 @@
-"""What ``BalanceWeightMonitor`` costs: ``python -m tests.benchmarks.monitor``. Milliseconds, medians and quartiles.
+"""What ``BalanceWeightMonitor`` costs: ``python -m tests.benchmarks.monitor``. Medians and quartiles.
 
 One run with a TensorBoard logger, of which every second step is logged, and every fourth of these draws the pictures.
-The time is that of the monitor's own hook: in a step that is not logged, in one that is, and in one with pictures.
+The time is the processor's in the monitor's own hook, in milliseconds: in a step that is not logged, in one that is,
+and in one with pictures.
 
 Run by hand: timings are no tests.
 """
@@ -43,9 +44,9 @@ class Timed(BalanceWeightMonitor):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """As of the monitor."""
         before = self._logged
-        start = time.perf_counter()
+        start = time.process_time()
         super().on_train_batch_end(trainer, *args, **kwargs)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         kind = KINDS[0] if self._logged == before else KINDS[1 + (before % PICTURES == 0)]
         self.seconds[kind].append(seconds)
 
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(parser(__doc__, repeats=30), arguments)
     print(versions())
     rows = [{"case": case, **measure(make_task, chosen.repeats)} for case, make_task in CASES.items()]
-    show(f"milliseconds of the monitor in a step, n = {chosen.repeats} with pictures; in brackets the quartiles", rows)
+    show(f"processor milliseconds of the monitor, n = {chosen.repeats} with pictures; in brackets the quartiles", rows)
 
 
 if __name__ == "__main__":

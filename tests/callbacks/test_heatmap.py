@@ -1,4 +1,4 @@
-"""Heatmaps show every number, colours from the data, and say in words what the colours mean."""
+"""Heatmaps show every number, colors from the data, and say in words what the colors mean."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_red_is_above_the_middle_blue_below_and_the_deepest_is_the_datas_power_o
     said = " ".join(watched.words)
     assert "red: divided down; deepest at 1000" in said
     assert "blue: multiplied up; deepest at 0.001" in said
-    assert "grey" not in said, "only colours that are there are explained"
+    assert "gray" not in said, "only colors that are there are explained"
 
 
 def test_a_scale_may_be_linear_about_zero_with_a_limit_of_its_own(watched):
@@ -99,9 +99,9 @@ def test_a_table_without_any_value_is_drawn():
     assert heatmap(torch.full((1, 2), math.nan), ["x"], ["a", "b"], FACTORS).mode == "RGB"
 
 
-def test_colours_are_told_apart_by_everyone():
-    """By their lightness alone, as in greyscale, the ends differ from the middle; red and blue differ in hue."""
-    lightness = [np.dot(colour, (0.2126, 0.7152, 0.0722)) for colour in (RED, WHITE, BLUE)]
+def test_colors_are_told_apart_by_everyone():
+    """By their lightness alone, as in grayscale, the ends differ from the middle; red and blue differ in hue."""
+    lightness = [np.dot(color, (0.2126, 0.7152, 0.0722)) for color in (RED, WHITE, BLUE)]
     assert lightness[1] - max(lightness[0], lightness[2]) > 100
 
 
@@ -127,10 +127,10 @@ def test_layers_are_joined_by_their_modules_as_deep_as_there_is_room():
     assert "median of the layers of a module, of 11" in said
 
 
-def test_names_without_modules_are_joined_with_their_neighbours():
+def test_names_without_modules_are_joined_with_their_neighbors():
     found, names, said = few_rows(torch.arange(500.0)[:, None], [f"{index}.weight" for index in range(500)], 24)
     assert len(names) == len(found) <= 24
     assert names[0] == "0.weight to 20.weight"
     assert names[-1].endswith("499.weight")
     assert found[0].item() == 10
-    assert "median of 21 neighbouring layers, of 500" in said
+    assert "median of 21 neighboring layers, of 500" in said

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_mtadam.callbacks import drawing, line_chart
 from lightning_mtadam.callbacks.drawing import PAPER
-from lightning_mtadam.callbacks.line_chart import COLOURS, WIDTH
+from lightning_mtadam.callbacks.line_chart import COLORS, WIDTH
 from tests.callbacks.test_heatmap import Watched
 
 STEPS = list(range(0, 500, 10))
@@ -18,9 +18,9 @@ def series(count):
     return {f"class_{index}": [10 ** (0.002 * index * step / 10) for step in STEPS] for index in range(count)}
 
 
-def places_of(image, colour):
-    """The pixels of a colour: rows, columns."""
-    return np.nonzero((np.asarray(image) == np.array(colour)).all(-1))
+def places_of(image, color):
+    """The pixels of a color: rows, columns."""
+    return np.nonzero((np.asarray(image) == np.array(color)).all(-1))
 
 
 @pytest.fixture
@@ -28,23 +28,23 @@ def watched(monkeypatch):
     return Watched(monkeypatch)
 
 
-def test_every_line_has_its_colour_its_name_and_its_last_value(watched):
+def test_every_line_has_its_color_its_name_and_its_last_value(watched):
     lines = {"fit": [1.0] * 50, "kl": [0.002] * 50, "gan": [30.0] * 50}
     image = line_chart.line_chart(STEPS, lines, "Title", ["Above 1x: divided down."])
     assert {"fit 1x", "kl 0.002x", "gan 30x", "Title", "Above 1x: divided down."} <= set(watched.words)
     assert {"0.01x", "1x", "10x"} <= set(watched.words), "the axis says factors"
     assert {"100", "400", "step"} <= set(watched.words)
-    heights = [np.median(places_of(image, COLOURS[index])[0]) for index in range(3)]
+    heights = [np.median(places_of(image, COLORS[index])[0]) for index in range(3)]
     assert heights[2] < heights[0] < heights[1], "large is above"
-    for colour in COLOURS[:3]:
-        assert len(places_of(image, colour)[0]) > 300
+    for color in COLORS[:3]:
+        assert len(places_of(image, color)[0]) > 300
 
 
 def test_an_outlier_is_within_the_picture_at_its_place(watched):
     values = [1.0] * 50
     values[25] = 1e5
     image = line_chart.line_chart(STEPS, {"fit": values}, "", [])
-    rows, columns = places_of(image, COLOURS[0])
+    rows, columns = places_of(image, COLORS[0])
     top = rows.argmin()
     assert "1e4x" in watched.words
     assert rows.max() - rows.min() > 250
@@ -76,10 +76,10 @@ def test_a_gap_is_left_open_and_a_lone_value_is_a_dot():
     values = [1.0] * 20 + [math.nan] * 20 + [1.0] * 10
     lone = [math.nan] * 30 + [5.0] + [math.nan] * 19
     image = line_chart.line_chart(STEPS, {"fit": values, "late": lone}, "", [])
-    _, columns = places_of(image, COLOURS[0])
+    _, columns = places_of(image, COLORS[0])
     inside = np.unique(columns[columns < columns.max() - 60])
     assert np.diff(inside).max() > 0.2 * WIDTH
-    assert len(places_of(image, COLOURS[1])[0]) > 10
+    assert len(places_of(image, COLORS[1])[0]) > 10
 
 
 @pytest.mark.parametrize("steps", [[], [0], [100]])
@@ -88,16 +88,16 @@ def test_few_values_are_drawn_too(steps):
     assert line_chart.line_chart(steps, lines, "", []).width == WIDTH
 
 
-def linear(colour):
-    rgb = np.array(colour) / 255
+def linear(color):
+    rgb = np.array(color) / 255
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
 
-def test_colours_stand_out_from_the_paper():
+def test_colors_stand_out_from_the_paper():
     """By the contrast of the Web Content Accessibility Guidelines: 3 to 1 for graphics."""
-    luminance = lambda colour: float(linear(colour) @ (0.2126, 0.7152, 0.0722))  # noqa: E731
-    for colour in COLOURS:
-        assert (luminance(PAPER) + 0.05) / (luminance(colour) + 0.05) >= 3, colour
+    luminance = lambda color: float(linear(color) @ (0.2126, 0.7152, 0.0722))  # noqa: E731
+    for color in COLORS:
+        assert (luminance(PAPER) + 0.05) / (luminance(color) + 0.05) >= 3, color
     for ink in (drawing.INK, drawing.FAINT):
         assert (luminance(PAPER) + 0.05) / (luminance(ink) + 0.05) >= 4.5, "text"
 
@@ -119,10 +119,8 @@ def lab(rgb):
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_colours_are_told_apart_by_everyone(sight):
-    seen = [lab(np.array(SIGHT[sight]) @ linear(colour)) for colour in COLOURS]
-    apart = {
-        (a, b): float(np.linalg.norm(seen[a] - seen[b])) for a, b in itertools.combinations(range(len(COLOURS)), 2)
-    }
+def test_colors_are_told_apart_by_everyone(sight):
+    seen = [lab(np.array(SIGHT[sight]) @ linear(color)) for color in COLORS]
+    apart = {(a, b): float(np.linalg.norm(seen[a] - seen[b])) for a, b in itertools.combinations(range(len(COLORS)), 2)}
     worst = min(apart, key=apart.__getitem__)
     assert apart[worst] > 15, (worst, apart[worst])
