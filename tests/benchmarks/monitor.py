@@ -9,6 +9,7 @@ Run by hand: timings are no tests.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -79,6 +80,7 @@ def quartiles(seconds: Sequence[float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     chosen = parse(parser(__doc__, repeats=30), arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     print(versions())
     rows = [{"case": case, **measure(make_task, chosen.repeats)} for case, make_task in CASES.items()]
     show(f"processor milliseconds of the monitor, n = {chosen.repeats} with pictures; in brackets the quartiles", rows)
