@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from lightning_mtadam.callbacks import tags
-from lightning_mtadam.callbacks.heatmap import Scale, heatmap
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -68,12 +65,6 @@ def _charts(prefix: str, terms: Sequence[str]) -> dict[str, list[Any]]:
         term: ["Margin", [tags.summary(prefix, term, name) for name in names]]
         for term in reversed(terms)  # TensorBoard shows the last one first
     }
-
-
-def add_matrix(writer: Any, tag: str, columns: Sequence[str], rows: Sequence[str], table: Tensor, step: int) -> None:
-    """Write cosines or shares, -1 to 1, as an image."""
-    scale = Scale(below="below zero", above="above zero", missing="no gradient", limit=1.0)
-    add_picture(writer, tag, heatmap(table, rows, columns, scale), step)
 
 
 def describe(writer: Any, scalars: Mapping[str, str], pictures: Mapping[str, str]) -> None:
