@@ -35,12 +35,15 @@ class Reading:
     @classmethod
     def of(cls, prefix: str, source: BalancesTerms, parameters: Iterable[tuple[str, Tensor]]) -> Reading:
         """Read what balances; ``parameters``, by name, say which layers train."""
-        weights = {name: row.detach().cpu() for name, row in source.balance_weights().items()}
-        frozen = frozen_layers(weights, parameters)
-        kept = {name: row for name, row in weights.items() if name not in frozen and not bool(row.isnan().all())}
-        table = torch.stack(list(kept.values())) if kept else torch.empty(0, len(source.terms), device="cpu")
+        weights = source.balance_weights()
+        none = torch.empty(0, len(source.terms), device="cpu")
+        table = (
+            torch.stack(list(weights.values())).detach().cpu() if weights else none
+        )  # an accelerator is awaited once
+        frozen, unreached = frozen_layers(weights, parameters), table.isnan().all(1).tolist()
+        kept = {name: at for at, name in enumerate(weights) if name not in frozen and not unreached[at]}
         term_weights = {term: float(weight) for term, weight in source.term_weights().items()}
-        return cls(prefix, tuple(source.terms), tuple(kept), table, term_weights)
+        return cls(prefix, tuple(source.terms), tuple(kept), table[list(kept.values())], term_weights)
 
 
 def readings(trainer: pl.Trainer) -> list[Reading]:
