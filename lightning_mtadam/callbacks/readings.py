@@ -36,10 +36,8 @@ class Reading:
     def of(cls, prefix: str, source: BalancesTerms, parameters: Iterable[tuple[str, Tensor]]) -> Reading:
         """Read what balances; ``parameters``, by name, say which layers train."""
         weights = source.balance_weights()
-        none = torch.empty(0, len(source.terms), device="cpu")
-        table = (
-            torch.stack(list(weights.values())).detach().cpu() if weights else none
-        )  # an accelerator is awaited once
+        rows = list(weights.values()) or [torch.empty(len(source.terms), device="cpu")]
+        table = torch.stack(rows)[: len(weights)].detach().cpu()  # in one go: the host waits for an accelerator once
         frozen, unreached = frozen_layers(weights, parameters), table.isnan().all(1).tolist()
         kept = {name: at for at, name in enumerate(weights) if name not in frozen and not unreached[at]}
         term_weights = {term: float(weight) for term, weight in source.term_weights().items()}
