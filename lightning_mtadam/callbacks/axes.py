@@ -18,14 +18,14 @@ def factor(value: float) -> str:
 
 
 def factor_ticks(low: float, high: float) -> list[float]:
-    """Round factors between two powers of ten, at most nine; the whole powers alone where there are enough of them.
+    """Round factors between two powers of ten, at most ten; the whole powers alone where there are some of them.
 
     Example:
         >>> factor_ticks(-3.2, 0.3), factor_ticks(-0.4, 0.5)
         ([0.001, 0.01, 0.1, 1.0], [0.5, 1.0, 2.0])
     """
-    powers = range(math.ceil(low), math.floor(high) + 1)
-    if len(powers) > 3:
+    if high - low > 2:
+        powers = range(math.ceil(low), math.floor(high) + 1)
         every = math.ceil(len(powers) / 9)
         return [10.0**power for power in powers if power % every == 0]
     between = [(power, digit) for power in range(math.floor(low), math.floor(high) + 1) for digit in (1, 2, 5)]
