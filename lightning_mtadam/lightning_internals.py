@@ -34,11 +34,12 @@ class _ResultReader:
 class LogBeside:
     """Logs numbers while a trainer trains, and their means over the batches of an epoch as ``<name>_epoch``.
 
-    What anybody gives to ``self.log`` under such a name, at any time, stands in its place.
+    What anybody gives to ``self.log`` under such a name, at any time, stands in its place. Of a run of one epoch, in
+    which a mean is a single point, loggers get that of ``total`` alone; callbacks read all.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: pl.Trainer, total: str = "") -> None:
+        self._trainer, self._total = trainer, total
         self._last: dict[str, Tensor] = {}
         self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # and of how many batches
         self._bar: dict[str, tuple[str, Tensor | float]] = {}  # by what they are called there
@@ -66,7 +67,8 @@ class LogBeside:
         if not on_step:
             found = {f"{name}_epoch": mean for name, mean in found.items() if f"{name}_epoch" not in taken}
         metrics["callback"] |= found
-        metrics["log"] |= found
+        one_epoch = not on_step and self._trainer.max_epochs == 1
+        metrics["log"] |= {name: one for name, one in found.items() if not one_epoch or name == f"{self._total}_epoch"}
         if on_step:
             found = {short: one for short, (_, one) in self._bar.items() if isinstance(one, Tensor)}
             numbers = torch.stack(list(found.values())).tolist() if found else []  # they come to the host together

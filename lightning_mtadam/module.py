@@ -61,8 +61,9 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
     gradient clipping, schedulers and callbacks work as ever; clipping acts on the balanced gradient.
 
     The terms are logged as ``train/<term>``, their sum as ``train/loss``, and their means over the batches of an epoch
-    as ``train/<term>_epoch`` and ``train/loss_epoch``. With several processes all of these are means over them, and the
-    same on each. What you log under one of these names yourself stands in its place.
+    as ``train/<term>_epoch`` and ``train/loss_epoch``; in a run of one epoch loggers get the last of these alone. With
+    several processes all of these are means over them, and the same on each. What you log under one of these names
+    yourself stands in its place.
 
     The progress bar shows the first six terms, by short names: "kl" for "kl_loss". It shows their sum, "loss", only if
     the module trains on that: without MTAdam and without a balancer. With these the sum says little: it follows the
@@ -110,7 +111,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             lightning_internals.set_result_reader(trainer, partial(self._read_training_step, trainer))
-            self._log_beside = lightning_internals.LogBeside(trainer)
+            self._log_beside = lightning_internals.LogBeside(trainer, TOTAL)
             Guard.watch(trainer)
             _ = self.balancer  # before the optimizers are made of the parameters
 

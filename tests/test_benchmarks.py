@@ -13,6 +13,7 @@ from tests.benchmarks import (
     gradient_report,
     importance,
     memory,
+    monitor,
     noise,
     optimizer_step,
     rivals,
@@ -44,6 +45,17 @@ def known_peaks(monkeypatch):
             "in_a_process",
             lambda function, *arguments: 1 + sum(number for number in arguments if not isinstance(number, str)),
         )
+
+
+@QUIET
+@pytest.mark.filterwarnings("ignore:.*tensorboardX", "ignore:.*does not have many workers")
+def test_the_cost_of_the_monitor_is_told_by_what_it_did(monkeypatch, capsys):
+    monkeypatch.setattr(monitor, "CASES", {"small": small_task})
+    monitor.main(["--quick"])
+    printed = capsys.readouterr().out
+    assert re.search(r"case +\| not logged +\| logged +\| with pictures", printed)
+    quiet, logged, pictures = (float(one) for one in re.findall(r"([\d.]+) \([\d.]+ to [\d.]+\)", printed))
+    assert quiet < logged < pictures
 
 
 def test_the_authors_algorithm_equals_ours():

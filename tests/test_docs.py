@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from example_projects import compare
-from example_projects.common import cost_figure, image_command
+from example_projects.common import balance_figure, cost_figure, image_command
 from example_projects.evidence import __main__ as evidence
 from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
@@ -71,6 +71,11 @@ def test_commands_that_draw_a_figure_are_understood(arguments):
     assert cost_figure.parse(arguments)
 
 
+@pytest.mark.parametrize("arguments", commands("example_projects.common.balance_figure"), ids=" ".join)
+def test_commands_that_draw_a_balance_are_understood(arguments):
+    assert balance_figure.parse(arguments)
+
+
 IMAGE_COMMANDS = [(project, call) for project in compare.PROJECTS for call in commands(f"example_projects.{project}")]
 
 
@@ -109,6 +114,7 @@ def test_there_are_commands_and_snippets():
     assert commands("example_projects.pinn")
     assert commands("example_projects.evidence")
     assert commands("example_projects.common.cost_figure")
+    assert commands("example_projects.common.balance_figure")
     assert commands("example_projects.compare")
     assert {project for project, _ in IMAGE_COMMANDS} == set(compare.PROJECTS)
     assert len(cli_commands()) == 4

@@ -3,5 +3,6 @@
 from lightning_mtadam.callbacks.balance_weights import BalanceWeightMonitor
 from lightning_mtadam.callbacks.gradient_report import GradientReport, report_losses
 from lightning_mtadam.callbacks.importance_scheduler import ImportanceScheduler
+from lightning_mtadam.callbacks.plot_balance import plot_balance
 
-__all__ = ["BalanceWeightMonitor", "GradientReport", "ImportanceScheduler", "report_losses"]
+__all__ = ["BalanceWeightMonitor", "GradientReport", "ImportanceScheduler", "plot_balance", "report_losses"]

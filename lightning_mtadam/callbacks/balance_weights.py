@@ -1,10 +1,10 @@
-"""Logs the balance weights n_i / n_anchor of every layer and term, or a weight per term."""
+"""Logs the balance weights n_i / n_anchor of every term, or what multiplies its loss, and draws them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,25 +13,30 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_mtadam import lightning_internals
-from lightning_mtadam.balancer_slot import balancer_of, mtadam_of
-from lightning_mtadam.callbacks import tensorboard
-from lightning_mtadam.terms import BalancesTerms
+from lightning_mtadam.callbacks import tags, tensorboard
+from lightning_mtadam.callbacks.balance_pictures import layers_by_terms, terms_over_steps
+from lightning_mtadam.callbacks.history import History
+from lightning_mtadam.callbacks.readings import Reading, named_sources, readings
+from lightning_mtadam.callbacks.tags import TERM_WEIGHT
 
-NOTHING: tuple[dict[str, tuple[str, ...]], bool] = ({}, False)
-"""The layout of charts before there are any."""
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-SUMMARY_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
+QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
 class BalanceWeightMonitor(pl.Callback):
     """Log the balance weights of MTAdam, or what a balancer multiplies the losses by, to every logger of the trainer.
 
-    Per layer and term the scalar ``balance_weight.<term>/<layer>``; per term the median and the 10th and 90th
-    percentile over the layers, ``balance_weight/<term>.median``, ``.p10``, ``.p90``. To a TensorBoard logger also a
-    heatmap of layers by terms (Images), and a chart per term of the median between its percentiles (Custom Scalars).
-    A layer that a term never reached has no value. Between logging steps it costs nothing. A balancer that has one
-    weight per term is logged as ``term_weight/<term>``, with one chart of all of them; ``MetaBalance`` is logged as
-    MTAdam is.
+    Per term the median over the layers, ``balance_weight/<term>.median``, and the 10th and 90th percentile,
+    ``weights_by_layer/<term>.p10`` and ``.p90``. So the number of series does not grow with the network. A layer that
+    is frozen, or that a term never reached, does not count. A balancer that has one weight per term is logged as
+    ``term_weight/<term>``; ``MetaBalance`` is logged as MTAdam is.
+
+    To a TensorBoard logger also two pictures, ``balance_weight/all_terms``, the medians of all terms over the steps on
+    one axis, and ``balance_weight/layers_by_terms``, a heatmap; a chart per term of the median between its percentiles
+    (Custom Scalars); and a description of each tag. :func:`~lightning_mtadam.callbacks.plot_balance` draws the pictures
+    without TensorBoard. Between logging steps it costs nothing.
 
     With several optimizers the first part of a tag tells them apart, as in
     :class:`~lightning.pytorch.callbacks.LearningRateMonitor`: ``balance_weight-MTAdam``, ``balance_weight-MTAdam-1``.
@@ -39,8 +44,12 @@ class BalanceWeightMonitor(pl.Callback):
     Args:
         logging_interval: "step" and ``None`` log every ``log_every_n_steps`` of the trainer, "epoch" at the end of
             every epoch.
-        max_series: with more series (layers times terms) than this, only the summaries are logged.
-        image_every_n: a heatmap is written at the first logging step, and then every so many; 0 writes none.
+        max_series: every layer of every term is a series of its own, ``weights_by_layer.<term>/<layer>``, if these are
+            not more than that; 0 asks for none.
+        image_every_n: the pictures are drawn at the first logging step, and then every so many; 0 draws none.
+
+    Attributes:
+        history: what was logged over the steps, by the first part of the tags, for the pictures of a whole run.
 
     Raises:
         MisconfigurationException: an unknown interval; a trainer without a logger or without MTAdam.
@@ -55,7 +64,7 @@ class BalanceWeightMonitor(pl.Callback):
         self,
         logging_interval: Literal["step", "epoch"] | None = None,
         *,
-        max_series: int = 300,
+        max_series: int = 0,
         image_every_n: int = 10,
     ) -> None:
         if logging_interval not in (None, "step", "epoch"):
@@ -63,13 +72,14 @@ class BalanceWeightMonitor(pl.Callback):
         self.logging_interval = logging_interval
         self.max_series = max_series
         self.image_every_n = image_every_n
+        self.history: dict[str, History] = {}
         self._logged = 0
         self._told: set[str] = set()
-        self._laid_out = NOTHING
+        self._laid_out: dict[str, tuple[str, ...]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to log, and something to log it to."""
-        self._laid_out = NOTHING
+        self._laid_out = {}
         if not trainer.loggers:
             raise MisconfigurationException("Cannot use `BalanceWeightMonitor` with a `Trainer` that has no logger.")
         if not any(True for _ in named_sources(trainer)):
@@ -91,85 +101,90 @@ class BalanceWeightMonitor(pl.Callback):
             self._log(trainer, lightning_internals.logging_step(trainer) - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it has logged, so that heatmaps go on in their rhythm."""
-        return {"logged": self._logged}
+        """How often it has logged and what, so that pictures go on in their rhythm and show the whole run."""
+        return {"logged": self._logged, "history": {name: one.state_dict() for name, one in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self._logged = state_dict["logged"]
+        found = state_dict.get("history", {})
+        self.history = {name: History.from_state_dict(one) for name, one in found.items()}
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
+        read = readings(trainer)
         metrics: dict[str, float] = {}
-        term_weights: dict[str, float] = {}
-        terms_of: dict[str, tuple[str, ...]] = {}
-        image_due = self.image_every_n > 0 and self._logged % self.image_every_n == 0
-        for prefix, source in named_sources(trainer):
-            found = source.term_weights()
-            term_weights |= {f"{tensorboard.TERM_WEIGHT}/{term}": float(weight) for term, weight in found.items()}
-            weights = source.balance_weights()
-            if not weights:
-                continue
-            terms_of[prefix] = source.terms
-            table = torch.stack(list(weights.values())).cpu()
-            metrics |= summaries(prefix, source.terms, table)
-            metrics |= self._series(prefix, source.terms, list(weights), table)
-            for writer in tensorboard.writers(trainer.loggers):
-                if image_due and table.numel() <= self.max_series:
-                    tensorboard.add_heatmap(writer, prefix, source.terms, list(weights), table, step)
-        weighted = bool(term_weights)
-        if (terms_of, weighted) != self._laid_out:
-            for writer in tensorboard.writers(trainer.loggers):
-                tensorboard.add_layout(writer, terms_of, weighted=weighted)
-            self._laid_out = terms_of, weighted
-        metrics |= term_weights
+        for reading in read:
+            found = summaries(reading.terms, reading.table)
+            self._remember(reading.prefix, step, found["median"])
+            self._remember(TERM_WEIGHT, step, reading.term_weights)
+            metrics |= _tagged(reading, found) | self._series(reading)
         if metrics:
+            self._show(trainer, read, step)
             self._logged += 1
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 
-    def _series(self, prefix: str, terms: tuple[str, ...], layers: list[str], table: Tensor) -> dict[str, float]:
-        if table.numel() > self.max_series:
-            if prefix not in self._told:
+    def _remember(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        if values:
+            self.history.setdefault(prefix, History()).add(step, values)
+
+    def _series(self, reading: Reading) -> dict[str, float]:
+        count = reading.table.numel()
+        if count > self.max_series:
+            if self.max_series and reading.prefix not in self._told:
                 rank_zero_info(
-                    f"BalanceWeightMonitor: {table.numel()} series (layers times terms) are more than max_series="
+                    f"BalanceWeightMonitor: {count} series (layers times terms) are more than max_series="
                     f"{self.max_series}; only the summaries over the layers are logged. Raise max_series, or balance"
                     " larger units with MTAdam(..., layers='module')."
                 )
-                self._told.add(prefix)
+                self._told.add(reading.prefix)
             return {}
         return {
-            f"{prefix}.{term}/{layer}": value
-            for layer, row in zip(layers, table.tolist(), strict=True)
-            for term, value in zip(terms, row, strict=True)
+            tags.single(reading.prefix, term, layer): value
+            for layer, row in zip(reading.layers, reading.table.tolist(), strict=True)
+            for term, value in zip(reading.terms, row, strict=True)
             if math.isfinite(value)  # nan: the term never reached the layer; inf: the anchor's norm is next to nothing
         }
 
+    def _show(self, trainer: pl.Trainer, read: list[Reading], step: int) -> None:
+        """Write to TensorBoard what is no scalar."""
+        writers = list(tensorboard.writers(trainer.loggers))
+        shown = {prefix: tuple(history.series) for prefix, history in self.history.items()}
+        if shown != self._laid_out:
+            for writer in writers:
+                tensorboard.explain(writer, shown, trainer.callback_metrics)
+            self._laid_out = shown
+        if writers and self.image_every_n > 0 and self._logged % self.image_every_n == 0:
+            for tag, picture in self._pictures(read, step).items():
+                for writer in writers:
+                    tensorboard.add_picture(writer, tag, picture, step)
 
-def summaries(prefix: str, terms: tuple[str, ...], table: Tensor) -> dict[str, float]:
-    """The median and two percentiles over the layers that a term reaches, per term. ``table`` is [L, I]."""
-    found: dict[str, float] = {}
+    def _pictures(self, read: list[Reading], step: int) -> dict[str, Image]:
+        """The pictures of this step, by tag."""
+        over_steps = [prefix for prefix, history in self.history.items() if history.steps[-1] == step]
+        found = {tags.all_terms(prefix): terms_over_steps(prefix, self.history[prefix]) for prefix in over_steps}
+        heatmaps = {tags.layers_by_terms(reading.prefix): reading for reading in read if reading.layers}
+        return found | {tag: layers_by_terms(reading, f"at step {step:,}") for tag, reading in heatmaps.items()}
+
+
+def summaries(terms: Sequence[str], table: Tensor) -> dict[str, dict[str, float]]:
+    """The median and two percentiles over the layers that a term reaches, by name and term. ``table`` is [L, I]."""
+    found: dict[str, dict[str, float]] = {name: {} for name in QUANTILES}
     for term, column in zip(terms, table.T, strict=True):
         reached = column[column.isfinite()]
         if len(reached):
-            levels = torch.tensor(list(SUMMARY_QUANTILES.values()), dtype=reached.dtype, device=reached.device)
-            values = torch.quantile(reached, levels).tolist()
-            found |= {f"{prefix}/{term}.{name}": v for name, v in zip(SUMMARY_QUANTILES, values, strict=True)}
+            levels = torch.tensor(list(QUANTILES.values()), dtype=reached.dtype, device=reached.device)
+            for name, value in zip(QUANTILES, torch.quantile(reached, levels).tolist(), strict=True):
+                found[name][term] = value
     return found
 
 
-def named_sources(trainer: pl.Trainer) -> Iterator[tuple[str, BalancesTerms]]:
-    """What balances losses in a trainer, each with the first part of its tags."""
-    balancer = balancer_of(trainer.lightning_module)
-    if balancer is not None:
-        yield "balance_weight", balancer
-        return
-    yield from named_optimizers(trainer.optimizers)
-
-
-def named_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, BalancesTerms]]:
-    """The MTAdams of a trainer, each with the first part of its tags."""
-    held = [mtadam_of(optimizer) or optimizer for optimizer in optimizers]
-    found = [optimizer for optimizer in held if isinstance(optimizer, BalancesTerms)]
-    for index, optimizer in enumerate(found):
-        name = type(optimizer).__name__ + (f"-{index}" if index else "")
-        yield "balance_weight" if len(found) == 1 else f"balance_weight-{name}", optimizer
+def _tagged(reading: Reading, found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """All that is logged of a balance but for the series of single layers, by tag."""
+    weights = {tags.term_weight(term): weight for term, weight in reading.term_weights.items()}
+    medians_and_percentiles = {
+        tags.summary(reading.prefix, term, quantile): value
+        for quantile, values in found.items()
+        for term, value in values.items()
+    }
+    return weights | medians_and_percentiles

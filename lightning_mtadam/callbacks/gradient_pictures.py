@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from lightning_mtadam.callbacks import tensorboard
+from lightning_mtadam.callbacks.heatmap import Scale, heatmap
 from lightning_mtadam.gradient_statistics import GradientStatistics
 
-MAX_ROWS = 60
+COSINES = Scale("against each other", "with each other", "no gradient", limit=1.0)
+SHARES = Scale("against the update", "makes it", "no gradient", limit=1.0)
+MAX_ROWS = 24
 """With more layers than this a picture has a row for what they are parts of."""
 
 
@@ -29,10 +32,20 @@ def add_pictures(
     """
     whole, columns = found.whole, [*terms, "update"]
     table = torch.cat([whole.cosines, whole.cosines_to_update[:, None]], 1)
-    tensorboard.add_matrix(writer, f"gradient_cosine{suffix}/terms_by_terms", columns, terms, table, step)
     fewer, rows = joined(found, layers, MAX_ROWS)
-    for name, table in (("cosine", fewer.cosines_to_update), ("share", fewer.shares)):
-        tensorboard.add_matrix(writer, f"gradient_{name}{suffix}/layers_by_terms", terms, rows, table, step)
+    pictures = {
+        f"gradient_cosine{suffix}/terms_by_terms": heatmap(
+            table, terms, columns, COSINES, f"Cosines of the terms' gradients at step {step:,}"
+        ),
+        f"gradient_cosine{suffix}/layers_by_terms": heatmap(
+            fewer.cosines_to_update, rows, terms, COSINES, f"Cosines of the terms to the update at step {step:,}"
+        ),
+        f"gradient_share{suffix}/layers_by_terms": heatmap(
+            fewer.shares, rows, terms, SHARES, f"Shares of the terms in the update at step {step:,}"
+        ),
+    }
+    for tag, picture in pictures.items():
+        tensorboard.add_picture(writer, tag, picture, step)
 
 
 def joined(found: GradientStatistics, layers: Sequence[str], most: int) -> tuple[GradientStatistics, list[str]]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_mtadam import balancers, lightning_internals
 from lightning_mtadam.balancer_slot import balancer_of
 from lightning_mtadam.balancers import Balancer
-from lightning_mtadam.callbacks.balance_weights import named_optimizers
+from lightning_mtadam.callbacks.readings import named_optimizers
 from lightning_mtadam.module import MultiTermLightningModule
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.terms import check_names, kind_of, plain, unknown_name_message

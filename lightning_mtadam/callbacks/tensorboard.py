@@ -1,25 +1,15 @@
-"""What TensorBoard shows beyond scalars: a heatmap of the balance and a layout of charts."""
+"""What TensorBoard shows beyond scalars: pictures, a layout of charts, and what a tag means."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from lightning_mtadam.callbacks import tags
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
-
-CELL = 18
-LABEL_HEIGHT = 16
-FONT_SIZE = 12
-PAPER, INK = (225, 225, 225), "black"
-COLOURS = ((33.0, 102.0, 172.0), (247.0, 247.0, 247.0), (178.0, 24.0, 43.0))
-LOW, MIDDLE, HIGH = (torch.tensor(rgb, device="cpu") for rgb in COLOURS)
-TERM_WEIGHT = "term_weight"
-UNREACHED = torch.tensor((90.0, 90.0, 90.0), device="cpu")
+    from PIL.Image import Image
 
 
 def writers(loggers: Sequence[Logger]) -> Iterator[Any]:
@@ -33,75 +23,65 @@ def writers(loggers: Sequence[Logger]) -> Iterator[Any]:
             yield writer
 
 
-def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]], *, weighted: bool) -> None:
-    """Lay out one chart per term: the median over the layers between the 10th and the 90th percentile.
+def add_picture(writer: Any, tag: str, picture: Image, step: int) -> None:
+    """Write a picture."""
+    import numpy as np
+
+    writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+
+
+def explain(writer: Any, terms_of: Mapping[str, Sequence[str]], logged: Container[str]) -> None:
+    """Say what all tags mean, and lay out the charts.
 
     Args:
-        writer: TensorBoard's. It keeps one layout, the last.
-        terms_of: the terms of every optimizer, by the first part of its tags.
-        weighted: whether there are weights that differ by term only; they share a chart.
+        writer: TensorBoard's.
+        terms_of: the terms, by the prefix of their tags.
+        logged: the tags of what else is logged, of which the module's losses are described too.
     """
-    names = ("median", "p10", "p90")
-    charts = {
-        prefix: {term: ["Margin", [f"{prefix}/{term}.{name}" for name in names]] for term in reversed(terms)}
-        for prefix, terms in terms_of.items()
-    }
-    if weighted:
-        charts[TERM_WEIGHT] = {"all terms": ["Multiline", [f"{TERM_WEIGHT}/.+"]]}
+    scalars, pictures = dict[str, str](), dict[str, str]()
+    for prefix, terms in terms_of.items():
+        scalars |= tags.meanings_of_scalars(prefix, terms)
+        pictures |= tags.meanings_of_pictures(prefix)
+        losses = {f"train/{term}": f"The loss **{term}**, as the training step returned it." for term in terms}
+        scalars |= {tag: text for tag, text in losses.items() if tag in logged}
+    add_layout(writer, terms_of)
+    describe(writer, scalars, pictures)
+
+
+def add_layout(writer: Any, terms_of: Mapping[str, Sequence[str]]) -> None:
+    """Lay out one chart per term: the median over the layers between the 10th and the 90th percentile.
+
+    The weights of losses share a chart. A writer keeps one layout, the last.
+    """
+    charts = {prefix: _charts(prefix, terms) for prefix, terms in terms_of.items()}
     writer.add_custom_scalars(charts)
 
 
-def add_heatmap(
-    writer: Any, prefix: str, terms: Sequence[str], layers: Sequence[str], table: Tensor, step: int
-) -> None:
-    """Write the balance weights [L, I] as an image: a row per layer, a column per term."""
-    writer.add_image(f"{prefix}/layers_by_terms", draw_heatmap(terms, layers, table), step, dataformats="HWC")
+def _charts(prefix: str, terms: Sequence[str]) -> dict[str, list[Any]]:
+    if prefix == tags.TERM_WEIGHT:
+        return {"all terms": ["Multiline", [f"{prefix}/.+"]]}
+    names = ("median", "p10", "p90")
+    return {
+        term: ["Margin", [tags.summary(prefix, term, name) for name in names]]
+        for term in reversed(terms)  # TensorBoard shows the last one first
+    }
 
 
-def add_matrix(writer: Any, tag: str, columns: Sequence[str], rows: Sequence[str], table: Tensor, step: int) -> None:
-    """Write cosines or shares, -1 to 1, as an image."""
-    writer.add_image(tag, draw_heatmap(columns, rows, table, linear=True), step, dataformats="HWC")
+def describe(writer: Any, scalars: Mapping[str, str], pictures: Mapping[str, str]) -> None:
+    """Say what tags mean, in Markdown, before the first value of each. TensorBoard shows it beside them.
 
-
-def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor, *, linear: bool = False) -> Tensor:
-    """Draw balance weights [L, I] on a logarithmic scale, labelled: uint8 [height, width, 3].
-
-    White is one, red more, blue less; the scale ends at the next power of ten. Dark grey: the term never reached the
-    layer. ``linear``: numbers from -1, blue, by 0, white, to 1, red.
+    It takes a description without a value, if it is told of what class the values will be. Something must have been
+    written before: that opens the file of a writer that was closed at the end of an earlier run.
     """
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
+    from tensorboard.compat.proto import summary_pb2 as proto  # type: ignore[import-untyped]
 
-    font = ImageFont.load_default(FONT_SIZE)
-    left = max(int(font.getlength(name)) for name in layers) + 8
-    top = max(int(font.getlength(name)) for name in terms) + 8
-    decades = 1 if linear else _decades(table)
-    table = 10 ** table.double().clamp(-1, 1) if linear else table
-    cells = _colours(table, decades).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
-    footer = f"white: 1   red: to 1e{decades}   blue: to 1e-{decades}   dark: not reached"
-    footer = "red: 1   white: 0   blue: -1   dark: no gradient" if linear else footer
-    width = max(left + cells.shape[1], int(font.getlength(footer)) + 8)
-    image = Image.new("RGB", (width, top + cells.shape[0] + LABEL_HEIGHT + 4), PAPER)
-    image.paste(Image.fromarray(cells.numpy()), (left, top))
-    draw = ImageDraw.Draw(image)
-    for row, name in enumerate(layers):
-        draw.text((4, top + row * CELL + (CELL - LABEL_HEIGHT) // 2), name, INK, font)
-    for column, name in enumerate(terms):
-        label = Image.new("RGB", (top - 4, LABEL_HEIGHT), PAPER)
-        ImageDraw.Draw(label).text((0, 0), name, INK, font)
-        image.paste(label.rotate(90, expand=True), (left + column * CELL + (CELL - LABEL_HEIGHT) // 2, 0))
-    draw.text((4, image.height - LABEL_HEIGHT - 2), footer, INK, font)
-    return torch.from_numpy(np.array(image))
-
-
-def _decades(table: Tensor) -> int:
-    """How many powers of ten from one the weights go, at least one."""
-    logs = table[table.isfinite() & (table > 0)].double().log10().abs()
-    return max(1, math.ceil(logs.max().item())) if len(logs) else 1
-
-
-def _colours(table: Tensor, decades: int) -> Tensor:
-    """[L, I] -> uint8 [L, I, 3]."""
-    place = (table.double().log10() / decades).clamp(-1, 1)[..., None]
-    colours = torch.where(place > 0, MIDDLE + (HIGH - MIDDLE) * place, MIDDLE + (MIDDLE - LOW) * place)
-    return torch.where(place.isnan(), UNREACHED, colours).to(torch.uint8)
+    values = []
+    for plugin, data_class, meanings in (
+        ("scalars", proto.DATA_CLASS_SCALAR, scalars),
+        ("images", proto.DATA_CLASS_BLOB_SEQUENCE, pictures),
+    ):
+        for tag, text in meanings.items():
+            metadata = proto.SummaryMetadata(summary_description=text, data_class=data_class)
+            metadata.plugin_data.plugin_name = plugin
+            values.append(proto.Summary.Value(tag=tag, metadata=metadata))
+    writer.file_writer.add_summary(proto.Summary(value=values))

@@ -111,12 +111,12 @@ def test_the_monitor_logs_the_last_measured_balance_between_measurements():
     logger = MemoryLogger()
     module = Regression(seldom)
     fit(module, make_loader(BATCHES), logger=logger, log_every_n_steps=1, callbacks=[BalanceWeightMonitor()])
-    found = [metrics for _, metrics in logger.rows if "balance_weight.size/global" in metrics]
+    found = [metrics for _, metrics in logger.rows if "balance_weight/size.median" in metrics]
     assert len(found) == 2 * BATCHES
-    values = [metrics["balance_weight.size/global"] for metrics in found]
+    values = [metrics["balance_weight/size.median"] for metrics in found]
     moved = [step for step in range(2 * BATCHES) if step == 0 or values[step] != values[step - 1]]
     assert moved == measured_steps(5, 2 * BATCHES)
-    assert set(found[0]) >= {f"balance_weight.{term}/global" for term in ("fit", "size", "decay")}
+    assert set(found[0]) >= {f"balance_weight/{term}.median" for term in ("fit", "size", "decay")}
 
 
 def test_in_manual_optimization_each_optimizer_has_its_own_measurements():

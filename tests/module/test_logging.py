@@ -71,6 +71,17 @@ def test_loggers_get_the_terms_where_the_trainer_logs_and_their_means_when_an_ep
         assert row == pytest.approx(values, rel=1e-6)
 
 
+def test_of_a_run_of_one_epoch_callbacks_read_all_means_and_loggers_that_of_the_sum():
+    logger = MemoryLogger()
+    trainer = fit(Regression(), make_loader(), logger=logger, log_every_n_steps=1, max_epochs=1)
+    expected = means(logged_by_hand()[:BATCHES])
+    found = floats(trainer.callback_metrics)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    ends = [{tag: value for tag, value in row.items() if tag.endswith("_epoch")} for _, row in logger.rows]
+    sums = {"train/loss_epoch": expected["train/loss_epoch"]}
+    assert [row for row in ends if row] == [pytest.approx(sums, rel=1e-6)]
+
+
 class Reading(Regression):
     """Reads, in a hook, what a callback would."""
 
