@@ -31,6 +31,7 @@ FLOORS = (
             "recomputed",
             "wrappers",
             "constants",
+            "gradient_statistics",
             "finite",
             "layout",
             "layers",
