@@ -14,12 +14,14 @@ from torch import Tensor
 
 Recommendation = Literal["leave", "reweight", "balance", "conflict-aware"]
 
+EVERY = 50
+"""The ``balance_every`` that is advised."""
 UNBALANCED = 10.0
 """Gradients that differ by a larger factor are unbalanced: the smaller one hardly moves what both of them reach."""
 CHANGED = 5.0
-"""Constant weights will not do where the balance between two terms moves by a larger factor in the course of a trial."""
-OPPOSED = -0.3
-"""Two terms are in conflict where the cosine of their gradients is below this in the middle of a trial's reports."""
+"""Where the balance of two terms moves by a larger factor in the course of a trial, constant weights will not do."""
+OPPOSED = -0.5
+"""Terms are in conflict where the median cosine of their gradients is below this; penalties oppose a fit by less."""
 ACTIVE = 0.1
 """A term whose gradient's norm is a smaller part of its largest has no more to ask for: it is satisfied."""
 SOON = 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class DiagnosisCLI(LightningCLI):
         datamodule_class: type[pl.LightningDataModule] | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("seed_everything_default", 0)
         super().__init__(model_class, datamodule_class, run=False, save_config_callback=None, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -62,6 +64,7 @@ class DiagnosisCLI(LightningCLI):
         configured = self._get(self.config_init, "trainer", default={})
         options = {name: configured[name] for name in OF_TRAINER if configured.get(name) is not None}
         self.diagnosis = try_out(self.model, self.datamodule, self.config["steps"], options)
+        sys.stdout.write(self.diagnosis.to_markdown())
         output = self.config["output"]
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_mtadam.diagnosis.advice import ACTIVE, CHANGED, OPPOSED, UNBALANCED, Advice, Course, Recommendation
+from lightning_mtadam.diagnosis.advice import (
+    ACTIVE,
+    CHANGED,
+    EVERY,
+    OPPOSED,
+    UNBALANCED,
+    Advice,
+    Course,
+    Recommendation,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-EVERY = 50
-"""Of ``balance_every`` in the advice."""
 
 WHAT_TO_DO: dict[Recommendation, str] = {
     "leave": "Leave the losses as they are: train on their plain sum, at one backward pass a step.",
@@ -55,7 +61,7 @@ class Diagnosis:
         return dict(self.advice.weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as numbers, strings, lists and dicts, as JSON takes them; what could not be measured is ``None``."""
+        """All of it as numbers, strings, lists and dicts, for JSON; ``None`` is what could not be measured."""
         course, advice = self.course, asdict(self.advice)
         advice["conflicts"] = [[*pair, cosine] for pair, cosine in self.advice.conflicts.items()]
         return {
@@ -111,8 +117,8 @@ def reasons(diagnosis: Diagnosis) -> list[str]:
     if advice.ratio >= UNBALANCED:
         moved = "more than" if advice.change >= CHANGED else "less than"
         found.append(
-            f"From the first third of the trial to the last their balance moved by a factor of {_factor(advice.change)},"
-            f" {moved} the {CHANGED:g} up to which constant weights are advised."
+            f"From the first third of the trial to the last their balance moved by a factor of"
+            f" {_factor(advice.change)}, {moved} the {CHANGED:g} up to which constant weights are advised."
         )
     for (one, other), cosine in advice.conflicts.items():
         found.append(
@@ -148,7 +154,9 @@ def _about_costs(diagnosis: Diagnosis) -> list[str]:
     if not diagnosis.costs:
         return ["What a step would cost was not measured: the trial balanced already."]
     costs = ", ".join(f"{way} {cost:.2f}" for way, cost in diagnosis.costs.items())
-    return [f"A step takes, over one on the plain sum: {costs}. It is an estimate from the time of the backward passes."]
+    return [
+        f"A step takes, over one on the plain sum: {costs}. It is an estimate from the time of the backward passes."
+    ]
 
 
 def _terms_table(diagnosis: Diagnosis) -> str:
@@ -173,7 +181,9 @@ def _cosines_table(course: Course) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, of a head and rows, in columns of equal width."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ def _draw_norms(axes: Axes, course: Course) -> None:
     ends = []
     for index, term in enumerate(course.terms):
         color = COLORS[index % len(COLORS)]
-        axes.plot(course.steps, shown[:, index], color=color, marker=".")
+        axes.plot(course.steps, shown[:, index].tolist(), color=color, marker=".")
         last = shown[:, index][shown[:, index].isfinite()]
         if len(last):
             ends.append((float(last[-1].log10()), term, color))
@@ -68,7 +68,7 @@ def _draw_norms(axes: Axes, course: Course) -> None:
 def _draw_cosines(axes: Axes, course: Course) -> None:
     medians = course.cosines.nanmedian(0).values
     size = len(course.terms)
-    axes.imshow(medians, cmap="RdBu", vmin=-1, vmax=1)
+    axes.imshow(medians.tolist(), cmap="RdBu", vmin=-1, vmax=1)
     axes.set(title="Who opposes whom? Cosines (red: opposed)")
     axes.set_xticks(range(size), course.terms, rotation=45, ha="right")
     axes.set_yticks(range(size), course.terms)
@@ -76,4 +76,6 @@ def _draw_cosines(axes: Axes, course: Course) -> None:
         for j in range(size):
             value = float(medians[i, j])
             if value == value:
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.7 else "black")
+                axes.text(
+                    j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.7 else "black"
+                )

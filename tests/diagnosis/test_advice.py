@@ -25,7 +25,9 @@ def course_of(norms, cosines=APART, losses=None):
     if len(terms) != cosines.shape[1]:
         cosines = torch.eye(len(terms)).expand(len(norms), len(terms), len(terms))
     compared = logs[:, :, None] - logs[:, None]
-    return Course(terms, tuple(range(len(norms))), norms if losses is None else losses, norms, compared, cosines)
+    return Course(
+        terms, tuple(range(len(norms))), norms if losses is None else losses, norms, compared, cosines.contiguous()
+    )
 
 
 def falling(first, last):
