@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_mtadam.callbacks.gradient_report import report_losses
     from lightning_mtadam.diagnosis import diagnose
     from lightning_mtadam.export import export_weights
     from lightning_mtadam.module import MultiTermLightningModule
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from lightning_mtadam.terms import NonFiniteError
 
 __version__ = "0.1.0"
-__all__ = ["MTAdam", "MultiTermLightningModule", "NonFiniteError", "diagnose", "export_weights", "partitioned_losses"]
+__all__ = [
+    "MTAdam",
+    "MultiTermLightningModule",
+    "NonFiniteError",
+    "diagnose",
+    "export_weights",
+    "partitioned_losses",
+    "report_losses",
+]
 
 _HOMES = {
     "MTAdam": "lightning_mtadam.optim",
@@ -27,6 +36,7 @@ _HOMES = {
     "diagnose": "lightning_mtadam.diagnosis",
     "export_weights": "lightning_mtadam.export",
     "partitioned_losses": "lightning_mtadam.partition",
+    "report_losses": "lightning_mtadam.callbacks.gradient_report",
 }
 
 

@@ -27,8 +27,8 @@ CONFLICT = -0.05
 PIECE = 1 << 20
 """How many elements are widened to float64 at a time."""
 
-EXPLAINED = 0.999
-"""If one weight per term explains less of the update's square than this, each parameter has weights of its own."""
+UNEXPLAINED = 1e-5
+"""Weights explain an update if the square of what they leave of it is this share of its own square, or less."""
 
 DEPENDENT = 1e-9
 """Gradients depend on each other where an eigenvalue of their cosines, relative to the largest, is below this."""
@@ -163,12 +163,28 @@ def with_update(gram: Tensor, weights: Tensor) -> GradientStatistics:
     return GradientStatistics(torch.cat([torch.cat([gram, mixed[..., None]], -1), right[..., None, :]], -2), parts)
 
 
+def with_measured_update(gram: Tensor) -> GradientStatistics:
+    """The statistics from the inner products of the terms and a given update: [P, I + 1, I + 1].
+
+    The weights are those of :func:`weights_of_update`. What these do not explain of the update has no part in the
+    shares.
+
+    Example:
+        >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> found = with_measured_update(gram_matrices([[a], [b], [a + 3 * b]])).whole
+        >>> found.shares.round(decimals=6).tolist()
+        [0.1, 0.9]
+    """
+    return GradientStatistics(gram, weights_of_update(gram) * gram[..., :-1, -1])
+
+
 def weights_of_update(gram: Tensor) -> Tensor:
     """The weights of the terms in an update whose inner products with them are known: [P, I + 1, I + 1] -> [P, I].
 
-    They are the least squares solution of ``u = sum_i w_i g_i``. One weight per term is tried first, as methods have
-    that weigh losses. If these do not explain the update, each parameter has weights of its own. Where gradients depend
-    on each other, the smallest solution is taken: equal gradients have equal parts.
+    They are one, if the update is the plain sum. Else they are the least squares solution of ``u = sum_i w_i g_i``: one
+    weight per term, as methods have that weigh losses; or, if these do not explain the update, weights of its own for
+    each parameter. Where gradients depend on each other, the smallest solution is taken: equal gradients have equal
+    parts.
 
     Example:
         >>> a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
@@ -176,10 +192,11 @@ def weights_of_update(gram: Tensor) -> Tensor:
         [[2.0, 3.0]]
     """
     total = gram.sum(0)
-    weights = _least_squares(total)
-    if weights @ total[:-1, -1] < EXPLAINED * total[-1, -1]:
-        return _least_squares(gram)
-    return weights.expand(len(gram), -1)
+    for weights in (total.new_ones(len(total) - 1), _least_squares(total)):
+        rest = torch.cat([weights, weights.new_tensor([-1.0])])  # what is left of the update: sum_i w_i g_i - u
+        if rest @ total @ rest <= UNEXPLAINED * total[-1, -1]:
+            return weights.expand(len(gram), -1)
+    return _least_squares(gram)
 
 
 def cosines_of(gram: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LayerNames(ParameterNames):
         if self.found is None:
             self.check([name for name in self.names if name is not None], groups)
             owners = [name for name, group in zip(group_names(groups), groups, strict=True) for _ in group["params"]]
-            labels = [_label(self.rule, *one) for one in zip(self.labels, self.names, owners, strict=True)]
+            labels = [label_of(self.rule, *one) for one in zip(self.labels, self.names, owners, strict=True)]
             names = tuple(dict.fromkeys(labels))
             position = {name: index for index, name in enumerate(names)}
             device = self.parameters[0].device if self.parameters else None
@@ -54,7 +54,8 @@ class LayerNames(ParameterNames):
         return found
 
 
-def _label(rule: LayerRule, label: str, name: str | None, group: str) -> str:
+def label_of(rule: LayerRule, label: str, name: str | None, group: str) -> str:
+    """The layer of a parameter: ``label`` is its name or number, ``name`` its name if known, ``group`` its group."""
     if rule in ("global", "group", "parameter"):
         return {"global": "global", "group": group, "parameter": label}[str(rule)]
     if name is None:

@@ -42,7 +42,7 @@ FLOORS = (
         "lightning_internals",
     },
     {"distributed"},
-    {"collect", "partition"},
+    {"collect", "extra_pass", "partition"},
     {"edits"},
     {"optim", "balancers"},
     {"export"},

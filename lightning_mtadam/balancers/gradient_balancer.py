@@ -20,7 +20,7 @@ from lightning_mtadam.distributed.uninterrupted import uninterrupted
 from lightning_mtadam.edits.shown import run_hooks
 from lightning_mtadam.graphs import look_at, tell_of_added_gradients
 from lightning_mtadam.lightning_internals import as_fabric_backward
-from lightning_mtadam.terms import PLACEHOLDER, clean_names, is_host, non_finite
+from lightning_mtadam.terms import PLACEHOLDER, TermGradients, clean_names, is_host, non_finite
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,10 @@ class GradientBalancer(Balancer):
     def pending_terms(self) -> tuple[str, ...]:
         """As of every balancer."""
         return tuple(self._pending.gradients)
+
+    def held_gradients(self) -> TermGradients:
+        """The gradients of the terms in all batches of the step so far, by term, [P] each: not to be written to."""
+        return dict(self._pending.gradients)
 
     @uninterrupted()
     def balance(self, batch: Batch) -> None:

@@ -58,11 +58,16 @@ def add_heatmap(
     writer.add_image(f"{prefix}/layers_by_terms", draw_heatmap(terms, layers, table), step, dataformats="HWC")
 
 
-def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> Tensor:
+def add_matrix(writer: Any, tag: str, columns: Sequence[str], rows: Sequence[str], table: Tensor, step: int) -> None:
+    """Write cosines or shares, -1 to 1, as an image."""
+    writer.add_image(tag, draw_heatmap(columns, rows, table, linear=True), step, dataformats="HWC")
+
+
+def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor, *, linear: bool = False) -> Tensor:
     """Draw balance weights [L, I] on a logarithmic scale, labelled: uint8 [height, width, 3].
 
     White is one, red more, blue less; the scale ends at the next power of ten. Dark grey: the term never reached the
-    layer.
+    layer. ``linear``: numbers from -1, blue, by 0, white, to 1, red.
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -70,9 +75,11 @@ def draw_heatmap(terms: Sequence[str], layers: Sequence[str], table: Tensor) -> 
     font = ImageFont.load_default(FONT_SIZE)
     left = max(int(font.getlength(name)) for name in layers) + 8
     top = max(int(font.getlength(name)) for name in terms) + 8
-    decades = _decades(table)
+    decades = 1 if linear else _decades(table)
+    table = 10 ** table.double().clamp(-1, 1) if linear else table
     cells = _colours(table, decades).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
     footer = f"white: 1   red: to 1e{decades}   blue: to 1e-{decades}   dark: not reached"
+    footer = "red: 1   white: 0   blue: -1   dark: no gradient" if linear else footer
     width = max(left + cells.shape[1], int(font.getlength(footer)) + 8)
     image = Image.new("RGB", (width, top + cells.shape[0] + LABEL_HEIGHT + 4), PAPER)
     image.paste(Image.fromarray(cells.numpy()), (left, top))

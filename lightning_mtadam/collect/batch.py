@@ -99,7 +99,7 @@ def collect(
     if group is None:
         check()
         taken = _ordered(batch, known, tuple(dict.fromkeys((*pending, *batch.losses))))
-        _hand(taken, take)
+        hand_on(taken, take)
         return taken
     averaging = Averaging(group, devices_of(batch.parameters))
     try:
@@ -110,7 +110,7 @@ def collect(
         taken = _ordered(batch, known, names, averaging.absent)
         losses = alike(taken.losses, batch.parameters[0])
         taken = replace(taken, losses=losses, averaging=averaging if batch.processes.averages else None)
-        _hand(taken, take)
+        hand_on(taken, take)
     except Exception as error:
         averaging.fail(error)
         raise
@@ -119,7 +119,7 @@ def collect(
     return taken
 
 
-def _hand(batch: _B, take: Callable[[_B], None]) -> None:
+def hand_on(batch: _B, take: Callable[[_B], None]) -> None:
     """Hand the losses on; what backward passes run again of the network does not count in its running statistics."""
     kept: Kept = {}
     try:

@@ -48,7 +48,7 @@ def _draw_norms(axes: Axes, course: Course) -> None:
         last = shown[:, index][shown[:, index].isfinite()]
         if len(last):
             ends.append((float(last[-1].log10()), term, color))
-    axes.set(yscale="log", xlabel="step", title="Which loss pulls hardest? Norms of the gradients")
+    axes.set(yscale="log", xlabel="step", title="Which loss pulls hardest?\nNorms of the gradients")
     axes.spines[["top", "right"]].set_visible(False)
     low, high = torch.tensor(axes.get_ylim()).log10().tolist()
     place = low
@@ -69,7 +69,7 @@ def _draw_cosines(axes: Axes, course: Course) -> None:
     medians = course.cosines.nanmedian(0).values
     size = len(course.terms)
     axes.imshow(medians.tolist(), cmap="RdBu", vmin=-1, vmax=1)
-    axes.set(title="Who opposes whom? Cosines (red: opposed)")
+    axes.set(title="Who opposes whom?\nCosines; red: opposed")
     axes.set_xticks(range(size), course.terms, rotation=45, ha="right")
     axes.set_yticks(range(size), course.terms)
     for i in range(size):

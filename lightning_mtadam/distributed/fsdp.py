@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,18 @@ class ShardedNetwork:
     def _let_reshard(self) -> None:
         for module in self._kept:
             module.set_reshard_after_backward(True, recurse=False)
+
+
+@contextmanager
+def left_whole(model: nn.Module) -> Iterator[None]:
+    """Let the modules that are whole after a forward pass be so again, for the backward pass that is still to come."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    whole = [module for module in modules if not all(map(is_sharded, _own(module)))]
+    try:
+        yield
+    finally:
+        for module in whole:
+            module.unshard()
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:

@@ -72,9 +72,13 @@ class LowMemory:
     def balance(self, _: object, norms: Tensor, finite: Tensor | None) -> tuple[Tensor, Coefficients]:
         """As of ``Updater``."""
         self.updater.follow_groups(finite=finite)
-        touched = self.tables.constant([self.touched[member] for member in self.tables.members], torch.bool)[:, None]
+        touched = self._touched()
         weighed = self.tables.weighed(norms, touched, self._present())
         return weighed.scales, self.tables.measured(norms, touched, weighed, finite)
+
+    def scales_of(self, _: object) -> Tensor:
+        """As of ``Updater``."""
+        return self.tables.weighed(self._norms_so_far(), self._touched(), self._present()).scales
 
     def run(self, coefficients: Coefficients) -> None:
         """Update first moments and parameters."""
@@ -118,6 +122,9 @@ class LowMemory:
         pairs = list(zip(gradients, self._ready(column, last), strict=True))
         self._late[column] = [None if gradient is None or now else gradient.clone() for gradient, now in pairs]
         self._consume(column, [gradient if now else None for gradient, now in pairs])
+
+    def _touched(self) -> Tensor:
+        return self.tables.constant([self.touched[member] for member in self.tables.members], torch.bool)[:, None]
 
     def _present(self) -> Tensor:
         return self.tables.constant([term in self._observed for term in self.tables.terms], torch.bool)

@@ -127,15 +127,8 @@ class MTAdam(ImportanceOptimizer, TermOptimizer):
         layers = layers or ("global" if lightly else "parameter")
         norm_init = norm_init or ("unbiased" if lightly else "first")
         denominator = denominator or ("sum" if lightly else "max")
-        balance = (
-            anchor,
-            check_importance({} if importance is None else importance),
-            layers,
-            norm_init,
-            denominator,
-            update,
-            plain(max_scale),
-        )
+        wanted = check_importance({} if importance is None else importance)
+        balance = (anchor, wanted, layers, norm_init, denominator, update, plain(max_scale))
         options = Options(*balance, on_nonfinite, compile, plain(balance_every), low_memory)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         kept = {"maximize": maximize, **COUNTED, "importance": dict(options.importance)}

@@ -104,6 +104,12 @@ class Updater:
                     torch._foreach_mul_([one for one in gradients if one is not None], shown.factor)
             pending.norms = {name: norms_of(gradients) for name, gradients in pending.gradients.items()}
 
+    def scales_of(self, pending: ShownGradients) -> Tensor:
+        """What multiplies the terms' gradients that are pending, of a measured step: [L, I]."""
+        self._weighed = self._weighed or self._weigh(pending, self._prepare(pending))
+        assert self._weighed.weighed is not None
+        return self._weighed.weighed.scales
+
     def observe(self, pending: ShownGradients, watch: FiniteWatch) -> tuple[Tensor, Tensor | None]:
         """The norms of the gradients, [P, I], which must be finite: ``None``, or a flag if the host cannot know yet."""
         if self._weighed is None:  # the updater is new since
