@@ -69,4 +69,5 @@ class DiagnosisCLI(LightningCLI):
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(self.diagnosis.to_markdown())
-        return self.model.trainer
+        trainer: pl.Trainer = self.model.trainer
+        return trainer

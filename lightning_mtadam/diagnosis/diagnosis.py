@@ -164,8 +164,8 @@ def _terms_table(diagnosis: Diagnosis) -> str:
     rows = [["term", "loss at first", "loss at last", "norm of gradient", "weight"]]
     norms = course.norms.median(0).values.tolist()
     for index, term in enumerate(course.terms):
-        seen = course.losses[:, index]
-        seen = seen[seen.isfinite()].tolist() or [float("nan")]
+        losses = course.losses[:, index]
+        seen: list[float] = losses[losses.isfinite()].tolist() or [float("nan")]
         rows.append([term, *(f"{value:.3g}" for value in (seen[0], seen[-1], norms[index], weights[term]))])
     return _table(rows)
 

@@ -26,7 +26,7 @@ REPORTS = 25
 """A trial measures in so many of its steps, evenly."""
 FEWEST = 4
 """From fewer reports nothing can be said of change."""
-OURS = {
+OURS: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -37,6 +37,8 @@ OURS = {
     "devices": 1,
 }
 """Options of the trainer of a trial, which leaves nothing behind."""
+REMARKS = (".*does not have many workers", ".*LeafSpec")
+"""Of Lightning, on what does not matter to a trial."""
 
 
 def diagnose(
@@ -119,15 +121,12 @@ def try_out(
             "diagnose trains by automatic optimization, but the module sets automatic_optimization = False. For a"
             " module with several optimizers add lightning_mtadam.callbacks.GradientReport to its own trainer."
         )
-    module.configure_callbacks = list  # type: ignore[method-assign,assignment] # they may stop it, or write
+    module.configure_callbacks = list  # type: ignore[method-assign] # they may stop it, or write
     report = GradientReport(max(1, steps // REPORTS), layers="parameter")
     watch = Watch(report)
-    if isinstance(data, list | tuple):  # which Lightning takes for several loaders
-        data = DataLoader(data, batch_size=None)  # type: ignore[arg-type] # a list is a data set
-    given = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else {"train_dataloaders": data}
     with TemporaryDirectory() as folder, _quiet():
         trainer = pl.Trainer(**OURS, default_root_dir=folder, callbacks=[report, watch], max_steps=steps, **options)
-        trainer.fit(module, **given)  # type: ignore[arg-type]
+        trainer.fit(module, **_given(data))
     if len(watch.found) < FEWEST:
         raise ValueError(
             f"The trial ended after {trainer.global_step} steps with {len(watch.found)} reports, of which {FEWEST} are"
@@ -137,8 +136,13 @@ def try_out(
     return Diagnosis(course, advise(course), watch.costs(), type(trainer.optimizers[0]).__name__)
 
 
-REMARKS = (".*does not have many workers", ".*LeafSpec")
-"""Of Lightning, on what does not matter to a trial."""
+def _given(data: Iterable[Any] | pl.LightningDataModule | None) -> dict[str, Any]:
+    """The data, as ``fit`` takes them."""
+    if isinstance(data, pl.LightningDataModule):
+        return {"datamodule": data}
+    if isinstance(data, list) and not any(isinstance(one, DataLoader) for one in data):
+        data = DataLoader(data, batch_size=None)  # type: ignore[arg-type] # Lightning takes a list for several loaders
+    return {"train_dataloaders": data}
 
 
 @contextmanager

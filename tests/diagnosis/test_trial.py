@@ -14,8 +14,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mtadam import MTAdam, MultiTermLightningModule, diagnose
-from lightning_mtadam.callbacks import BalanceWeightMonitor, report_losses
+from lightning_mtadam import MTAdam, MultiTermLightningModule, diagnose, report_losses
+from lightning_mtadam.callbacks import BalanceWeightMonitor
 from tests.lightning_models import QUIET, Regression, adam, make_loader
 
 pytestmark = QUIET
@@ -209,7 +209,7 @@ def test_accumulated_and_missing_terms():
     assert not found.costs
 
 
-@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.", "ignore:GradientReport has nothing")
 def test_bad_input_names_the_remedy():
     with pytest.raises(TypeError, match="needs a LightningModule, but got"):
         diagnose(nn.Linear(2, 2), loader())
