@@ -21,8 +21,6 @@ from lightning_mtadam.meetings import compare
 
 FIRST = 2
 """So many steps are slow, and not timed."""
-PATIENCE = 20
-"""A trial ends where only one of so many batches makes a step."""
 
 
 class Watch(pl.Callback):
@@ -39,7 +37,6 @@ class Watch(pl.Callback):
         self.report = report
         self.found: list[GradientSummary] = []
         self._losses: list[Mapping[str, Any]] = []
-        self._batches = 0
         self._began = 0.0
         self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of batches, and of those with a report
         self._timed = True
@@ -65,9 +62,6 @@ class Watch(pl.Callback):
     ) -> None:
         """Keep what is new."""
         seconds, latest = process_time() - self._began, self.report.latest
-        self._batches += 1
-        if self._batches > PATIENCE * (trainer.global_step + 1) * trainer.accumulate_grad_batches:
-            trainer.should_stop = True
         new = latest is not None and not any(latest is one for one in self.found[-1:])
         if trainer.global_step > FIRST:
             self._seconds[new].append(seconds)
