@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_mtadam.callbacks.gradient_report import report_losses
+    from lightning_mtadam.diagnosis import diagnose
     from lightning_mtadam.export import export_weights
     from lightning_mtadam.module import MultiTermLightningModule
     from lightning_mtadam.optim import MTAdam
@@ -22,6 +23,7 @@ __all__ = [
     "MTAdam",
     "MultiTermLightningModule",
     "NonFiniteError",
+    "diagnose",
     "export_weights",
     "partitioned_losses",
     "report_losses",
@@ -31,6 +33,7 @@ _HOMES = {
     "MTAdam": "lightning_mtadam.optim",
     "MultiTermLightningModule": "lightning_mtadam.module",
     "NonFiniteError": "lightning_mtadam.terms",
+    "diagnose": "lightning_mtadam.diagnosis",
     "export_weights": "lightning_mtadam.export",
     "partitioned_losses": "lightning_mtadam.partition",
     "report_losses": "lightning_mtadam.callbacks.gradient_report",

@@ -46,10 +46,10 @@ FLOORS = (
     {"edits"},
     {"optim", "balancers"},
     {"export"},
-    {"balancer_slot", "guard", "module", "progress_bar", "callbacks", "metrics", "__init__"},
+    {"balancer_slot", "guard", "module", "progress_bar", "callbacks", "metrics", "diagnosis", "__init__"},
 )
 """Rooms from below to above: a room imports from those below it, and from its own floor if there is no circle."""
-KNOW_LIGHTNING = {"module", "guard", "lightning_internals", "callbacks"}
+KNOW_LIGHTNING = {"module", "guard", "lightning_internals", "callbacks", "diagnosis"}
 FEW_LINES, FEW_LINES_A_FILE = 3200, 320
 FEW_FILES, FEW_CALLS = 22, 230
 """Of a batch of two terms."""
