@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.ranks import results, run_ranks
+from tests.distributed.ranks import PATIENCE, results, run_ranks
 from tests.distributed.training import ROUNDING, STEPS, Wrapped, all_equal, ddp_loop, joined_rounds, largest, rounds
 from tests.lightning_models import make_mtadam, make_network, three_losses
 from tests.loops import hand_loop
@@ -92,7 +92,7 @@ def differ_in_groups(rank):
 
 
 def test_messages_count_ranks_over_all_processes(tmp_path):
-    first, _, third = run_ranks(differ_in_groups, tmp_path, ranks=3, timeout=30)
+    first, _, third = run_ranks(differ_in_groups, tmp_path, ranks=3)
     for outcome in (first, third):
         assert "rank 0 has ('fit', 'size', 'decay'); rank 2 has ('fit', 'decay')." in outcome.error
 
@@ -165,9 +165,9 @@ def train_with_other_accumulation(rank):
 
 
 def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path):
-    for outcome in run_ranks(train_with_other_accumulation, tmp_path, timeout=30):
+    for outcome in run_ranks(train_with_other_accumulation, tmp_path):
         assert outcome.error.startswith("ValueError: Only the ranks [0] average gradients in this batch")
-        assert outcome.seconds < 10
+        assert outcome.seconds < PATIENCE
 
 
 def train_rarely(rank):

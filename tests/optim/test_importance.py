@@ -447,7 +447,7 @@ def test_two_ranks_equal_one_process(options, tmp_path):
 @pytest.mark.parametrize("other", [{}, {"size": 0.25}], ids=["nothing", "another"])
 def test_ranks_that_set_different_values_raise(step, other, tmp_path):
     changed = [{step: {"size": 0.5}}, {step: other}]
-    for outcome in run_ranks(on_rank, tmp_path, changed, {}, timeout=30):
+    for outcome in run_ranks(on_rank, tmp_path, changed, {}):
         assert outcome.error.startswith("ValueError: The ranks have different values of the option importance: rank 0")
         assert "as by set_importance, on all" in outcome.error
 
