@@ -21,9 +21,10 @@ import lightning_mtadam
 from lightning_mtadam.pytorch_lightning.twins import TwinFinder, twin_of
 
 if TYPE_CHECKING:
-    from lightning_mtadam import MTAdam, MultiTermLightningModule, NonFiniteError, export_weights, partitioned_losses
+    from lightning_mtadam import *  # noqa: F403
 
-__all__ = ["MTAdam", "MultiTermLightningModule", "NonFiniteError", "export_weights", "partitioned_losses"]
+__all__: list[str] = []
+__all__ += lightning_mtadam.__all__
 
 sys.meta_path.insert(0, TwinFinder())  # before who would find callbacks as they are
 

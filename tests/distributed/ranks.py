@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -19,6 +20,9 @@ from lightning_mtadam.distributed import agreement
 
 PATIENCE = 60.0
 """Seconds for which a rank that failed waits for the others here. Who took less has not waited in vain."""
+
+TWO_OR_THREE = pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+"""How many processes train: two quickly, three too in the slow run."""
 
 HANGS = 300.0
 """Seconds after which a program is taken to hang. Beside twelve others it takes ten times as long as alone."""

@@ -12,7 +12,7 @@ from lightning_mtadam import MTAdam
 from lightning_mtadam.balancers import GradNorm, MetaBalance
 from lightning_mtadam.distributed import agreement, averaging
 from lightning_mtadam.distributed.agreement import RankError
-from tests.distributed.ranks import PATIENCE, results, run_ranks
+from tests.distributed.ranks import PATIENCE, TWO_OR_THREE, results, run_ranks
 from tests.distributed.training import rounds
 from tests.lightning_models import make_network, three_losses
 
@@ -116,7 +116,7 @@ def leaving_out(rank, ranks, at, options):
     return [parameter.detach() for parameter in network.parameters()]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 @pytest.mark.parametrize("at", [0, 4])
 @pytest.mark.parametrize("name", SPOILING)
 def test_all_ranks_go_on_after_an_error_that_is_caught(name, at, ranks, tmp_path):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.ranks import PATIENCE, results, run_ranks
+from tests.distributed.ranks import PATIENCE, TWO_OR_THREE, results, run_ranks
 from tests.distributed.training import ROUNDING, STEPS, Wrapped, all_equal, ddp_loop, joined_rounds, largest, rounds
 from tests.lightning_models import make_mtadam, make_network, three_losses
 from tests.loops import hand_loop
@@ -33,7 +33,7 @@ def train_wrapped(rank, ranks, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 def test_a_hand_written_loop_equals_one_process_also_with_no_sync(ranks, accumulate, tmp_path):
     together = results(run_ranks(train_wrapped, tmp_path, ranks, accumulate, ranks=ranks))
     for dtype, (first, *others) in zip(ROUNDING, zip(*together, strict=True), strict=True):
