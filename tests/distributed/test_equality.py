@@ -40,6 +40,7 @@ def without_averaging(rank, case):
     return train_together(rank, case, 2, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.strategy])
 def test_without_averaging_the_ranks_differ(name, tmp_path):
     """Nothing above would be shown if the ranks' own batches led to the same network."""
