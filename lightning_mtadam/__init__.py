@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_mtadam.partition import partitioned_losses
     from lightning_mtadam.terms import NonFiniteError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MTAdam",
     "MultiTermLightningModule",
