@@ -1,7 +1,8 @@
 """What ``lightning_mtadam`` offers, for modules and trainers of the package ``pytorch_lightning``.
 
 ``MultiTermLightningModule`` is a ``pytorch_lightning.LightningModule`` here, and ``callbacks`` are callbacks of its
-trainers, from the same source. The optimizer, balancers and functions are the same objects as in ``lightning_mtadam``.
+trainers, from the same source. What needs no Lightning, as the optimizer and balancers, is the same as in
+``lightning_mtadam``.
 
 Example:
     >>> import lightning_mtadam.pytorch_lightning as twin

@@ -57,8 +57,10 @@ def test_a_traceback_shows_the_lines_of_the_file():
 
 def test_everything_else_is_shared():
     for name in lightning_mtadam.__all__:
+        home = lightning_mtadam.home_of(name)
         same = getattr(twin, name) is getattr(lightning_mtadam, name)
-        assert same is (name != "MultiTermLightningModule"), name
+        assert same is (twin_of(home) == home), name
+    assert twin.MTAdam is lightning_mtadam.MTAdam
     assert {*lightning_mtadam.__all__} <= {*dir(twin)}
     with pytest.raises(AttributeError, match="no attribute 'MTAdamW'"):
         twin.MTAdamW  # noqa: B018
