@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_mtadam.partition import partitioned_losses
     from lightning_mtadam.terms import NonFiniteError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MTAdam",
     "MultiTermLightningModule",
@@ -46,15 +46,24 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_HOMES[name]), name)
 
 
-def callbacks_of_trainers() -> list[object]:
+def home_of(name: str) -> str:
+    """The module that a public name comes from."""
+    return _HOMES[name]
+
+
+def callbacks_of_trainers(package: str = __name__) -> list[object]:
     """What Lightning adds to the callbacks of each trainer, as the entry point in ``pyproject.toml`` asks it to.
 
     A plain LightningModule calls nothing of this package, so that nothing else could tell that its
     ``configure_balancer`` is in vain. Where no balancer was imported there is nothing to add.
+
+    Args:
+        package: this one, or its twin for trainers of ``pytorch_lightning``.
     """
     if "lightning_mtadam.balancers" not in sys.modules:
         return []
-    return [import_module("lightning_mtadam.guard").PlainModuleGuard()]
+    import_module(f"{package}.roots").explain_other_modules()
+    return [import_module(f"{package}.guard").TrainerGuard()]
 
 
 def __dir__() -> list[str]:

@@ -26,6 +26,7 @@ from lightning_mtadam.distributed.averaging import Averaging, devices_of
 from lightning_mtadam.distributed.processes import COMM_HOOK, FSDP1, processes_of
 from lightning_mtadam.distributed.sharding import mesh_of
 from lightning_mtadam.optim import MTAdam
+from lightning_mtadam.roots import refuse_other_callbacks
 from lightning_mtadam.terms import kind_of, warn, what_instead
 
 if TYPE_CHECKING:
@@ -116,8 +117,12 @@ class Guard(pl.Callback):
                 Averaging(group, devices_of(_balanced_parameters(trainer))).fail(exception)
 
 
-class PlainModuleGuard(pl.Callback):
-    """Raises where a module has a balancer that nothing would ask for: see ``callbacks_of_trainers`` in the package."""
+class TrainerGuard(pl.Callback):
+    """Raises where nothing else of the package would be asked: see ``callbacks_of_trainers`` in the package."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise if a callback is for trainers of the other package of Lightning."""
+        refuse_other_callbacks(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if ``configure_balancer`` belongs to a plain LightningModule."""

@@ -143,19 +143,36 @@ def logging_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def ask_first(check: Callable[[object], None]) -> None:
+    """Call ``check(model)`` before a trainer says that a model, which torch may have compiled, is none of its own."""
+    from lightning.pytorch.utilities import compile
+
+    place: Any = compile
+    usual = place._check_mixed_imports
+
+    def both(model: object) -> None:
+        check(getattr(model, "_orig_mod", model))
+        usual(model)
+
+    if not hasattr(usual, "asks_first"):
+        both.asks_first = check  # type: ignore[attr-defined]
+        place._check_mixed_imports = both
+
+
 @contextmanager
 def as_fabric_backward() -> Iterator[None]:
     """Count as ``fabric.backward``: under mixed precision the modules of Fabric refuse any other backward pass.
 
     Beside that it would scale the loss, which is the caller's to do, and nothing else.
     """
-    wrappers = sys.modules.get("lightning.fabric.wrappers")
-    if wrappers is None:
-        yield
-        return
-    before = wrappers._in_fabric_backward
-    wrappers._in_fabric_backward = True  # type: ignore[attr-defined]
+    loaded: list[tuple[Any, bool]] = []
+    for name in ("lightning.fabric.wrappers", "lightning_fabric.wrappers"):
+        wrappers: Any = sys.modules.get(name)
+        if wrappers is not None:
+            loaded.append((wrappers, wrappers._in_fabric_backward))
+            wrappers._in_fabric_backward = True
     try:
         yield
     finally:
-        wrappers._in_fabric_backward = before  # type: ignore[attr-defined]
+        for wrappers, before in loaded:
+            wrappers._in_fabric_backward = before

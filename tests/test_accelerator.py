@@ -9,10 +9,13 @@ import pytest
 from tests.accelerator import device
 
 ROOT = Path(__file__).parents[1]
+QUICK = ("test_cost.py", "test_equality.py")
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/accelerator").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=[pytest.mark.slow] * (not file.endswith(QUICK))) for file in FILES]
+)
 def test_on_the_stand_in_accelerator(file):
     reason = device.why_not()
     if reason is not None:

@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mtadam import balancing
 
 TERMS = ("a", "b", "c")
 ANCHORS = ("first", "b", "c", "mean", "max", "unit")
-quick = settings(max_examples=50, deadline=None)
 norm = st.one_of(st.just(0.0), st.floats(1e-20, 1e20))
 tables = st.integers(1, 4).flatmap(lambda rows: st.lists(st.tuples(norm, norm, norm), min_size=rows, max_size=rows))
 factors = st.tuples(*[st.floats(-6, 6).map(lambda exponent: 10**exponent) for _ in TERMS])
@@ -49,7 +48,6 @@ def naive_target(row, anchor):
     return row[0 if anchor == "first" else TERMS.index(anchor)] or naive_mean(row)
 
 
-@quick
 @given(rows=tables)
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_the_target_is_the_anchors_norm_or_the_mean_of_those_that_reach(anchor, rows):
@@ -78,7 +76,6 @@ def test_balance_weights_are_ratios_to_the_reference_and_nan_where_a_term_never_
     assert bool(weights[0, 2].isnan())
 
 
-@quick
 @given(rows=tables)
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_the_balance_weight_is_the_inverse_of_the_scale(anchor, rows):
@@ -91,7 +88,6 @@ def test_the_balance_weight_is_the_inverse_of_the_scale(anchor, rows):
 # The geometric mean
 
 
-@quick
 @given(rows=tables)
 def test_the_geometric_mean_is_that_of_the_norms_that_are_not_zero(rows):
     close(balancing.geometric_mean(table(rows)), [[naive_mean(row)] for row in rows])
@@ -114,7 +110,6 @@ def test_the_geometric_mean_of_norms_far_apart_is_not_zero():
 # The scales   (line 8)
 
 
-@quick
 @given(rows=tables, factor=factors)
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_balanced_norms_are_the_targets_whatever_the_terms_factors(anchor, rows, factor):
@@ -125,7 +120,6 @@ def test_balanced_norms_are_the_targets_whatever_the_terms_factors(anchor, rows,
     assert not scales(norms, anchor)[norms == 0].any()
 
 
-@quick
 @given(rows=tables, factor=factors)
 @pytest.mark.parametrize("anchor", ["first", "b", "unit"])
 def test_a_factor_on_a_term_other_than_the_anchor_divides_its_scale_and_no_other(anchor, rows, factor):
@@ -137,14 +131,12 @@ def test_a_factor_on_a_term_other_than_the_anchor_divides_its_scale_and_no_other
     close((scales(norms * factor, anchor) * factor)[reached], scales(norms, anchor)[reached])
 
 
-@quick
 @given(rows=tables, exponent=st.floats(-6, 6))
 @pytest.mark.parametrize("anchor", [anchor for anchor in ANCHORS if anchor != "unit"])
 def test_a_factor_on_every_term_changes_no_scale(anchor, rows, exponent):
     close(scales(table(rows) * 10**exponent, anchor), scales(table(rows), anchor))
 
 
-@quick
 @given(rows=tables)
 @pytest.mark.parametrize("anchor", ["mean", "max", "unit"])
 def test_without_an_anchor_term_the_order_of_the_terms_does_not_matter(anchor, rows):
@@ -152,7 +144,6 @@ def test_without_an_anchor_term_the_order_of_the_terms_does_not_matter(anchor, r
     close(scales(table(rows)[:, order], anchor), scales(table(rows), anchor)[:, order])
 
 
-@quick
 @given(rows=tables, importance=st.tuples(*[st.floats(0, 10)] * 3), cap=st.floats(0.1, 1e3))
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_importance_multiplies_what_is_capped(anchor, rows, importance, cap):
@@ -185,7 +176,6 @@ def naive_norms(observed, present, beta3, norm_init, quadratic):
         yield 0.0 if average is None else (average / correction) ** (1 / power)
 
 
-@quick
 @given(
     observed=st.lists(st.tuples(*[st.one_of(st.just(0.0), st.floats(1e-3, 1e3))] * 3), min_size=1, max_size=12),
     absent=st.lists(st.tuples(*[st.booleans()] * 3), min_size=12, max_size=12),
@@ -206,7 +196,6 @@ def test_norms_are_averaged_as_line_7_says_from_when_the_term_reaches(norm_init,
         close(torch.stack(found)[:, term], expected)
 
 
-@quick
 @given(factor=factors, observed=st.lists(st.tuples(*[st.floats(1e-3, 1e3)] * 3), min_size=1, max_size=8))
 @pytest.mark.parametrize("quadratic", [False, True])
 @pytest.mark.parametrize("norm_init", ["first", "unbiased"])
@@ -241,7 +230,6 @@ def test_a_decay_for_each_layer_is_that_of_the_layer():
 # Rounding noise
 
 
-@quick
 @given(rows=tables, factor=factors, silent=st.tuples(*[st.booleans()] * 3))
 def test_noise_is_a_faint_share_of_the_terms_own_norm_beside_a_clear_one_that_is_not_silent(rows, factor, silent):
     faint = 128 * 2.0**-52
@@ -259,7 +247,6 @@ def test_the_norm_over_the_network_does_not_over_or_underflow(size):
     assert balancing.loudness(norms, torch.tensor([False, False]))[0].tolist() == [[False, False], [True, False]]
 
 
-@quick
 @given(observed=st.lists(st.floats(0, 10), min_size=1, max_size=30), beta3=st.sampled_from([0.0, 0.5, 0.9]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_its_start_an_average_from_one_is_what_was_observed_but_for_rounding(dtype, observed, beta3):
@@ -278,7 +265,6 @@ def test_without_its_start_an_average_from_one_is_what_was_observed_but_for_roun
 # Layers
 
 
-@quick
 @given(data=st.data(), rows=tables)
 def test_the_norm_of_a_layer_is_that_of_all_its_entries(data, rows):
     layer_of = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows))))
@@ -303,7 +289,6 @@ def test_a_layers_row_is_the_largest_of_its_parameters():
 # Clocks   (lines 11 and 12)
 
 
-@quick
 @given(steps=st.lists(st.tuples(st.booleans(), st.tuples(*[st.booleans()] * 3)), min_size=1, max_size=10))
 def test_clocks_count_as_adams_and_a_late_terms_begins_at_one(steps):
     clocks = torch.zeros(1, 4)
@@ -329,7 +314,6 @@ def test_bias_corrections_are_accurate_also_where_they_are_small(beta):
 # The scales' average over a run
 
 
-@quick
 @given(
     seen=st.lists(st.tuples(*[st.one_of(st.just(0.0), st.floats(1e-6, 1e6))] * 3), min_size=1, max_size=10),
     finite=st.lists(st.booleans(), min_size=10, max_size=10),

@@ -27,7 +27,7 @@ from tests.lightning_models import (
     three_losses,
 )
 from tests.loops import take_step, train
-from tests.optim.streams import SHAPES, feed, layer_names, make, start, stream
+from tests.optim.streams import LENGTH, SHAPES, feed, layer_names, make, start, stream
 
 BATCHES = list(make_loader(20))
 SLOPES = {"fit": 1.0, "size": 30.0, "sharper": 1e-3}
@@ -99,7 +99,7 @@ def test_a_factor_on_a_loss_other_than_the_anchor_divides_its_weight(term, facto
         assert found.spread[name] == pytest.approx(expected.spread[name], rel=1e-9)
 
 
-def scales_seen(steps=110, clip=None, **options):
+def scales_seen(steps=LENGTH, clip=None, **options):
     """The optimizer after a stream of gradients, and its scales in every step: [steps, L, I]."""
     parameters, optimizer = make(start(0), **options)
     seen = []

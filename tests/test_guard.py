@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 
 import lightning_mtadam
 from lightning_mtadam.balancers import MetaBalance
-from lightning_mtadam.guard import Guard, PlainModuleGuard
+from lightning_mtadam.guard import Guard, TrainerGuard
 from tests.lightning_models import (
     QUIET,
     Regression,
@@ -114,7 +114,7 @@ def test_a_balancer_of_a_plain_module_is_refused(entry_point):
 @pytest.mark.parametrize("make_module", [lambda: SumRegression(adam), Regression])
 def test_other_modules_are_let_be(make_module, entry_point):
     trainer = fit(make_module(), make_loader())
-    assert any(isinstance(callback, PlainModuleGuard) for callback in trainer.callbacks)
+    assert any(isinstance(callback, TrainerGuard) for callback in trainer.callbacks)
 
 
 def test_trainers_get_nothing_where_no_balancer_was_imported(entry_point):

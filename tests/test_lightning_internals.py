@@ -218,7 +218,7 @@ ROOT = Path(__file__).parents[1]
 OF_OTHERS = re.compile(
     r"_foreach_\w+|_fused_adamw_|_dynamo|_comm_hooks|_join_config|_apply|_version|_replace|_make"
     r"|_C|_current_graph_task_id|_forward_cls|_post_accumulate_grad_hooks"
-    r"|_backward_hooks|_step_supports_amp_scaling"
+    r"|_backward_hooks|_step_supports_amp_scaling|_orig_mod"
 )
 
 
@@ -235,6 +235,20 @@ def test_fabric_still_notes_its_backward_passes_where_they_are_noted():
     with lightning_internals.as_fabric_backward():
         assert wrappers._in_fabric_backward
     assert not wrappers._in_fabric_backward
+
+
+def test_trainers_still_ask_what_a_model_is_that_is_no_module_of_theirs(monkeypatch):
+    from lightning.pytorch.utilities import compile
+
+    require(compile, "_check_mixed_imports")
+    monkeypatch.setattr(compile, "_check_mixed_imports", lambda model: None)  # as if nobody had asked before
+    asked, network = [], make_network()
+    lightning_internals.ask_first(asked.append)
+    lightning_internals.ask_first(asked.append)  # but once
+    for model in (network, torch.compile(network)):
+        with pytest.raises((TypeError, ValueError), match="LightningModule"):
+            make_trainer().fit(model, make_loader())
+    assert asked == [network] * 2
 
 
 def private_attributes(file):

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mtadam import meetings
 
-quick = settings(max_examples=60, deadline=None)
 norm = st.one_of(st.just(0.0), st.floats(1e-3, 1e3))
 
 
@@ -41,7 +40,6 @@ def naive_met(network, layer, i, j):
     return math.sqrt(sum(row[i] ** 2 for row, at in zip(table, layer_of, strict=True) if at == layer and row[j] > 0))
 
 
-@quick
 @given(networks())
 def test_norms_are_those_on_the_parameters_that_both_reach(network):
     found = met(network)
@@ -69,7 +67,6 @@ def naive_compared(matrix):
     return found
 
 
-@quick
 @given(networks())
 def test_terms_are_compared_where_they_meet_or_over_those_between_them(network):
     for matrix, compared in zip(met(network).tolist(), meetings.compare(met(network)), strict=True):
@@ -84,7 +81,6 @@ def ratios(network, reference):
     return meetings.ratios(met(network), reference, None)
 
 
-@quick
 @given(networks(), st.data())
 @pytest.mark.parametrize("reference", [0, -1, "mean", "max"])
 def test_a_factor_on_a_loss_divides_its_own_ratio_only(reference, network, data):
@@ -107,7 +103,6 @@ def test_a_factor_on_a_loss_divides_its_own_ratio_only(reference, network, data)
                 assert float(change[layer, one].nan_to_num(1)) == pytest.approx(1, rel=1e-9)
 
 
-@quick
 @given(networks())
 def test_where_all_reach_all_it_is_the_ratio_of_the_layers_norms(network):
     table, layer_of, layers = network
@@ -148,7 +143,6 @@ def test_a_term_without_influence_is_in_no_mean():
     torch.testing.assert_close(meetings.ratios(matrix, "max", silent), expected, rtol=1e-12, atol=0)
 
 
-@quick
 @given(st.lists(st.tuples(norm, norm), min_size=1, max_size=8), st.sampled_from([1, 2]), st.floats(0, 0.99))
 def test_shares_are_averaged_as_norms_are(steps, power, beta3):
     """The share of a parameter is the mean of its shares, each counted as its norm counts in the average."""

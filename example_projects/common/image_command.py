@@ -144,7 +144,7 @@ def check_search(options: argparse.Namespace) -> None:
     if options.strategy != "auto" or not one:
         raise ValueError("hyperband searches in one process: give --devices 1, without --strategy.")
     if find_spec("optuna") is None:
-        raise ImportError("hyperband needs Optuna: pip install 'lightning_mtadam[search]'.")
+        raise ImportError("hyperband needs Optuna: pip install optuna.")
 
 
 def _search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:

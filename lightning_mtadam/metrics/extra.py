@@ -18,5 +18,5 @@ def require(name: str) -> Any:
         package = name.partition(".")[0].replace("_", "-")
         raise ModuleNotFoundError(
             f"lightning_mtadam.metrics needs {package} here, which cannot be imported ({error}). Install it with"
-            " pip install 'lightning_mtadam[metrics]'."
+            f" pip install {package}."
         ) from error

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -93,7 +93,6 @@ def test_weights_equal_the_closed_form(anchor, decay, limit):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["size", "decay"]), st.floats(-4, 4))
 def test_a_factor_on_a_loss_other_than_the_anchor_changes_nothing(name, exponent):
     found = []

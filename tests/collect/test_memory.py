@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mtadam.collect.memory import GradientMemory
@@ -18,7 +18,6 @@ def widths(memory):
 
 
 @small_packs
-@settings(deadline=None)
 @given(networks())
 def test_all_trained_parameters_are_in_one_pack_each(network):
     parameters, trained, keys = network
@@ -34,7 +33,6 @@ def test_all_trained_parameters_are_in_one_pack_each(network):
 
 
 @small_packs
-@settings(deadline=None)
 @given(networks())
 def test_what_is_not_trained_leaves_the_packs_of_the_rest_as_they_are(network):
     parameters, trained, keys = network
@@ -59,7 +57,6 @@ def test_small_parameters_share_a_pack_until_it_is_full(sizes, packs):
 
 
 @small_packs
-@settings(deadline=None)
 @given(networks(), st.integers(1, 3))
 def test_packs_lie_side_by_side_without_a_gap(network, count):
     parameters, trained, keys = network
@@ -73,7 +70,6 @@ def test_packs_lie_side_by_side_without_a_gap(network, count):
 
 
 @small_packs
-@settings(deadline=None)
 @given(networks(), st.integers(1, 3))
 def test_views_share_the_memory_at_their_place(network, count):
     parameters, trained, keys = network
@@ -95,7 +91,6 @@ def test_views_share_the_memory_at_their_place(network, count):
 
 
 @small_packs
-@settings(deadline=None)
 @given(networks(), st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=4))
 def test_what_was_not_written_becomes_zero(network, reached_in_each_step):
     parameters, trained, keys = network

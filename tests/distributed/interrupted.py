@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_mtadam import MTAdam, MultiTermLightningModule
+from tests.distributed.ranks import HANGS
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, WIDTH = 60, 5, 800
@@ -132,7 +133,7 @@ def kill_while_writing(folder: Path, run: Run, checkpoint: int) -> None:
 def finish(folder: Path) -> None:
     """Run to the end, or go on to it."""
     run = start_again(folder)
-    assert run.wait(300) == 0, (folder / "stderr.txt").read_text()
+    assert run.wait(HANGS) == 0, (folder / "stderr.txt").read_text()
 
 
 def same_end(one: Path, other: Path) -> bool:

@@ -11,9 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_mtadam.distributed import agreement
+
+PATIENCE = 60.0
+"""Seconds for which a rank that failed waits for the others here. Who took less has not waited in vain."""
+
+TWO_OR_THREE = pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+"""How many processes train: two quickly, three too in the slow run."""
+
+HANGS = 300.0
+"""Seconds after which a program is taken to hang. Beside twelve others it takes ten times as long as alone."""
 
 
 @dataclass
@@ -32,7 +44,7 @@ class Outcome:
 
 
 def run_ranks(
-    function: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 2, timeout: float = 90
+    function: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 2, timeout: float = HANGS
 ) -> list[Outcome]:
     """Call ``function(rank, *arguments)`` in as many processes, joined in the default process group.
 
@@ -79,6 +91,7 @@ def _outcome(file: Path) -> Outcome:
 
 def _child(function: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)  # a forked process cannot use its parent's threads
+    agreement.PATIENCE = PATIENCE
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     rank_zero_only.rank = rank  # what was inherited is the parent's, and holds until a trainer is made
     start = time.monotonic()

@@ -12,13 +12,12 @@ from torch import nn
 from lightning_mtadam import MTAdam
 from lightning_mtadam.distributed import agreement
 from tests.distributed.cases import Case, make_synced, plain
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import PATIENCE, run_ranks
 from tests.distributed.training import Trained, fit_rank, rounds
 from tests.lightning_models import QUIET
 
 pytestmark = QUIET
 
-SECONDS = 10
 BATCHES = 6
 
 
@@ -28,8 +27,8 @@ def fit_differently(rank, ranks, make_module):
 
 def errors(folder, make_module, ranks=2):
     """What the ranks raised; checks that they did within seconds."""
-    outcomes = run_ranks(fit_differently, folder, ranks, make_module, ranks=ranks, timeout=30)
-    assert all(outcome.seconds < SECONDS for outcome in outcomes)
+    outcomes = run_ranks(fit_differently, folder, ranks, make_module, ranks=ranks)
+    assert all(outcome.seconds < PATIENCE for outcome in outcomes)
     return [outcome.error for outcome in outcomes]
 
 
@@ -162,13 +161,13 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_rank_that_is_lost_does_not_leave_the_others_waiting(name, first, tmp_path):
     make_module, own_error = ELSEWHERE[name]
-    outcomes = run_ranks(wherever_it_stands, tmp_path, partial(make_module, bad=1, first=first), timeout=30)
+    outcomes = run_ranks(wherever_it_stands, tmp_path, partial(make_module, bad=1, first=first))
     others, own = outcomes
     assert own.error == own_error
     assert re.match(
         "(Rank|Runtime)Error: (Another process of this training has stopped|.*Connection closed)", others.error
     )
-    assert others.seconds < SECONDS
+    assert others.seconds < PATIENCE
 
 
 def everywhere(change):
@@ -239,9 +238,9 @@ def accumulate_differently(rank):
 
 
 def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path):
-    for outcome in run_ranks(accumulate_differently, tmp_path, timeout=30):
+    for outcome in run_ranks(accumulate_differently, tmp_path):
         assert outcome.error.startswith("ValueError: Only the ranks [0] average gradients in this batch")
-        assert outcome.seconds < SECONDS
+        assert outcome.seconds < PATIENCE
 
 
 def announce_a_constant(rank):

@@ -8,7 +8,7 @@ import torch
 
 from lightning_mtadam.distributed import averaging
 from tests.distributed.cases import CASES
-from tests.distributed.ranks import results, run_ranks
+from tests.distributed.ranks import TWO_OR_THREE, results, run_ranks
 from tests.distributed.training import (
     ROUNDING,
     STEPS,
@@ -28,7 +28,7 @@ from tests.loops import gan_by_hand
 pytestmark = QUIET
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_equal_one_process_on_the_joined_batch(name, ranks, tmp_path):
     assert_ranks_equal_one_process(CASES[name], ranks, tmp_path)
@@ -40,6 +40,7 @@ def without_averaging(rank, case):
     return train_together(rank, case, 2, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.strategy])
 def test_without_averaging_the_ranks_differ(name, tmp_path):
     """Nothing above would be shown if the ranks' own batches led to the same network."""
@@ -109,7 +110,7 @@ def train_gan(rank, ranks, make):
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 @pytest.mark.parametrize("name", GANS)
 def test_a_gan_with_two_optimizers_equals_one_process(name, ranks, tmp_path):
     make, by_hand = GANS[name]

@@ -109,7 +109,9 @@ def trained(rank, case):
     return wholes(network), whole_state(optimizer) if case["optimizer"] is not frozen else []
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, name in enumerate(CASES)]
+)
 def test_sharded_ranks_equal_one_process(name, tmp_path):
     case = CASES[name]
     expected, state = trained(None, {**case, "loop": {**case.get("loop", {}), "sync": True}})

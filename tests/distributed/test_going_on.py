@@ -1,5 +1,6 @@
 """Ranks exchange words once a step; after an error that a loop catches, all of them go on, or none does."""
 
+import time
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from lightning_mtadam import MTAdam
 from lightning_mtadam.balancers import GradNorm, MetaBalance
 from lightning_mtadam.distributed import agreement, averaging
 from lightning_mtadam.distributed.agreement import RankError
-from tests.distributed.ranks import results, run_ranks
+from tests.distributed.ranks import PATIENCE, TWO_OR_THREE, results, run_ranks
 from tests.distributed.training import rounds
 from tests.lightning_models import make_network, three_losses
 
@@ -115,13 +116,13 @@ def leaving_out(rank, ranks, at, options):
     return [parameter.detach() for parameter in network.parameters()]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 @pytest.mark.parametrize("at", [0, 4])
 @pytest.mark.parametrize("name", SPOILING)
 def test_all_ranks_go_on_after_an_error_that_is_caught(name, at, ranks, tmp_path):
-    outcomes = run_ranks(catching, tmp_path, ranks, SPOILING[name], at, {}, ranks=ranks, timeout=40)
+    outcomes = run_ranks(catching, tmp_path, ranks, SPOILING[name], at, {}, ranks=ranks)
     found = results(outcomes)
-    assert all(outcome.seconds < 10 for outcome in outcomes)
+    assert all(outcome.seconds < PATIENCE for outcome in outcomes)
     (tmp_path / "without").mkdir()
     expected = results(run_ranks(leaving_out, tmp_path / "without", ranks, at, {}, ranks=ranks))
     for (caught, parameters), wanted in zip(found, expected, strict=True):
@@ -133,15 +134,15 @@ def test_all_ranks_go_on_after_an_error_that_is_caught(name, at, ranks, tmp_path
 
 @pytest.mark.parametrize("options", [{"balance_every": 3}, {"low_memory": True}], ids=str)
 def test_all_ranks_are_alike_after_it_with_other_options(options, tmp_path):
-    found = results(run_ranks(catching, tmp_path, 2, fails_in_backward, 4, options, timeout=40))
+    found = results(run_ranks(catching, tmp_path, 2, fails_in_backward, 4, options))
     (caught, first), (other, second) = found
     assert len(caught) == len(other) == 1
     for mine, theirs in zip(first, second, strict=True):
         assert torch.equal(mine, theirs)
 
 
-def too_late(rank):
-    """A rank fails, and does not wait until the other hears of it."""
+def too_late(rank, gone):
+    """A rank fails, and does not wait until the other hears of it. It leaves a file when it has gone on."""
     agreement.PATIENCE = 0.2
     network = make_network()
     model = DistributedDataParallel(network)
@@ -151,28 +152,28 @@ def too_late(rank):
         optimizer.zero_grad()
         losses = three_losses(network, batch, model)
         if step == 2:
-            losses = no_scalar(losses, network) if rank else slow(losses)
+            losses = no_scalar(losses, network) if rank else slow(losses, gone)
         try:
             optimizer.backward(losses, model=model)
         except (ValueError, RankError) as error:
             caught.append(f"{step}: {type(error).__name__}")
+            gone.touch()
             continue
         optimizer.step()
     return caught
 
 
-def slow(losses):
+def slow(losses, gone):
     def wait(gradient):
-        import time
-
-        time.sleep(2)
+        while not gone.exists():
+            time.sleep(0.01)
 
     losses["fit"].register_hook(wait)
     return losses
 
 
 def test_it_is_refused_on_all_ranks_where_they_missed_each_other(tmp_path):
-    outcomes = run_ranks(too_late, tmp_path, timeout=40)
+    outcomes = run_ranks(too_late, tmp_path, tmp_path / "gone")
     first, second = results(outcomes)
     assert first == ["2: RankError", "3: RankError", "4: RankError"]
     assert second == ["2: ValueError", "3: RankError", "4: RankError"]
@@ -207,9 +208,9 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_ranks_with_other_options_raise_in_the_first_step_naming_the_option(name, tmp_path):
-    for outcome in run_ranks(with_options, tmp_path, OTHER[name], timeout=30):
+    for outcome in run_ranks(with_options, tmp_path, OTHER[name]):
         assert outcome.error.startswith(f"ValueError: The ranks have different values of the option {name}: rank 0 has")
-        assert outcome.seconds < 10
+        assert outcome.seconds < PATIENCE
 
 
 def with_balancer(rank, make):
@@ -232,7 +233,7 @@ BALANCERS = {
 
 @pytest.mark.parametrize("name", BALANCERS)
 def test_balancers_with_other_options_raise_too(name, tmp_path):
-    for outcome in run_ranks(with_balancer, tmp_path, BALANCERS[name], timeout=30):
+    for outcome in run_ranks(with_balancer, tmp_path, BALANCERS[name]):
         assert outcome.error.startswith(f"ValueError: The ranks have different values of the option {name}")
 
 

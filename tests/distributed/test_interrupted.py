@@ -7,6 +7,7 @@ import subprocess
 import time
 
 from tests.distributed.interrupted import finish, kill, kill_while_writing, same_end, start, start_again, started
+from tests.distributed.ranks import HANGS
 from tests.lightning_models import needs_exact_resume
 
 
@@ -16,7 +17,7 @@ def interrupt(folder):
     started(folder, run)
     time.sleep(0.2)
     os.killpg(run.pid, signal.SIGINT)
-    run.wait(60)
+    run.wait(HANGS)
     assert (folder / "on_exception.ckpt").exists(), (folder / "stderr.txt").read_text()
 
 
@@ -29,7 +30,7 @@ def terminate(folder):
     (folder / "on_exception.ckpt").unlink()
     (folder / "terminate").touch()
     run = start_again(folder)
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while not (folder / "on_exception.ckpt").exists():
         assert time.monotonic() < end, (folder / "stderr.txt").read_text()
         time.sleep(0.1)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.distributed.launched import DATA, RANKS
+from tests.distributed.ranks import HANGS
 from tests.distributed.training import all_equal, largest
 from tests.lightning_models import BATCH_SIZE, make_mtadam, make_network
 from tests.loops import hand_loop
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def launch(folder, case):
     environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.launched", str(folder), case]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_two_launched_ranks_equal_one_process(tmp_path):

@@ -17,7 +17,7 @@ def fit_with_hook(rank):
 
 
 def test_a_communication_hook_is_refused_on_every_rank(tmp_path):
-    for outcome in run_ranks(fit_with_hook, tmp_path, timeout=30):
+    for outcome in run_ranks(fit_with_hook, tmp_path):
         assert outcome.error.startswith("MisconfigurationException: A DDP communication hook (ddp_comm_hook) would")
 
 
@@ -28,7 +28,7 @@ def torchs_own_sync_batch_norm(rank):
 
 def test_torchs_sync_batch_norm_says_that_it_does_not_run_on_a_cpu(tmp_path):
     """Which is why ``SyncedBatchNorm`` stands in for it in these tests."""
-    for outcome in run_ranks(torchs_own_sync_batch_norm, tmp_path, timeout=30):
+    for outcome in run_ranks(torchs_own_sync_batch_norm, tmp_path):
         assert outcome.error.startswith("ValueError: SyncBatchNorm layers only work with GPU modules")
 
 
@@ -46,5 +46,5 @@ def accumulate_on_a_static_graph(rank, make_module):
     ids=["MTAdam", "Adam"],
 )
 def test_static_graph_and_accumulation_fail_in_torch_whatever_the_optimizer(make_module, tmp_path):
-    for outcome in run_ranks(accumulate_on_a_static_graph, tmp_path, make_module, timeout=30):
+    for outcome in run_ranks(accumulate_on_a_static_graph, tmp_path, make_module):
         assert outcome.error.startswith("RuntimeError: expect_autograd_hooks_ INTERNAL ASSERT FAILED")

@@ -245,7 +245,7 @@ def train_failing(rank, accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_rank_that_fails_is_named_by_the_others_as_without_logs(accumulate, tmp_path):
-    first, second = run_ranks(train_failing, tmp_path, accumulate, timeout=30)
+    first, second = run_ranks(train_failing, tmp_path, accumulate)
     assert second.error == "OSError: the disk is full"
     assert first.error.startswith("RankError: Stopped, because another rank has failed. rank 1: OSError")
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.ranks import results, run_ranks
+from tests.distributed.ranks import PATIENCE, TWO_OR_THREE, results, run_ranks
 from tests.distributed.training import ROUNDING, STEPS, Wrapped, all_equal, ddp_loop, joined_rounds, largest, rounds
 from tests.lightning_models import make_mtadam, make_network, three_losses
 from tests.loops import hand_loop
@@ -33,7 +33,7 @@ def train_wrapped(rank, ranks, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 def test_a_hand_written_loop_equals_one_process_also_with_no_sync(ranks, accumulate, tmp_path):
     together = results(run_ranks(train_wrapped, tmp_path, ranks, accumulate, ranks=ranks))
     for dtype, (first, *others) in zip(ROUNDING, zip(*together, strict=True), strict=True):
@@ -92,7 +92,7 @@ def differ_in_groups(rank):
 
 
 def test_messages_count_ranks_over_all_processes(tmp_path):
-    first, _, third = run_ranks(differ_in_groups, tmp_path, ranks=3, timeout=30)
+    first, _, third = run_ranks(differ_in_groups, tmp_path, ranks=3)
     for outcome in (first, third):
         assert "rank 0 has ('fit', 'size', 'decay'); rank 2 has ('fit', 'decay')." in outcome.error
 
@@ -165,9 +165,9 @@ def train_with_other_accumulation(rank):
 
 
 def test_ranks_that_accumulate_while_others_average_raise_on_every_rank(tmp_path):
-    for outcome in run_ranks(train_with_other_accumulation, tmp_path, timeout=30):
+    for outcome in run_ranks(train_with_other_accumulation, tmp_path):
         assert outcome.error.startswith("ValueError: Only the ranks [0] average gradients in this batch")
-        assert outcome.seconds < 10
+        assert outcome.seconds < PATIENCE
 
 
 def train_rarely(rank):

@@ -1,44 +1,63 @@
 """A term's gradients travel while the next term's backward pass runs."""
 
-import time
+from threading import Condition
 
+import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.ranks import results, run_ranks
-from tests.distributed.slow_link import seconds_per_step
+from lightning_mtadam import MTAdam
+from tests.distributed.ranks import HANGS, results, run_ranks
+from tests.distributed.slow_link import SlowLink, over
 
-SECONDS = 0.04
 TERMS = 4
 
 
-class SlowBackward(torch.autograd.Function):
-    """The identity, with a backward pass that takes SECONDS without using the processor."""
+class Passes:
+    """Counts backward passes as they begin."""
 
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
+    def __init__(self):
+        self.begun, self.changed = 0, Condition()
 
-    @staticmethod
-    def backward(ctx, gradient):
-        time.sleep(SECONDS)
-        return gradient
+    def begin(self, gradient):
+        with self.changed:
+            self.begun += 1
+            self.changed.notify_all()
 
-
-def losses(model):
-    output = SlowBackward.apply(model(torch.ones(1, 20)))
-    return {f"term {power}": output.pow(power).mean() for power in range(1, TERMS + 1)}
+    def wait_for(self, count, seconds):
+        with self.changed:
+            return self.changed.wait_for(lambda: self.begun >= count, seconds)
 
 
-def time_steps(rank):
+class HeldLink(SlowLink):
+    """A transfer that ends when the next term's backward pass has begun, or has not for so many seconds."""
+
+    def __init__(self, passes, seconds, *, overlap):
+        super().__init__(0.0, overlap=overlap)
+        self.passes, self.seconds, self.met = passes, seconds, []
+
+    def _send(self, tensor, group):
+        sent = len(self.met) + 1
+        self.met.append(self.passes.wait_for(min(sent + 1, TERMS), self.seconds))
+        super()._send(tensor, group)
+
+
+def step_over_a_link(rank, overlap, seconds):
     network = nn.Linear(20, 50)
-    size = 4 * sum(parameter.numel() for parameter in network.parameters())
-    return {**seconds_per_step(network, losses, SECONDS / size, repeats=3), "size": size}
+    model, passes = DistributedDataParallel(network), Passes()
+    optimizer = MTAdam(network.named_parameters())
+    output = model(torch.ones(1, 20))
+    output.register_hook(passes.begin)
+    link = HeldLink(passes, seconds, overlap=overlap)
+    with over(link):
+        optimizer.backward({f"term {n}": output.pow(n).mean() for n in range(1, TERMS + 1)}, model=model)
+    return link.met, link.transfers, 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
-def test_a_term_travels_while_the_next_is_differentiated(tmp_path):
-    for seconds in results(run_ranks(time_steps, tmp_path)):
-        assert seconds["bytes"] == TERMS * seconds["size"], "I * |theta| bytes a step"
-        assert seconds["transfers"] == TERMS, "one collective for each term"
-        assert seconds["no overlap"] > 1.9 * TERMS * SECONDS, "transfers and backward passes, one after the other"
-        assert seconds["overlap"] < 0.75 * seconds["no overlap"]
+@pytest.mark.parametrize(("overlap", "seconds"), [(True, HANGS / 2), (False, 0.05)])
+def test_a_term_travels_while_the_next_is_differentiated(overlap, seconds, tmp_path):
+    """Over a link that keeps its caller, a transfer waits in vain for the next backward pass."""
+    for met, transfers, size in results(run_ranks(step_over_a_link, tmp_path, overlap, seconds)):
+        assert met == [overlap] * (TERMS - 1) + [True]
+        assert transfers == [size] * TERMS, "one collective for each term, and I * |theta| bytes a step"

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_mtadam import partitioned_losses
 from tests.distributed.cases import Case
-from tests.distributed.ranks import results, run_ranks
+from tests.distributed.ranks import TWO_OR_THREE, results, run_ranks
 from tests.distributed.sharded import Network, needs_fsdp2, shard
 from tests.distributed.training import STEPS, assert_ranks_equal_one_process, rounds
 from tests.lightning_models import QUIET
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@TWO_OR_THREE
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_equal_one_process_on_the_joined_batch(name, ranks, tmp_path):
     assert_ranks_equal_one_process(CASES[name], ranks, tmp_path)

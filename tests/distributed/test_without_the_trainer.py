@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from lightning_mtadam import MTAdam
-from tests.distributed.ranks import results, run_ranks
+from tests.distributed.ranks import HANGS, results, run_ranks
 from tests.distributed.sharded import difference, needs_fsdp2
 from tests.test_docs import ROOT, blocks
 
@@ -77,7 +77,7 @@ def test_torchrun_equals_one_process(programs):
     assert python == "python"
     environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     saved = torch.load("checkpoint.pt")
     assert difference(saved["network"], by_hand()) < 1e-6

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torchmetrics import MeanMetric
 
+from tests.combinations import every
 from tests.lightning_models import (
     GAN,
     QUIET,
@@ -232,14 +233,13 @@ def everything_logged(automatic, log_terms, hook, options, metric):
     return [metrics for metrics in found if set(metrics) - {"step"}], trainer
 
 
-@pytest.mark.parametrize("metric", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(
-    ("automatic", "hook"),
-    [(True, hook) for hook in IN_BATCHES] + [(False, hook) for hook in (*IN_BATCHES, "after backward_terms")],
-)
+PLACES = [(True, hook) for hook in IN_BATCHES] + [(False, hook) for hook in (*IN_BATCHES, "after backward_terms")]
+
+
+@pytest.mark.parametrize(("place", "options", "metric"), every(2, PLACES, OPTIONS, (False, True)), ids=str)
 @pytest.mark.filterwarnings("ignore:You called `self.log.* floating")
-def test_what_the_user_logs_is_as_if_the_module_logged_nothing(automatic, hook, options, metric):
+def test_what_the_user_logs_is_as_if_the_module_logged_nothing(place, options, metric):
+    automatic, hook = place
     found, trainer = everything_logged(automatic, True, hook, options, metric)
     alone, _ = everything_logged(automatic, False, hook, options, metric)
     assert found == alone

@@ -9,6 +9,8 @@ from tests.loops import train
 TERMS = ("a", "b", "c")
 NAMES = ("net.weight", "net.bias", "net.scale", "net.empty", "head.weight", "head.bias")
 SHAPES = ((4, 3), (4,), (), (0, 2), (2, 4), (2,))
+LENGTH = 60
+"""Steps after which everything that happens in a stream has happened."""
 
 
 def layer_names(rule):
@@ -38,11 +40,11 @@ def stream(steps, seed, *, scale=(1.0, 30.0, 0.02)):
                 gradients[1] = None
                 if step < 20:
                     gradients[4], gradients[5] = None, np.zeros(SHAPES[5])
-            if term == "c" and (step < 7 or 60 <= step < 90):
+            if term == "c" and (step < 7 or 36 <= step < 48):
                 continue
             if term != "b" and 30 <= step < 34:
                 gradients = [None if g is None else np.zeros_like(g) for g in gradients]
-            if 100 <= step < 103:
+            if 52 <= step < 55:
                 gradients[2] = None
             found[term] = gradients
         yield dict(reversed(found.items())) if step % 5 == 3 else found

@@ -10,10 +10,10 @@ from torch import nn
 from lightning_mtadam.optim import MTAdam
 from lightning_mtadam.optim.state import BALANCE_KEYS
 from tests.loops import train
-from tests.optim.streams import NAMES, TERMS, follow, make, start, stream
+from tests.optim.streams import LENGTH, NAMES, TERMS, follow, make, start, stream
 from tests.oracles.naive_balance_every import NaiveBalanceEvery
 
-STEPS = 120
+STEPS = LENGTH
 TOLERANCE = 1e-10
 
 

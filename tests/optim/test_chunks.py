@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mtadam.collect.memory import GradientMemory
@@ -55,7 +55,6 @@ cases = given(networks(), st.lists(st.booleans(), min_size=12, max_size=12), st.
 
 
 @small_packs
-@settings(deadline=None)
 @cases
 def test_chunks_cover_exactly_the_wanted_members(network, wanted, limit):
     parameters, trained, keys = network
@@ -76,7 +75,6 @@ def test_chunks_cover_exactly_the_wanted_members(network, wanted, limit):
 
 
 @small_packs
-@settings(deadline=None)
 @cases
 def test_gradients_moments_and_rows_are_those_of_the_chunks_elements(network, wanted, limit):
     trained = network[1]
@@ -92,7 +90,6 @@ def test_gradients_moments_and_rows_are_those_of_the_chunks_elements(network, wa
 
 
 @small_packs
-@settings(deadline=None)
 @cases
 def test_each_element_gets_the_row_of_its_parameter(network, wanted, limit):
     trained = network[1]
@@ -109,7 +106,6 @@ def test_each_element_gets_the_row_of_its_parameter(network, wanted, limit):
 
 
 @small_packs
-@settings(deadline=None)
 @cases
 def test_elements_that_are_put_back_move_the_wanted_parameters_and_no_other(network, wanted, limit):
     parameters, trained, _ = network

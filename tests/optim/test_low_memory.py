@@ -20,7 +20,7 @@ from tests.lightning_models import (
     three_losses,
 )
 from tests.loops import take_step
-from tests.optim.streams import feed, make, start, stream
+from tests.optim.streams import LENGTH, feed, make, start, stream
 from tests.spoiling import spoilt
 
 pytestmark = QUIET
@@ -45,7 +45,7 @@ def assert_close(ours, theirs, tolerance=1e-12):
         )
 
 
-def run(low_memory, *, dtype=torch.float64, steps=110, **options):
+def run(low_memory, *, dtype=torch.float64, steps=LENGTH, **options):
     second_group = {"lr": 3e-3, "betas": (0.8, 0.99, 0.5)}
     parameters, optimizer = make(
         start(0), dtype=dtype, second_group=second_group, lr=1e-2, low_memory=low_memory, **options

@@ -1,25 +1,33 @@
 """MTAdam equals an independent naive float64 implementation, for every combination of options."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_mtadam import layout
 from lightning_mtadam.optim import MTAdam
-from tests.optim.streams import NAMES, TERMS, feed, follow, layer_names, make, start, stream
+from tests.combinations import every, meeting
+from tests.optim.streams import LENGTH, NAMES, TERMS, feed, follow, layer_names, make, start, stream
 from tests.oracles.naive_mtadam import NaiveMTAdam
 
-STEPS = 200
 TOLERANCE = 1e-10
+RULES = ("parameter", "module", "group", "global")
+ANCHORS = ("first", "b", "mean", "max", "unit", None)
+CHOICES = (RULES, ANCHORS, ("first", "unbiased", "one"), ("max", "mean", "own", "sum"), ("sum", "mean"))
+"""Of rule, anchor, norm_init, denominator and update."""
+few = settings(max_examples=settings.default.max_examples // 2)
+
+
+def assert_parameters(parameters, oracle, layers, tolerance=TOLERANCE):
+    for ours, theirs, rounding, name in zip(parameters, oracle.parameters, oracle.rounding, layers, strict=True):
+        missed = np.abs(ours.detach().double().numpy() - theirs)
+        assert np.all(missed <= tolerance + rounding), f"{name} misses the oracle by {missed}"
 
 
 def assert_equal(optimizer, parameters, oracle, layers):
-    for ours, theirs, name in zip(parameters, oracle.parameters, NAMES, strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE, err_msg=name)
+    assert_parameters(parameters, oracle, NAMES)
     weights, scales = optimizer.balance_weights(), optimizer.scales()
     for layer in dict.fromkeys(layers):
         expected = [oracle.balance_weight(i, layer) for i in range(len(TERMS))]
@@ -28,7 +36,7 @@ def assert_equal(optimizer, parameters, oracle, layers):
         np.testing.assert_allclose(scales[layer].numpy(), expected, rtol=1e-9, err_msg=layer)
 
 
-def compare(rule, *, steps=STEPS, seed=0, lr=1e-3, second_group=None, clip=None, **options):
+def compare(rule, *, steps=LENGTH, seed=0, lr=1e-3, second_group=None, clip=None, **options):
     second_group = second_group or {}
     layers = layer_names(rule)
     parameters, optimizer = make(start(seed), rule=rule, second_group=second_group, lr=lr, **options)
@@ -48,17 +56,31 @@ def compare(rule, *, steps=STEPS, seed=0, lr=1e-3, second_group=None, clip=None,
     if clip is None:
         assert_equal(optimizer, parameters, oracle, layers)
     else:
-        for ours, theirs in zip(parameters, oracle.parameters, strict=True):
-            np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE)
+        assert_parameters(parameters, oracle, NAMES)
 
 
-@pytest.mark.parametrize("rule", ["parameter", "module", "group", "global"])
-@pytest.mark.parametrize("anchor", ["first", "b", "mean", "max", "unit", None])
-def test_every_combination_equals_the_oracle(rule, anchor):
-    for norm_init, denominator, update in itertools.product(
-        ("first", "unbiased", "one"), ("max", "mean", "own", "sum"), ("sum", "mean")
-    ):
-        compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_every_three_options_together_equal_the_oracle(rule, anchor):
+    assert meeting(3, every(4, *CHOICES), *CHOICES)
+    for *chosen, norm_init, denominator, update in every(4, *CHOICES):
+        if chosen == [rule, anchor]:
+            compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_every_other_combination_equals_the_oracle(rule, anchor):
+    for *chosen, norm_init, denominator, update in every(4, *CHOICES, others=True):
+        if chosen == [rule, anchor]:
+            compare(rule, anchor=anchor, norm_init=norm_init, denominator=denominator, update=update)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("denominator", ["max", "mean", "own", "sum"])
+def test_many_steps_equal_the_oracle(denominator):
+    compare("parameter", steps=600, anchor="mean", denominator=denominator)
 
 
 @pytest.mark.usefixtures("_every_way")
@@ -88,7 +110,13 @@ def test_every_other_option_equals_the_oracle(options, anchor):
     compare(**{"rule": "parameter", "anchor": anchor, **options})
 
 
-@settings(max_examples=15, deadline=None)
+CANCELLING = {"shapes": [()] * 3, "missing": 0.3, "denominator": "sum", "norm_init": "first", "together": False}
+"""Of two opposed terms nothing but their rounding is left, at a layer's first step."""
+
+
+@few
+@example(seed=4739, anchor="first", **CANCELLING)
+@example(seed=4, anchor="mean", **CANCELLING)
 @given(
     seed=st.integers(0, 10_000),
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4),
@@ -121,8 +149,7 @@ def test_random_shapes_and_random_gaps_equal_the_oracle(
             feed(optimizer, parameters, found)
             optimizer.step()
             oracle.step(found)
-    for ours, theirs in zip(parameters, oracle.parameters, strict=True):
-        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=0, atol=TOLERANCE)
+    assert_parameters(parameters, oracle, layers)
 
 
 @pytest.mark.usefixtures("_every_way")

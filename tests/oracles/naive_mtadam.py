@@ -33,6 +33,7 @@ class NaiveMTAdam:
         self.n = {(i, layer): None for i in range(len(self.terms)) for layer in self.layers}
         self.n_count = dict.fromkeys(self.n, 0)
         self.scale, self.history, self.memory = {}, {}, {}
+        self.rounding = [np.zeros_like(p) for p in self.parameters]  # see ``note_rounding``
 
     def beta3(self, layer):
         return max(b[2] for b, other in zip(self.betas, self.layers, strict=True) if other == layer)
@@ -212,6 +213,7 @@ class NaiveMTAdam:
         elif self.denominator == "sum":
             hat = (self.v_sum_max if self.amsgrad else self.v_sum)[p] / (1 - beta2 ** self.shared_clock[p])
             step = sum(row[p] for row in self.m) / (1 - beta1 ** self.shared_clock[p]) / (np.sqrt(hat) + self.eps)
+            self.note_rounding(p, balanced, np.sqrt(hat) + self.eps)
         elif reaching:
             stack = np.stack(list(hats.values()))
             hat = stack.max(0) if self.denominator == "max" else stack.mean(0)
@@ -220,3 +222,13 @@ class NaiveMTAdam:
         if self.update == "mean" and reaching:
             step = step / len(reaching)
         self.parameters[p] = self.parameters[p] * (1 - self.lr[p] * self.weight_decay[p]) - self.lr[p] * step
+
+    def note_rounding(self, p, balanced, denominator):
+        """How far another implementation may be from this one where balanced gradients cancel.
+
+        Two opposed terms that reach a layer of one element for the first time have balanced gradients x and -x there:
+        each has the norm of the anchor, one element. With ``denominator="sum"`` nothing of them but rounding is left,
+        and divided by little more than eps. Each term is the result of some operations, and their sum is right to
+        4 EPSILON sum_i |g~_i|. So the step is right to lr times this over the denominator: next to nothing elsewhere.
+        """
+        self.rounding[p] = self.rounding[p] + self.lr[p] * 4 * EPSILON * sum(map(np.abs, balanced)) / denominator
