@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.terms import BalancesTerms
 
+__all__ = ["ExportedWeights", "WeightsSource", "export_weights"]
+
 
 @runtime_checkable
 class WeightsSource(Protocol):
@@ -57,8 +59,8 @@ def export_weights(source: object) -> ExportedWeights:
 
     Args:
         source: a Lightning Trainer after ``fit``, an MTAdam optimizer, or any object with
-            a method ``average_weights``, see :class:`WeightsSource`. A Trainer must have one MTAdam; or none, and a
-            module with a ``balancer`` that has the method.
+            a method ``average_weights``, see :class:`~lightning_mtadam.export.WeightsSource`. A Trainer must have one
+            MTAdam; or none, and a module with a ``balancer`` that has the method.
 
     Returns:
         The weights by term, and their ``spread`` over the layers.
