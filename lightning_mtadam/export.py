@@ -20,6 +20,13 @@ class WeightsSource(Protocol):
     """What weights can be exported from: MTAdam, or another balancer.
 
     It may also have ``layer_sizes() -> Tensor`` [L], the number of elements of each layer; they count alike otherwise.
+
+    Example:
+        >>> class Known:
+        ...     def average_weights(self):
+        ...         return {"fit": torch.tensor([1.0, 1.0]), "decay": torch.tensor([0.1, 0.4])}
+        >>> export_weights(Known())
+        ExportedWeights({'fit': 1, 'decay': 0.2}, spread={'fit': 1, 'decay': 2})
     """
 
     def average_weights(self) -> Mapping[str, Tensor]:
@@ -36,6 +43,11 @@ class ExportedWeights(dict[str, float]):
     Attributes:
         spread: by term, the factor by which layers typically differ from the weight: the geometric standard deviation
             over the layers. 1.0: all layers agree.
+
+    Example:
+        >>> weights = ExportedWeights({"fit": 1.0, "decay": 0.2}, spread={"fit": 1.0, "decay": 2.0})
+        >>> weights["decay"], weights.spread["decay"]
+        (0.2, 2.0)
     """
 
     def __init__(self, weights: Mapping[str, float], spread: Mapping[str, float]) -> None:

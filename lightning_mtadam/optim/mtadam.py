@@ -203,7 +203,7 @@ class MTAdam(ImportanceOptimizer, ObservedOptimizer):
         return self._read(Tables.balance_weights)
 
     def term_weights(self) -> dict[str, Tensor]:
-        """Empty: no constant multiplies a loss. :func:`lightning_mtadam.export_weights` makes some."""
+        """Empty: no scalar multiplies a loss. :func:`lightning_mtadam.export_weights` makes such weights."""
         return {}
 
     def scales(self) -> dict[str, Tensor]:
