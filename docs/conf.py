@@ -30,7 +30,7 @@ extensions = [
     "docs._ext.prose",
     "docs._ext.reference",
 ]
-exclude_patterns = ["_ext"]
+exclude_patterns = ["_ext", "_static"]
 nitpicky = True
 # A pattern in a table of contents may match no page yet. Sphinx gives that warning no name to suppress it by.
 logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "empty_glob" not in vars(record).values())
@@ -57,6 +57,8 @@ python_display_short_literal_types = True
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"{project} {release}"
 html_show_sphinx = False
 html_copy_source = False
