@@ -94,7 +94,7 @@ class GradientReport(pl.Callback):
             self._followed, self._given, self._new, self.latest, self.reports = [], None, [], None, {}
 
     def take(self, losses: Losses, optimizer: Optimizer | None = None) -> None:
-        """Take the losses that the next backward pass is of; :func:`report_losses` calls it."""
+        """Take the ``losses`` of ``optimizer`` that the next backward pass is of; :func:`report_losses` calls it."""
         self._given = dict(losses), optimizer
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
