@@ -32,6 +32,7 @@ extensions = [
 ]
 exclude_patterns = ["_ext", "_static"]
 nitpicky = True
+nitpick_ignore = [("py:class", "Figure"), ("py:class", "Image")]  # imported for type checkers only
 # A pattern in a table of contents may match no page yet. Sphinx gives that warning no type to suppress it by.
 TABLES_OF_CONTENTS = logging.getLogger("sphinx.sphinx.directives.other")
 TABLES_OF_CONTENTS.addFilter(lambda record: "didn't match any documents" not in str(record.msg))

@@ -77,15 +77,16 @@ def exists(full_name: str) -> bool:
 
 
 def meanings(target: str, module: str | None, cls: str | None) -> list[str]:
-    """What a name in a docstring may stand for: itself, or something of the class, its module, or the public module.
+    """What a name in a docstring may stand for: itself, or something of the public module, its class, or its files.
 
     Example:
-        >>> meanings("lr", "lightning_mtadam", "MTAdam")
-        ['lr', 'lightning_mtadam.lr', 'lightning_mtadam.MTAdam.lr', 'lightning_mtadam.optim.mtadam.lr']
+        >>> meanings("lr", "lightning_mtadam.optim.mtadam", "MTAdam")
+        ['lr', 'lightning_mtadam.optim.mtadam.lr', 'lightning_mtadam.optim.mtadam.MTAdam.lr']
     """
-    places = [module] if module else []
-    if module and cls and exists(f"{module}.{cls}"):
-        places += [f"{module}.{cls}", find(f"{module}.{cls}").__module__]
+    if not module:
+        return [target]
+    files = sorted(name for name in sys.modules if name.startswith(f"{module}."))
+    places = [module, *([f"{module}.{cls}"] if cls else []), *files]
     return [target, *(f"{place}.{target}" for place in places)]
 
 

@@ -9,10 +9,14 @@ import ast
 import inspect
 import re
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 from docs._ext.outside import GENERATED, ROOT, write
 
@@ -56,6 +60,7 @@ def public_modules() -> list[str]:
     return sorted(set(found) - INTERNAL)
 
 
+@cache
 def public_names() -> list[Public]:
     """Every public name, once, with the first module that offers it."""
     found: dict[int, Public] = {}
@@ -133,6 +138,17 @@ def outer_or_public(app: Sphinx, name: str, obj: object, options: object, bases:
     bases[:] = dict.fromkeys(found) or [object]
 
 
+def link_short_names(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, text: nodes.TextElement
+) -> nodes.reference | None:
+    """In docstrings: a public name without its module leads to its page, wherever it is mentioned."""
+    found = [one.full for one in public_names() if one.name == node["reftarget"] and node.get("refdomain") == "py"]
+    if len(found) != 1:
+        return None
+    python = env.get_domain("py")
+    return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], found[0], node, text)
+
+
 def link_pages(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """In docstrings: ``docs/page.md`` becomes a link to that page."""
     folder = Path(app.srcdir)
@@ -149,4 +165,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", write_reference)
     app.connect("autodoc-process-bases", outer_or_public)
     app.connect("autodoc-process-docstring", link_pages)
+    app.connect("missing-reference", link_short_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
