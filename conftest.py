@@ -2,7 +2,8 @@
 
 import pytest
 
-EXAMPLES = ("lightning_mtadam.metrics.frechet.FrechetInceptionDistance", "test_snippets_run[metrics.md]")
+INCEPTION = ("lightning_mtadam.metrics.frechet.FrechetInceptionDistance", "test_snippets_run[metrics.md]")
+VGG16 = ("lightning_mtadam.metrics.frechet.FrechetVGG16Distance",)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,8 @@ def random_vgg16(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _weights_for_examples(request, monkeypatch):
-    if request.node.name in EXAMPLES:
+    if request.node.name in INCEPTION:
         weights = request.getfixturevalue("random_inception")
         monkeypatch.setenv("LIGHTNING_MTADAM_INCEPTION_WEIGHTS", str(weights))
+    if request.node.name in VGG16:
+        monkeypatch.chdir(request.getfixturevalue("random_vgg16").parent)

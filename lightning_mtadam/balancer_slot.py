@@ -48,6 +48,10 @@ class BalancerSlot(nn.Module):
 
         What it learns is then part of this module. Set it in ``__init__`` where it is an argument: LightningCLI makes
         the optimizer of ``self.parameters()`` before anything else is asked for.
+
+        Raises:
+            TypeError: it is set to, or ``configure_balancer`` returned, something else than a balancer.
+            RuntimeError: ``configure_balancer`` failed.
         """
         if not self._balancers:
             try:

@@ -12,12 +12,21 @@ from torch import Tensor
 from lightning_mtadam.balancers import Balancer
 from lightning_mtadam.terms import BalancesTerms
 
+__all__ = ["ExportedWeights", "WeightsSource", "export_weights"]
+
 
 @runtime_checkable
 class WeightsSource(Protocol):
     """What weights can be exported from: MTAdam, or another balancer.
 
     It may also have ``layer_sizes() -> Tensor`` [L], the number of elements of each layer; they count alike otherwise.
+
+    Example:
+        >>> class Known:
+        ...     def average_weights(self):
+        ...         return {"fit": torch.tensor([1.0, 1.0]), "decay": torch.tensor([0.1, 0.4])}
+        >>> export_weights(Known())
+        ExportedWeights({'fit': 1, 'decay': 0.2}, spread={'fit': 1, 'decay': 2})
     """
 
     def average_weights(self) -> Mapping[str, Tensor]:
@@ -34,6 +43,11 @@ class ExportedWeights(dict[str, float]):
     Attributes:
         spread: by term, the factor by which layers typically differ from the weight: the geometric standard deviation
             over the layers. 1.0: all layers agree.
+
+    Example:
+        >>> weights = ExportedWeights({"fit": 1.0, "decay": 0.2}, spread={"fit": 1.0, "decay": 2.0})
+        >>> weights["decay"], weights.spread["decay"]
+        (0.2, 2.0)
     """
 
     def __init__(self, weights: Mapping[str, float], spread: Mapping[str, float]) -> None:
@@ -57,8 +71,8 @@ def export_weights(source: object) -> ExportedWeights:
 
     Args:
         source: a Lightning Trainer after ``fit``, an MTAdam optimizer, or any object with
-            a method ``average_weights``, see :class:`WeightsSource`. A Trainer must have one MTAdam; or none, and a
-            module with a ``balancer`` that has the method.
+            a method ``average_weights``, see :class:`~lightning_mtadam.export.WeightsSource`. A Trainer must have one
+            MTAdam; or none, and a module with a ``balancer`` that has the method.
 
     Returns:
         The weights by term, and their ``spread`` over the layers.

@@ -31,6 +31,9 @@ class ImportanceOptimizer(GroupsOptimizer):
         ``balance_every`` and in a light step each as of its own: call it before the first. All processes must make the
         same call before the same step, or the next :meth:`backward` raises. ``docs/importance.md`` says how to choose.
 
+        Args:
+            importance: by term, at least 0. Terms that are not named keep theirs.
+
         Raises:
             TypeError: it is no mapping of names to numbers.
             ValueError: a number is negative, inf or nan, or there is no term of that name. Nothing was changed.

@@ -124,7 +124,7 @@ class MultiTermLightningModule(BalancerSlot, pl.LightningModule):
         there is none, it is one backward pass on the plain sum.
 
         Args:
-            losses: named scalar losses.
+            losses: named scalar losses. ``ValueError`` or ``TypeError`` tells of those that cannot be balanced.
             optimizer: one of ``self.optimizers()``.
             balanced: whether the balancer is for these losses; it is for one optimizer's only.
             retain_graph: whether to keep the graph, for another optimizer that trains on it.

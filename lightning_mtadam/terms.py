@@ -45,7 +45,13 @@ ANCHOR_POLICIES = ("first", "mean", "max", "unit")
 
 
 class NonFiniteError(FloatingPointError, ValueError):
-    """A loss term or its gradient is inf or nan."""
+    """A loss term or its gradient is inf or nan.
+
+    Example:
+        >>> check_losses({"fit": torch.tensor(float("inf"), requires_grad=True)})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lightning_mtadam.terms.NonFiniteError: losses['fit'] is inf. Nothing was changed. ...
+    """
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The README's support table, made from the rows of the matrix: ``python -m tests.support_table`` writes it there."""
+"""The support table, made from the rows of the matrix: ``python -m tests.support_table`` writes it to its page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import tests.trainer_matrix  # noqa: F401  (fills ROWS)
 from tests.trainer_matrix.table import REFUSED, ROWS
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 BEGIN = "<!-- support table: python -m tests.support_table -->\n"
 END = "<!-- end of support table -->\n"
 ON_AN_ACCELERATOR = {
@@ -27,7 +27,7 @@ def support_table() -> str:
         f"| {group} | {'; '.join(words)} | {result} | {ON_AN_ACCELERATOR.get(group, 'not run')} |"
         for (group, result), words in features.items()
     ]
-    return "\n".join(["| | | on the CPU | on an accelerator |", "|---|---|---|---|", *lines, ""])
+    return "\n".join(["| | what | on the CPU | on an accelerator |", "|---|---|---|---|", *lines, ""])
 
 
 def with_table(text: str) -> str:
@@ -40,4 +40,4 @@ def with_table(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -3,6 +3,8 @@
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(set((ROOT / "docs").rglob("*.md")) - set((ROOT / "docs" / "generated").rglob("*.md"))),
     *sorted((ROOT / "example_projects").glob("*/README.md")),
 ]
 
@@ -127,5 +129,13 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_on_the_package_index_the_readme_has_no_link_that_leads_nowhere():
+    command = [sys.executable, "-m", "hatch_fancy_pypi_readme"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\]\((?!https?:)", shown)
+    assert "![" not in shown
+    assert "are in the folder `docs`" in shown
+
+
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

@@ -30,6 +30,9 @@ class Balancer(ABC):
     Args:
         terms: the names of the losses, if known ahead; otherwise they are taken from the first losses.
 
+    Raises:
+        TypeError, ValueError: the terms are no sequence of names that differ.
+
     A balancer of your own is a subclass with a method :meth:`balance`; ``docs/balancers/your_own.md`` writes one.
 
     Attributes:
@@ -76,7 +79,7 @@ class Balancer(ABC):
         return self._terms
 
     def attach(self, model: nn.Module) -> None:  # noqa: B027 - most have nothing to prepare
-        """Prepare the network, before its first forward pass; calling it again does nothing more."""
+        """Prepare the network ``model``, before its first forward pass; calling it again does nothing more."""
 
     def backward(
         self,
@@ -97,7 +100,7 @@ class Balancer(ABC):
             optimizer: steps on the gradient.
             model: the network as it is called, wrapped by ``DistributedDataParallel`` or not.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
-            loss_scale: what a gradient scaler multiplied into ``grad_output``.
+            loss_scale: scalar, what a gradient scaler multiplied into ``grad_output``.
             retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
             run: runs an ordinary backward pass from a scalar, where it is not ``scalar.backward()``; it takes
                 ``retain_graph=True`` where that is given.
@@ -150,7 +153,7 @@ class Balancer(ABC):
         return self._value
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:  # noqa: B027 - only MTAdam keeps names
-        """Names are taken from the network, in every call of :meth:`backward`."""
+        """Does nothing with ``named``: names are taken from the network, in every call of :meth:`backward`."""
 
     def end_epoch(self) -> None:  # noqa: B027 - most know no epochs
         """An epoch of training has ended. A trainer calls it; without one it is yours to call."""
@@ -180,7 +183,7 @@ class Balancer(ABC):
         return {"balancer": type(self).__name__, "terms": self._terms, "state": dict(self.state)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave.
+        """Load ``state_dict``, which :meth:`state_dict` gave.
 
         Raises:
             ValueError: it is another balancer's, has other terms, or is no balancer's; nothing was changed.
@@ -223,7 +226,7 @@ class Balancer(ABC):
         """
 
     def check(self, batch: Batch, optimizer: Optimizer) -> None:
-        """Raise if the losses cannot be balanced; nothing was changed yet."""
+        """Raise ``ValueError`` if ``optimizer`` cannot balance the losses of ``batch``; nothing was changed yet."""
         if batch.processes.sharded and not self.works_on_shards:
             raise ValueError(
                 f"{type(self).__name__} needs whole gradients, but the parameters are sharded. Use strategy='ddp', or"
@@ -231,7 +234,7 @@ class Balancer(ABC):
             )
 
     def place(self, value: Tensor, device: torch.device) -> Tensor:
-        """An entry of the state, which may come from a checkpoint, on the device of the parameters."""
+        """An entry of the state, ``value`` of any shape, maybe of a checkpoint, on the ``device`` of the parameters."""
         return value.to(device)
 
     def pending_terms(self) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ class Batch(collect.Batch):
         losses: scalars by term, with their graphs: of the terms that are present, in the order of the terms; checked,
             and agreed on by all processes. One without a graph is a constant on this process.
         parameters: the tensors that the optimizer steps on.
+        collected: the names of these losses and of earlier ones whose gradients are held, on all processes.
+        averaging: what averages gradients over the processes, if they do it in this batch.
         model: the network as it is called, wrapped or not.
         grad_output: scalar by which every loss is multiplied, ``None`` for 1; ``factor`` is always a tensor.
         loss_scale: scalar, the part of ``grad_output`` that is a gradient scaler's; ``None`` if there is none.
@@ -66,7 +68,7 @@ class Batch(collect.Batch):
         return self.factor if self.loss_scale is None else self.factor / self.loss_scale
 
     def mean_over_processes(self, tensor: Tensor) -> Tensor:
-        """The mean of what each process has, of any shape; the tensor itself where they do not average in this batch.
+        """The mean of ``tensor``, of any shape, over the processes; the tensor itself where this batch is not averaged.
 
         Under accumulation processes average in the last batch of a step only: give it the sum over the batches so far.
         """
@@ -75,7 +77,7 @@ class Batch(collect.Batch):
         return mean_over(tensor, self.processes.group)
 
     def mean_of_all(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes in every batch, of any shape: where all of them weigh the terms by it."""
+        """The mean of ``tensor``, of any shape, over the processes in every batch: for what all weigh the terms by."""
         return tensor if self.processes.group is None else mean_over(tensor, self.processes.group)
 
     def run_weighted(self, weights: Sequence[float] | Tensor) -> Tensor:

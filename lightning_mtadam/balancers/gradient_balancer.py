@@ -62,7 +62,7 @@ class StepGradients:
         return self.norms.isfinite().all()
 
     def flags(self, values: list[bool]) -> Tensor:
-        """The same as a tensor beside the norms, e.g. ``step.flags(step.present)``, [I]."""
+        """The ``values`` as a tensor beside the norms, e.g. ``step.flags(step.present)``, [I]."""
         return constant(values, torch.bool, self.norms.device)
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
@@ -90,7 +90,7 @@ class StepGradients:
         return torch.cat([rows.to(self.norms) for rows in self.memory.rows], 1)[places]
 
     def split(self, vector: Tensor) -> list[Tensor | None]:
-        """The parts of a vector [n], in the order of :meth:`matrix`, as P gradients; ``None`` where not trained."""
+        """The parts of a ``vector`` [n], in the order of :meth:`matrix`, as P gradients; ``None`` where not trained."""
         parts = torch.split(vector, [rows.shape[1] for rows in self.memory.rows])
         return self.memory.shaped([part.to(rows) for part, rows in zip(parts, self.memory.rows, strict=True)])
 

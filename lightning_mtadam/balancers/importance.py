@@ -52,7 +52,7 @@ class WeighsTerms(Balancer):
         self._changed = {**self._changed, **check_importance(importance, self._terms)}
 
     def importance_of(self, terms: Iterable[str]) -> list[float]:
-        """The importance of each of the terms, as it is now."""
+        """The importance of each of the ``terms``, as it is now."""
         now = {**self.importance, **self._changed}
         return [now.get(name, 1.0) for name in terms]
 

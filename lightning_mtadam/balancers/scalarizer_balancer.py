@@ -110,6 +110,9 @@ class ScalarizerBalancer(WeighsTerms):
         Where no step was taken since the last backward pass, as while batches accumulate, it does nothing. In a module
         ``on_train_batch_end`` is the place: ``self.balancer.update(self.training_step(batch, batch_idx))``.
 
+        Args:
+            losses: named scalar losses.
+
         Raises:
             TypeError: the scalarizer does not go by them.
             ValueError: an unknown term, or a loss that it cannot take.

@@ -34,7 +34,7 @@ class GradientReport(pl.Callback):
     Every logger of the trainer gets ``gradient_norm/<term>``, ``gradient_share/<term>``, ``gradient_alignment``,
     ``gradient_cosine/<term>.<other>`` and ``gradient_cosine/<term>.update``, and the number of terms that are
     ``gradient_terms/dead`` or ``drowned`` and of pairs that are ``conflicts``. TensorBoard also gets pictures of terms
-    by terms and of layers by terms. Programs find all of it in :attr:`latest`. ``docs/gradient_report.md`` says how to
+    by terms and of layers by terms. Programs find all of it in ``latest``. ``docs/gradient_report.md`` says how to
     read it.
 
     **What it costs.** With MTAdam, and with balancers that take the gradient of every term, one multiplication of these
@@ -98,7 +98,7 @@ class GradientReport(pl.Callback):
             self._followed, self._given, self._new, self.latest, self.reports = [], None, [], None, {}
 
     def take(self, losses: Losses, optimizer: Optimizer | None = None) -> None:
-        """Take the losses that the next backward pass is of; :func:`report_losses` calls it."""
+        """Take the ``losses`` of ``optimizer`` that the next backward pass is of; :func:`report_losses` calls it."""
         self._given = dict(losses), optimizer
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

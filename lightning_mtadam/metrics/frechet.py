@@ -33,6 +33,18 @@ class FrechetDistance(TorchMetricsDistance):
 
     Attributes:
         label: what the distance is called wherever it is reported.
+
+    Example:
+        >>> class Colors(FeatureNetwork):
+        ...     num_features = 3
+        ...     def extract(self, images):
+        ...         return images.mean((2, 3))
+        >>> distance = FrechetDistance(Colors(nn.Identity()))
+        >>> images = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> distance.update(images, real=True)
+        >>> distance.update(images / 2, real=False)
+        >>> round(float(distance.compute()), 2), distance.n
+        (0.19, 8)
     """
 
     label = "FD"
@@ -125,6 +137,13 @@ class FrechetVGG16Distance(FrechetDistance):
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds other weights.
+
+    Example:
+        >>> distance = FrechetVGG16Distance("vgg16.pth")
+        >>> distance.update(torch.rand(4, 3, 32, 32), real=True)
+        >>> distance.update(torch.rand(5, 3, 32, 32), real=False)
+        >>> f"{distance.label} = {distance.compute():.2f}, n = {distance.n}"  # doctest: +ELLIPSIS
+        'FD-VGG16 = ..., n = 4'
     """
 
     label = "FD-VGG16"

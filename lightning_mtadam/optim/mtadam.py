@@ -33,7 +33,7 @@ from lightning_mtadam.terms import plain
 class MTAdam(ImportanceOptimizer, ObservedOptimizer):
     """Adam for several loss terms: per layer, every term's gradient is brought to the magnitude of an anchor's.
 
-    For a layer and a term :math:`i` with gradient :math:`g_i`::
+    For a layer and a term ``i`` with gradient ``g_i``::
 
         n_i   <- beta3 n_i + (1 - beta3) ||g_i||
         g~_i  <- importance_i (n_anchor / n_i) g_i
@@ -203,7 +203,7 @@ class MTAdam(ImportanceOptimizer, ObservedOptimizer):
         return self._read(Tables.balance_weights)
 
     def term_weights(self) -> dict[str, Tensor]:
-        """Empty: no constant multiplies a loss. :func:`lightning_mtadam.export_weights` makes some."""
+        """Empty: no scalar multiplies a loss. :func:`lightning_mtadam.export_weights` makes such weights."""
         return {}
 
     def scales(self) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class TermOptimizer(GroupsOptimizer):
             model: the network as it is called; needed only where several processes train together. They agree on the
                 terms in each call, and average gradients: wrapped by ``DistributedDataParallel`` not in ``no_sync()``.
             grad_output: scalar by which every loss is multiplied, e.g. one over the number of accumulated batches.
-            loss_scale: what a gradient scaler multiplied into ``grad_output``: the gradients are divided by it.
+            loss_scale: scalar, what a scaler multiplied into ``grad_output``: the gradients are divided by it.
             retain_graph: whether to keep the graph for another backward pass, e.g. for another optimizer.
 
         Raises:
@@ -122,8 +122,8 @@ class TermOptimizer(GroupsOptimizer):
     def clip_gradients(self, limit: float, algorithm: ClipAlgorithm = "norm") -> None:
         """Clip the balanced gradient, the sum over the terms, that :meth:`backward` has left in ``p.grad``.
 
-        ``limit`` is the largest L2 norm over all parameters ("norm"), or magnitude of an entry ("value"), without the
-        loss scale. All terms take the same factor, so that clipping does not disturb the balance.
+        ``limit`` is the largest L2 norm over all parameters (``algorithm="norm"``) or magnitude of an entry ("value"),
+        without the loss scale; all terms take one factor. ``ValueError`` tells of other values, or ``low_memory=True``.
         """
         self._options.refuse_with_low_memory("clipping")
         self._pending.clip(self._parameters(), limit, algorithm)

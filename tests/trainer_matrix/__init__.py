@@ -1,4 +1,4 @@
-"""What the Trainer may be asked for, and what comes of it: the rows of the README's support table."""
+"""What the Trainer may be asked for, and what comes of it: the rows of the support table, docs/support.md."""
 
 from importlib import import_module
 

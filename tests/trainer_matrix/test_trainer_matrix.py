@@ -1,9 +1,9 @@
-"""Every row of the matrix, one test each; the support table in the README is made from the same rows."""
+"""Every row of the matrix, one test each; the support table is made from the same rows."""
 
 import pytest
 
 from tests.lightning_models import QUIET
-from tests.support_table import README, support_table, with_table
+from tests.support_table import PAGE, support_table, with_table
 from tests.trainer_matrix.table import ROWS, Row
 
 
@@ -17,8 +17,8 @@ def test_the_row_is_true(row, tmp_path):
     row(tmp_path)
 
 
-def test_the_support_table_of_the_readme_is_made_of_the_rows():
-    text = README.read_text()
+def test_the_support_table_is_made_of_the_rows():
+    text = PAGE.read_text()
     assert with_table(text) == text, "run python -m tests.support_table"
     assert len(support_table().splitlines()) <= 14
 
