@@ -156,7 +156,7 @@ def test_a_mixin_balances_a_module_that_is_not_changed(follow):
     results = found["results"]
     assert results["balanced"]["error"] < 0.7 * results["theirs"]["error"]
     assert results["balanced"]["size"] > results["theirs"]["size"]
-    loaded = found["Balanced"].load_from_checkpoint(found["path"])
+    loaded = found["Balanced"].load_from_checkpoint("balanced.ckpt")
     assert dict(loaded.hparams) == {"code": 4, "sparsity": 100.0, "lr": 1e-3}
 
 
