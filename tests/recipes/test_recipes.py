@@ -85,8 +85,8 @@ def test_the_gan_sharpens_what_the_pixel_loss_blurs(follow):
 
 def test_lbfgs_goes_on_where_mtadam_ends(follow):
     errors = follow("pinn")["errors"]
-    assert errors["MTAdam"] < 0.05
-    assert errors["then LBFGS, exported weights"] < 1e-3
+    assert errors["MTAdam"] < 0.2
+    assert errors["then LBFGS, exported weights"] < 1e-2
     assert errors["then LBFGS, exported weights"] < errors["MTAdam"] / 10
 
 
