@@ -55,6 +55,9 @@ class Guard(pl.Callback):
                     " Return None from configure_balancer, or another optimizer from configure_optimizers."
                 )
             balancer.attach(pl_module)
+        if pl_module is not None and pl_module.automatic_optimization:
+            for optimizer in trainer.optimizers:
+                _refuse_part(optimizer)
         written, self._written = self._written, []
         for optimizer, by_mtadam in zip(trainer.optimizers, written, strict=False):
             if by_mtadam and "terms" not in optimizer.param_groups[0]:
@@ -207,6 +210,18 @@ def _holds_loss(value: object) -> bool:
         return value.requires_grad and value.numel() == 1
     held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return any(map(_holds_loss, held))
+
+
+def _refuse_part(optimizer: Optimizer) -> None:
+    """Raise if the optimizer holds an MTAdam that does not train all it trains, which nobody would give the losses."""
+    items = [one for held in vars(optimizer).values() for one in (held if isinstance(held, list | tuple) else [held])]
+    if mtadam_of(optimizer) is None and any(isinstance(one, MTAdam) for one in items):
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} holds an MTAdam that trains only some of its parameters, and so cannot balance"
+            " the losses for all of them. Give MTAdam all parameters; or, to balance what several optimizers train,"
+            " put AdamW in its place, and return a balancer from configure_balancer, e.g."
+            " SharedLayerBalancer('decoder')."
+        )
 
 
 def _balanced_parameters(trainer: pl.Trainer) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Every snippet and command in README and docs runs, from the file it stands in."""
+"""Every snippet and command in README and docs runs, from the file it stands in; recipes in ``tests/recipes``."""
 
 import re
 import runpy
@@ -16,6 +16,8 @@ from example_projects.mnist import __main__ as mnist
 from example_projects.pinn import __main__ as pinn
 from tests.benchmarks import importance
 from tests.lightning_models import QUIET
+from tests.recipes import __main__ as recipes
+from tests.recipes.programs import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -37,9 +39,12 @@ def commands(module):
     return [shlex.split(call.partition(" && ")[0], comments=True) for call in calls]
 
 
+SNIPPETS = [page for page in PAGES if blocks(page, "python") and page.parent != RECIPES]
+
+
 @QUIET
 @pytest.mark.filterwarnings("ignore:.*litlogger", "ignore:.*GPU available")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
     """The snippets of a page build on each other."""
     monkeypatch.chdir(tmp_path)
@@ -66,6 +71,11 @@ def test_commands_of_the_evidence_project_are_understood(arguments):
 @pytest.mark.parametrize("arguments", commands("tests.benchmarks.importance"), ids=" ".join)
 def test_commands_of_the_importance_page_are_understood(arguments):
     assert importance.parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("tests.recipes"), ids=" ".join)
+def test_commands_of_the_recipes_are_understood(arguments):
+    assert recipes.parse(arguments)
 
 
 @pytest.mark.parametrize("arguments", commands("example_projects.common.cost_figure"), ids=" ".join)

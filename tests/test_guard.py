@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 import lightning_mtadam
+from lightning_mtadam import MTAdam
 from lightning_mtadam.balancers import MetaBalance
 from lightning_mtadam.guard import Guard, TrainerGuard
 from tests.lightning_models import (
@@ -69,6 +71,39 @@ def test_a_strategy_of_several_processes_that_is_not_known_is_refused_by_name():
 def test_a_network_of_which_nothing_is_sharded_is_refused():
     with pytest.raises(MisconfigurationException, match=r"No parameter is sharded.*Call fully_shard"):
         start(ModelParallelStrategy(), world_size=2)
+
+
+class Together(torch.optim.Optimizer):
+    """Steps several optimizers as one."""
+
+    def __init__(self, *optimizers):
+        super().__init__([group for one in optimizers for group in one.param_groups], {})
+        self.optimizers = optimizers
+
+    def step(self, closure):
+        loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+
+def in_parts(make_second):
+    return lambda network: Together(sgd(network[0]), make_second(network[2]))
+
+
+@QUIET
+def test_mtadam_for_a_part_beside_another_optimizer_is_refused_with_what_to_do():
+    module = Regression(in_parts(lambda network: MTAdam(network.parameters())))
+    with pytest.raises(MisconfigurationException, match=r"Together holds an MTAdam.*only some.*SharedLayerBalancer"):
+        fit(module, make_loader(1))
+    assert_same(module.network, make_network())
+
+
+@QUIET
+def test_other_optimizers_that_step_as_one_are_let_be():
+    module = Regression(in_parts(adam))
+    fit(module, make_loader(1))
+    assert not torch.equal(module.network[2].bias, make_network()[2].bias)
 
 
 def test_a_trainer_has_one_guard_however_often_it_is_watched():
