@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -19,25 +20,46 @@ UNREMARKABLE = (
 )
 
 
-def positive(text: str) -> int:
-    """The number of an option that must be 1 or more.
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Reads the number of an option that must not be lower.
+
+    Example:
+        >>> at_least(0)("3")
+        3
+    """
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"must be {lowest} or more, but is {number}")
+        return number
+
+    return whole_number
+
+
+positive = at_least(1)
+
+
+def rate(text: str) -> float:
+    """The number of an option that must be more than 0, and finite.
 
     Raises:
         argparse.ArgumentTypeError: it is not.
 
     Example:
-        >>> positive("3")
-        3
+        >>> rate("1e-3")
+        0.001
     """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, but is {number}")
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be more than 0, but is {text}")
     return number
 
 
 def keep_quiet() -> None:
     """Silence what Lightning says of every run, and of none in particular."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in UNREMARKABLE:
         warnings.filterwarnings("ignore", message=message)
 

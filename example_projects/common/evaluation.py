@@ -94,7 +94,7 @@ class Evaluation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Images, *args: Any, **kwargs: Any
     ) -> None:
         """Compare the batch."""
-        self.on_validation_batch_end(trainer, pl_module, outputs)
+        self.on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the metrics."""

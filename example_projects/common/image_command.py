@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Adam
 
-from example_projects.common.command import keep_quiet, positive, write_tables
+from example_projects.common.command import at_least, keep_quiet, positive, rate, write_tables
 from example_projects.common.image_metrics import DISTANCES, FEATURE_EXTRACTORS
 from example_projects.common.image_project import ImageProject, Job, train
 from example_projects.common.methods import IMAGE_METHODS, Method
@@ -65,7 +65,7 @@ def _add_what_is_compared(parser: argparse.ArgumentParser, settings: Sequence[st
         " balanced-adam always has the latter")  # fmt: skip
     add("--anchor", default="first", metavar="TERM", help="of MTAdam: the loss that others are brought to")
     add("--seeds", nargs="+", type=int, default=[0], help="one run per method, learning rate and seed")
-    add("--lr", nargs="+", type=float, metavar="LR", help="learning rates, one run each")
+    add("--lr", nargs="+", type=rate, metavar="LR", help="learning rates, one run each")
     add("--trials", type=positive, default=40, help="of hyperband: how many lambdas it tries")
     add("--search-metric", metavar="METRIC",
         help="of hyperband: what it judges by; if left out, the Frechet distance, or the first column")  # fmt: skip
@@ -74,12 +74,14 @@ def _add_what_is_compared(parser: argparse.ArgumentParser, settings: Sequence[st
 def _add_data_and_networks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and networks").add_argument
     add("--data-dir", type=Path, default=None, help="folder with the images; if left out, images are generated")
+    add("--validation", type=at_least(0), default=0, metavar="IMAGES",
+        help="training images that are held back, to be measured while training in place of the test set")  # fmt: skip
     add("--image-size", type=positive, metavar="PIXELS", help="height and width that networks are trained on")
     add("--width", type=positive, metavar="CHANNELS", help="of the networks' first layers; others are multiples of it")
     add("--batch-size", type=positive, metavar="IMAGES", help="of each process")
     add("--max-epochs", type=positive, metavar="EPOCHS", help="epochs of training")
     add("--limit-train-batches", type=positive, default=None, metavar="BATCHES", help="of an epoch; all if left out")
-    add("--num-workers", type=int, default=0, metavar="PROCESSES", help="that load training images")
+    add("--num-workers", type=at_least(0), default=0, metavar="PROCESSES", help="that load training images")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +183,10 @@ def train_all(project: ImageProject, options: argparse.Namespace) -> list[Result
 
 
 def columns_of(project: ImageProject, results: Sequence[Result]) -> list[str]:
-    """The project's columns that were measured, the number of images of a distance, and the time."""
+    """The project's columns that were measured, by set if there are several, the number of images, and the time."""
     wanted = [*project.columns, "n", "seconds_per_step"]
-    return [column for column in wanted if any(column in result for result in results)]
+    found = list(dict.fromkeys(name for result in results for name in result))
+    return [name for column in wanted for name in found if name == column or name.endswith(f" {column}")]
 
 
 def print_table(options: argparse.Namespace, table: str, files: str) -> None:

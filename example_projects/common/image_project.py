@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,5 +146,5 @@ def read_metrics(trainer: pl.Trainer) -> Result:
 def settings_of(options: argparse.Namespace, job: Job) -> dict[str, object]:
     """What makes the run what it is."""
     chosen = {name: value for name, value in vars(options).items() if name not in NOT_OF_A_RUN}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
+    plain: dict[str, object] = json.loads(json.dumps(chosen, default=str))  # as they will be read again
     return {**plain, "lambdas": dict(job.lambdas)}

@@ -41,6 +41,7 @@ def data_of(options: argparse.Namespace, seed: int) -> ImageData:
         batch_size=options.batch_size,
         seed=seed,
         workers=options.num_workers,
+        validation=options.validation,
     )
 
 
