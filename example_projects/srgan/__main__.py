@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common import image_command
-from example_projects.common.command import at_least, positive, rate
+from example_projects.common.command import at_least, positive, rate, run_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_project import ImageProject
@@ -92,7 +92,7 @@ def metrics_of(options: argparse.Namespace) -> MetricsBySet:
         return ImageMetrics(make_distance(options.feature_extractor, options.weights), y_border=SCALE)
 
     names = [folder.name for folder in options.test_dir]
-    return MetricsBySet(of_a_set, names if len(names) > 1 else [])
+    return MetricsBySet(of_a_set, names if len(names) > 1 else [], validated=options.validation > 0)
 
 
 def references(options: argparse.Namespace) -> list[Result]:
@@ -139,4 +139,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -167,6 +167,7 @@ def check_folders(data_dir: Path | None, test_dirs: Sequence[Path]) -> None:
     for option, (folders, what) in wanted.items():
         if given and not folders:
             raise ValueError(f"{given[0]} is given without {option}. Give that, too: {what}.")
+    for option, (folders, what) in wanted.items():
         for folder in folders:
             if not folder.is_dir():
                 raise FileNotFoundError(f"There is no folder {folder}. Give {option} {what}.")

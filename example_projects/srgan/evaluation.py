@@ -23,11 +23,19 @@ class MetricsBySet:
     Args:
         make: the metrics of a set.
         names: of the test sets; none, if there is one.
+        validated: whether other images than these are measured first.
     """
 
-    def __init__(self, make: Callable[[], ImageMetrics], names: Sequence[str]) -> None:
+    def __init__(self, make: Callable[[], ImageMetrics], names: Sequence[str], *, validated: bool = False) -> None:
         self.sets = {name: make() for name in ("", *names)}
-        self.measured: list[str] = list(names) or [""]
+        self.measured = list(names) if names and not validated else [""]
+
+    @property
+    def names(self) -> list[str]:
+        """What ``compute`` gives."""
+        if self.measured == [""]:
+            return self.sets[""].names
+        return [f"{name} {key}" for name in self.measured for key in OF_SEVERAL if key in self.sets[name].names]
 
     def to(self, device: torch.device) -> object:
         """Move to the device on which images are compared."""
@@ -46,10 +54,13 @@ class MetricsBySet:
 
     def compute(self) -> dict[str, float]:
         """The metrics by name, of all images since ``reset``."""
-        if self.measured == [""]:
-            return self.sets[""].compute()
-        found = {name: self.sets[name].compute() for name in self.measured}
-        return {f"{name} {key}": found[name][key] for name in found for key in OF_SEVERAL if key in found[name]}
+        several = self.measured != [""]
+        found = {
+            f"{name} {key}" if several else key: value
+            for name in self.measured
+            for key, value in self.sets[name].compute().items()
+        }
+        return {name: found[name] for name in self.names}
 
     def reset(self) -> None:
         """Forget all images."""

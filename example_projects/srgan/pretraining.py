@@ -72,7 +72,7 @@ def pretrain(project: ImageProject, options: argparse.Namespace) -> Result:
 
     job = Job(NAME, Method(Adam), {"mse": 1.0}, options.pretrain_lr, SEED)
     result = train(replace(project, make_module=module_of), own, job, folder=folder_of(options))
-    return {"method": NAME, "lr": job.lr, "seed": SEED, "folder": NAME, **result}
+    return {"method": NAME, "seed": SEED, "folder": NAME, **result}
 
 
 def load_pretrained(generator: Generator, options: argparse.Namespace) -> None:
