@@ -91,7 +91,7 @@ def metrics_of(options: argparse.Namespace) -> MetricsBySet:
     def of_a_set() -> ImageMetrics:
         return ImageMetrics(make_distance(options.feature_extractor, options.weights), y_border=SCALE)
 
-    names = [folder.name for folder in options.test_dir]
+    names = data_sets_of(options)
     return MetricsBySet(of_a_set, names if len(names) > 1 else [], validated=options.validation > 0)
 
 
@@ -111,8 +111,7 @@ def references(options: argparse.Namespace) -> list[Result]:
 
 def data_sets_of(options: argparse.Namespace) -> Sequence[str]:
     """The data sets that are tested on."""
-    folders = options.test_dir or []
-    return [folder.name for folder in (folders if isinstance(folders, list) else [folders])]
+    return [folder.name for folder in options.test_dir]
 
 
 PROJECT = ImageProject(
