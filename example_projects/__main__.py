@@ -1,8 +1,7 @@
-"""List the example projects: what each is, a command to begin with, and how long that takes.
+"""List the example projects: what each is, how long it takes, and a command to begin with.
 
-The data come with the projects, or are generated. Times are the processor's, with one thread, and were measured with
-exactly these commands. At the paper's size the image projects need a GPU: docs/experiments/gpu.md has the commands, and
-what they are estimated to take.
+The data come with the projects, or are generated. Times are the processor's, with one thread. At the paper's size the
+image projects need a GPU: docs/experiments/gpu.md has the commands, and what they are estimated to take.
 """
 
 from __future__ import annotations
@@ -20,25 +19,30 @@ class Beginning(NamedTuple):
 
     Attributes:
         options: of ``python -m example_projects.<project>``.
-        minutes: of processor time, measured.
+        minutes: of processor time.
+        how: "measured" with exactly this command, or "estimated" from the others.
     """
 
     options: str
     minutes: float
+    how: str = "measured"
 
 
 BEGINNINGS: Mapping[str, Beginning] = {
-    "mnist": Beginning("--data-dir example_projects/mnist/subset --method mtadam adam", 0),
-    "pinn": Beginning("--seeds 0 --method mtadam adam", 0),
-    "pix2pix": Beginning("--image-size 64 --width 16 --batch-size 4 --max-epochs 2", 0),
-    "cyclegan": Beginning("--image-size 64 --width 12 --blocks 2 --max-epochs 1 --limit-train-batches 50", 0),
+    "mnist": Beginning("--data-dir example_projects/mnist/subset --method mtadam adam", 1.5),
+    "pinn": Beginning("--seeds 0 --method mtadam adam", 0.5),
+    "pix2pix": Beginning("--image-size 64 --width 16 --batch-size 4 --max-epochs 2", 0.5),
+    "cyclegan": Beginning("--image-size 64 --width 12 --blocks 2 --max-epochs 1 --limit-train-batches 50", 0.6),
     "srgan": Beginning(
         "--image-size 48 --width 16 --blocks 4 --batch-size 4 --crops-per-image 4 --pretrain-epochs 8 --max-epochs 2"
         " --perceptual-weights random",
-        0,
+        1.5,
+        "estimated",
     ),
-    "evidence": Beginning("run --problems toy2d --methods mtadam adam --seeds 2 --budget-seconds 10", 0),
-    "compare": Beginning("pix2pix --image-size 64 --width 16 --batch-size 4 --max-epochs 2 --method mtadam adam", 0),
+    "evidence": Beginning("run --problems toy2d --methods mtadam adam --seeds 2 --budget-seconds 10", 1, "estimated"),
+    "compare": Beginning(
+        "pix2pix --image-size 64 --width 16 --batch-size 4 --max-epochs 2 --method mtadam adam", 0.5, "estimated"
+    ),
 }
 
 
@@ -52,8 +56,8 @@ def line_of(project: str) -> str:
 def listing() -> str:
     """A line for each project with how long it takes, and the command below it."""
     entries = [
-        f"{name}: {line_of(name)} {minutes:g} minutes, measured.\n    python -m example_projects.{name} {options}"
-        for name, (options, minutes) in BEGINNINGS.items()
+        f"{name}: {line_of(name)} {minutes:g} minutes, {how}.\n    python -m example_projects.{name} {options}"
+        for name, (options, minutes, how) in BEGINNINGS.items()
     ]
     return "\n\n".join(entries)
 

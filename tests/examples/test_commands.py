@@ -36,9 +36,10 @@ def test_every_project_is_listed_with_a_command_that_is_understood_and_its_time(
     packages = {path.parent.name for path in ROOT.glob("*/__main__.py")}
     assert packages < set(listing.BEGINNINGS) == set(COMMANDS)
     printed = output_of(listing.main)
-    for name, (options, minutes) in listing.BEGINNINGS.items():
+    for name, (options, minutes, how) in listing.BEGINNINGS.items():
         assert f"{name}: " in printed
-        assert f" {minutes:g} minutes, measured.\n    python -m example_projects.{name} {options}" in printed
+        assert how in ("measured", "estimated")
+        assert f" {minutes:g} minutes, {how}.\n    python -m example_projects.{name} {options}" in printed
         assert minutes > 0
         if name in ("pix2pix", "cyclegan", "srgan"):
             compare.parse([name, *options.split()])

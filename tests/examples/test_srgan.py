@@ -153,9 +153,9 @@ def make_module(method="adam", **options):
     return SRGAN(IMAGE_METHODS[method], LAMBDAS["unbalanced"], 1e-2, Halved(), **small | options)
 
 
-def batches(number, size=2):
+def batches(number, size=2, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    highs = torch.rand(number * size, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    highs = torch.rand(number * size, 3, SIZE, SIZE, generator=generator, dtype=dtype) * 2 - 1
     return [(F.avg_pool2d(high, 4), high) for high in highs]
 
 
@@ -164,15 +164,15 @@ def fit(module, number, epochs):
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(batches(number), 2))
+    trainer.fit(module, DataLoader(batches(number, dtype=next(module.parameters()).dtype), 2))
     return module
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.usefixtures("unnormalised")
 def test_training_equals_a_hand_written_loop():
-    """The discriminator's step before the generator's; lr / 10 in the end."""
-    ours, theirs = fit(make_module(), 3, 2), make_module()
+    """The discriminator's step before the generator's; lr / 10 in the end. In float64, for Adam enlarges rounding."""
+    ours, theirs = fit(make_module().double(), 3, 2), make_module().double()
     generator, discriminator = theirs.generator, theirs.discriminator
     options = {"lr": 1e-2, "betas": (0.9, 0.999)}
     own = torch.optim.Adam(generator.parameters(), **options)
@@ -187,14 +187,14 @@ def test_training_equals_a_hand_written_loop():
     for epoch in range(2):
         for optimizer in (own, rival):
             optimizer.param_groups[0]["lr"] = 1e-3 if epoch == 1 else 1e-2
-        for low, high in DataLoader(batches(3), 2):
+        for low, high in DataLoader(batches(3, dtype=torch.float64), 2):
             made = generator(low)
             judged = F.logsigmoid(discriminator(high)) + F.logsigmoid(-discriminator(made.detach()))
             step(-judged.mean(), rival)
             features = ((made - high) / 4 / torch.tensor(IMAGENET_STD)[:, None, None]).square().mean()
             step(F.mse_loss(made, high) - F.logsigmoid(discriminator(made)).mean() + features, own)
     for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=5e-5, msg=lambda found, name=name: f"{name}: {found}")
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5, msg=lambda found, name=name: f"{name}: {found}")
 
 
 def test_each_optimizer_has_the_parameters_of_its_network_alone():
