@@ -8,22 +8,13 @@ seeds or learning rates. Written to the output folder: comparison.md, table.csv,
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from example_projects.common.command import keep_quiet
+from example_projects.common.command import keep_quiet, run_command
 from example_projects.common.comparison import write_comparison
 from example_projects.common.image_command import parser_of, print_table, train_all
-from example_projects.common.image_project import ImageProject
-
-PROJECTS = ("pix2pix", "cyclegan", "srgan")
-
-
-def project_of(name: str) -> ImageProject:
-    """The project of that name."""
-    project: ImageProject = import_module(f"example_projects.{name}.__main__").PROJECT
-    return project
+from example_projects.common.image_project import PROJECTS, ImageProject, project_of
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ImageProject, argparse.Namespace]:
@@ -51,4 +42,4 @@ def write(project: ImageProject, options: argparse.Namespace, results: list[dict
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

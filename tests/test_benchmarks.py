@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from example_projects.common.image_module import ImageModule
+from example_projects.common.methods import IMAGE_METHODS as METHODS
 from lightning_mtadam import MTAdam
 from tests.benchmarks import (
     exchange,
@@ -16,6 +18,7 @@ from tests.benchmarks import (
     monitor,
     noise,
     optimizer_step,
+    paper_size,
     rivals,
     scaling,
     step_cost,
@@ -214,3 +217,20 @@ def test_the_cost_of_an_exchange_is_measured_and_modelled(monkeypatch, capsys):
     found = capsys.readouterr().out
     assert re.search(r"\| 2 \| \d+\.\d\d ms \(\d+\.\d\d to \d+\.\d\d\) \| measured", found)
     assert "| 64 | 1.26 ms | modelled" in found
+
+
+def test_the_work_of_a_step_at_the_papers_size_is_that_of_its_convolutions():
+    """One step of a 1x1 generator on one term: forward, and the weights' gradient; the input needs none."""
+
+    class Tiny(ImageModule):
+        def __init__(self):
+            super().__init__(METHODS["adam"], {"l1": 1.0}, 1.0)
+            self.generator = nn.Conv2d(3, 5, 1, bias=False)
+
+        def training_step(self, batch, batch_idx):
+            self.update({"l1": self.generator(batch[0]).sum()}, self.optimizers())
+
+    run = paper_size.Run(lambda method: Tiny(), [(2, 3, 8, 8)], lambda module: module.generator, 1)
+    work, kernels = paper_size.count(run, "adam")
+    assert work * 1e12 == 2 * (2 * 2 * 64 * 3 * 5)
+    assert kernels > 2 * paper_size.UPDATE["adam"]

@@ -1,14 +1,24 @@
-"""What the commands of all projects do alike: keep quiet, and write their tables."""
+"""What the commands of all projects do alike: options, mistakes in one line, time limits, and tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import math
+import re
+import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from example_projects.common import report
+from example_projects.common.saving import NotEndedError
+
+NOT_ENDED, INTERRUPTED = 75, 130  # exit statuses: "try again", of sysexits.h, and a shell's of Ctrl-C
+MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)  # what a user can mend
 
 UNREMARKABLE = (
     ".*does not have many workers.*",
@@ -19,25 +29,94 @@ UNREMARKABLE = (
 )
 
 
-def positive(text: str) -> int:
-    """The number of an option that must be 1 or more.
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command. What a user can mend is told in one line, with exit status 1.
+
+    ``python -X dev`` shows where it was. When time is up the exit status is 75: the same command is to be given again.
+    """
+    try:
+        main()
+    except NotEndedError as stopped:
+        print(f"Time is up: {stopped}. The same command goes on from here.")
+        sys.exit(NOT_ENDED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except MISTAKES as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+def add_time_limit(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add ``--max-minutes``, which makes ``options.stop_at`` of it, for :func:`goes_on` and ``runs.run``."""
+    parser.add_argument("--max-minutes", dest="stop_at", type=_from_now, metavar="MINUTES",
+        help="stop then, with exit status 75: the same command goes on where it stopped; implies --resume")  # fmt: skip
+
+
+def _from_now(minutes: str) -> float:
+    return time.time() + 60 * rate(minutes)
+
+
+def goes_on(options: argparse.Namespace) -> bool:
+    """Whether what was done before is continued."""
+    return options.resume or options.stop_at is not None
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Reads the number of an option that must not be lower.
+
+    Example:
+        >>> at_least(0)("3")
+        3
+    """
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"must be {lowest} or more, but is {number}")
+        return number
+
+    return whole_number
+
+
+positive = at_least(1)
+
+
+def rate(text: str) -> float:
+    """The number of an option that must be more than 0, and finite.
 
     Raises:
         argparse.ArgumentTypeError: it is not.
 
     Example:
-        >>> positive("3")
-        3
+        >>> rate("1e-3")
+        0.001
     """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, but is {number}")
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be more than 0, but is {text}")
     return number
+
+
+def devices(text: str) -> str:
+    """The option of that name: "auto", how many, or the numbers of some, as in "0," and "0,1".
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+
+    Example:
+        >>> devices("2")
+        '2'
+    """
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+", text):
+        raise argparse.ArgumentTypeError(f"must be 'auto', how many (1, 2), or which ('0,' or '0,1'), but is {text!r}")
+    return text
 
 
 def keep_quiet() -> None:
     """Silence what Lightning says of every run, and of none in particular."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in UNREMARKABLE:
         warnings.filterwarnings("ignore", message=message)
 

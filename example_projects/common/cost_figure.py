@@ -13,17 +13,22 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from example_projects.common.command import run_command
+
 
 def read(path: Path, column: str, baseline: str) -> dict[str, tuple[float, list[float]]]:
     """The relative time and the runs' figures of each method in a results.csv.
 
     Raises:
-        ValueError: the file has no run of the baseline, or no such column.
+        ValueError: the file has no run, none of the baseline, or no such column.
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if column not in rows[0]:
-        raise ValueError(f"{path} has no column {column!r}. It has {list(rows[0])}.")
+    if not rows:
+        raise ValueError(f"There is no run in {path}. Give the results.csv of a command that has ended.")
+    for wanted in (column, "method", "seconds_per_step"):
+        if wanted not in rows[0]:
+            raise ValueError(f"{path} has no column {wanted!r}. It has {list(rows[0])}.")
     if all(row["method"] != baseline for row in rows):
         raise ValueError(
             f"{path} has no run of {baseline!r}, to which times are relative. Run it with that method too."
@@ -74,4 +79,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,10 @@ BETWEEN_DRAWINGS = 60.0  # seconds: a drawing takes longer than a small epoch
 
 class Metrics(Protocol):
     """Compares images, batch by batch, over all processes."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What ``compute`` gives."""
 
     def to(self, device: torch.device) -> object:
         """Move to the device on which images are compared."""
@@ -94,7 +99,7 @@ class Evaluation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Images, *args: Any, **kwargs: Any
     ) -> None:
         """Compare the batch."""
-        self.on_validation_batch_end(trainer, pl_module, outputs)
+        self.on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the metrics."""

@@ -1,6 +1,7 @@
 """Search for the lambdas of the generator's terms: random ones, of which Hyperband ends the bad ones early.
 
-The search looks at the hold-out set, as the table does: what it finds is favoured by that, against the other methods.
+The search looks at the images that --validation holds back. Without, it looks at the hold-out set, as the table does:
+what it finds is favoured by that, against the other methods.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,13 +23,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from torch.optim import Adam
 
+from example_projects.common.choosing import HIGHER_IS_BETTER, judged_by
 from example_projects.common.image_project import ImageProject, Job, settings_of, train
 from example_projects.common.methods import Method
 from example_projects.common.runs import check_settings
 
 LOWEST, HIGHEST = 1e-4, 1e4  # of a lambda, relative to that of the first term, as in the paper
-# However they begin: also those of a round trip, of a side and of the luma.
-HIGHER_IS_BETTER = tuple(name + kind for name in ("PSNR", "SSIM") for kind in ("", "-A", "-B", "-Y"))
 HANDLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
 
 
@@ -49,15 +50,22 @@ def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dic
         lambdas = {term: trial.suggest_float(term, LOWEST, HIGHEST, log=True) for term in terms[1:]}
         job = Job("hyperband", Method(Adam), {terms[0]: 1.0, **lambdas}, lr, seed)
         own = folder / f"trial{trial.user_attrs['draw']}"
-        once = argparse.Namespace(**{**vars(options), "resume": False})
+        go_on = argparse.Namespace(**{**vars(options), "resume": True})
         try:
-            result = train(project, once, job, folder=own, callbacks=[Prune(trial, options.search_metric)])
-        finally:
-            shutil.rmtree(own / "checkpoints", ignore_errors=True)  # of so many networks, none is used again
-        return float(result[options.search_metric])
+            result = train(project, go_on, job, folder=own, callbacks=[Prune(trial, options.search_metric)])
+        except optuna.TrialPruned:
+            _forget_networks(own)
+            raise
+        _forget_networks(own)
+        return judged_by(result, options.search_metric)
 
     study.optimize(objective, n_trials=len(study.get_trials(states=[TrialState.WAITING])))
     return {terms[0]: 1.0, **study.best_params}
+
+
+def _forget_networks(trial: Path) -> None:
+    """Of so many networks, none is used again; only a trial that was interrupted needs its own, to go on."""
+    shutil.rmtree(trial / "checkpoints", ignore_errors=True)
 
 
 def draws(terms: list[str], count: int, seed: int) -> list[dict[str, float]]:
@@ -72,6 +80,8 @@ def draws(terms: list[str], count: int, seed: int) -> list[dict[str, float]]:
 class Prune(pl.Callback):
     """Reports a metric after every validation, and ends the trial if Hyperband says so or the metric is not finite.
 
+    What was reported is part of the checkpoint: a trial that goes on is a new one for Optuna, which is told it again.
+
     Args:
         trial: of the study.
         metric: by its name in the table.
@@ -79,16 +89,27 @@ class Prune(pl.Callback):
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:
         self.trial, self.metric = trial, metric
+        self._reported: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was reported, by epoch."""
+        return {"reported": dict(self._reported)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Report it again."""
+        for epoch, value in state_dict["reported"].items():
+            self._report(value, epoch)
+
+    def _report(self, value: float, epoch: int) -> None:
+        self._reported[epoch] = value
+        self.trial.report(value, epoch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report."""
-        if f"val/{self.metric}" not in trainer.callback_metrics:
-            measured = sorted(name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/"))
-            raise ValueError(f"{self.metric!r} is not measured. Give --search-metric one of {', '.join(measured)}.")
         value = trainer.callback_metrics[f"val/{self.metric}"].item()
         if not math.isfinite(value):
             raise optuna.TrialPruned
-        self.trial.report(value, trainer.current_epoch + 1)
+        self._report(value, trainer.current_epoch + 1)
         if self.trial.should_prune():
             raise optuna.TrialPruned
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,31 +42,77 @@ class Kept:
             self._kept[index] = image
         return image
 
+    def part(self, indices: Sequence[int]) -> Kept:
+        """Those of the images, in this order."""
+        return Kept(partial(_make_one_of, self.make, tuple(indices)), len(indices), self.memory)
+
+    def faults(self) -> list[str]:
+        """What is wrong with each image that cannot be made; all are made, and none is kept."""
+        found = []
+        for index in range(len(self)):
+            try:
+                self.make(index)
+            except (ValueError, OSError) as error:
+                found.append(str(error))
+        return found
+
+
+def _make_one_of(make: Callable[[int], Tensor], indices: Sequence[int], index: int) -> Tensor:
+    return make(indices[index])
+
+
+def held_back(size: int, wanted: int) -> tuple[list[int], list[int]]:
+    """Which of the training images to train on, and which to validate on, the latter evenly spread.
+
+    Args:
+        size: the number of training images.
+        wanted: how many are held back.
+
+    Raises:
+        ValueError: none would be left to train on.
+
+    Example:
+        >>> held_back(7, 2)
+        ([1, 2, 4, 5, 6], [0, 3])
+    """
+    if wanted >= size:
+        raise ValueError(f"--validation {wanted} leaves none of {size} training images to train on. Hold back fewer.")
+    back = [place * size // wanted for place in range(wanted)]
+    return [index for index in range(size) if index not in set(back)], back
+
+
+Test = Dataset[Any] | Mapping[str, Dataset[Any]]
+
 
 class ImageData(pl.LightningDataModule):
-    """Training batches in an order that depends on the seed alone, and the hold-out set one image at a time.
+    """Training batches in an order that depends on the seed alone, and images to measure one at a time.
 
     Args:
         train: gives a training sample for an index and the seed of its augmentation.
-        test: gives a sample of the hold-out set for an index.
+        test: gives a sample of the hold-out set for an index; or several such sets by name.
         batch_size: of training, of each process.
         seed: of the order and of the augmentation.
         announcement: a sentence that says where the images are from, and how many there are.
         workers: processes that load training samples.
+        validation: training images that were held back, measured during training in place of the hold-out set.
+        files: the images that are read from files, of which :meth:`check` makes sure.
     """
 
     def __init__(
         self,
         train: Dataset[Any],
-        test: Dataset[Any],
+        test: Test,
         *,
         batch_size: int,
         seed: int,
         announcement: str,
         workers: int = 0,
+        validation: Dataset[Any] | None = None,
+        files: Sequence[Kept] = (),
     ) -> None:
         super().__init__()
-        self.train, self.test = train, test
+        self.train, self.test, self.files = train, test, files
+        self.validation = test if validation is None else validation
         self.batch_size, self.seed, self.announcement, self.workers = batch_size, seed, announcement, workers
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -81,11 +128,31 @@ class ImageData(pl.LightningDataModule):
             generator=torch.Generator(),
         )
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The hold-out set; of several processes each takes its share, and the metrics count over all."""
-        share = range(self.trainer.global_rank, len(self.test), self.trainer.world_size)  # type: ignore[arg-type]
-        return DataLoader(self.test, 1, sampler=share)
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """What is measured during training: the images that were held back, or else the hold-out set."""
+        return self._one_by_one(self.validation)
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """As for validation."""
-        return self.val_dataloader()
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The hold-out set, or several."""
+        return self._one_by_one(self.test)
+
+    def _one_by_one(self, images: Test) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Of several processes each takes its share, and the metrics count over all."""
+        if isinstance(images, Mapping):
+            return [self._loader(part) for part in images.values()]
+        return self._loader(images)
+
+    def _loader(self, images: Dataset[Any]) -> DataLoader[Any]:
+        share = range(self.trainer.global_rank, len(images), self.trainer.world_size)  # type: ignore[arg-type]
+        return DataLoader(images, 1, sampler=share)
+
+    def check(self) -> None:
+        """Read every file, before time is spent on training.
+
+        Raises:
+            ValueError: naming all files that cannot be used.
+        """
+        faults = list(dict.fromkeys(fault for kept in self.files for fault in kept.faults()))
+        if faults:
+            count = f"{len(faults)} images cannot be used. " if len(faults) > 1 else ""
+            raise ValueError(count + " ".join(faults))

@@ -62,11 +62,11 @@ class ImageModule(MultiTermLightningModule):
         self.backward_terms(losses, optimizer)
         optimizer.step()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Images:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Images:
         """Leave the images to the callbacks, which measure and show them."""
         return self.generate(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> Images:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Images:
         """As in validation."""
         return self.generate(batch)
 

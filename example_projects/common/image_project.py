@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
 
+from example_projects.common.choosing import HELD_BACK
 from example_projects.common.evaluation import Evaluation, Metrics
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
@@ -23,7 +27,7 @@ from lightning_mtadam.callbacks import BalanceWeightMonitor
 # Options that a run may be continued with another value of.
 NOT_OF_A_RUN = {
     "method", "seeds", "lr", "setting", "output_dir", "resume", "accelerator", "devices", "strategy", "num_workers",
-    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric",
+    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric", "parallel", "stop_at",
 }  # fmt: skip
 
 
@@ -52,7 +56,7 @@ class ImageProject:
         make_metrics: takes the options.
         evaluation: makes the callback that measures, of the run's folder and the metrics.
         add_options: adds the project's own options to the parser.
-        references: takes the options and gives rows of the table that need no training.
+        references: takes the options and gives rows of the table that are no method's; called before any training.
         paper: the paper's numbers, where they are known: per data set and method, by metric.
         paper_columns: which column a metric of the paper belongs to, where it has another name.
         data_sets: takes the options and names the data sets that are measured, as far as the paper measures the same.
@@ -72,6 +76,15 @@ class ImageProject:
     paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     paper_columns: Mapping[str, str] = field(default_factory=dict)
     data_sets: Callable[[argparse.Namespace], Sequence[str]] = name_of_folder
+
+
+PROJECTS = ("pix2pix", "cyclegan", "srgan")
+
+
+def project_of(name: str) -> ImageProject:
+    """The project of that name."""
+    project: ImageProject = import_module(f"example_projects.{name}.__main__").PROJECT
+    return project
 
 
 @dataclass(frozen=True)
@@ -110,17 +123,19 @@ def train(
     pl.seed_everything(job.seed, verbose=False)
     data = project.make_data(options, job.seed)
     module = project.make_module(options, job.method, job.lambdas, job.lr)
-    shown = [project.evaluation(folder, project.make_metrics(options)), Samples(folder, options.samples)]
+    evaluation = project.evaluation(folder, project.make_metrics(options))
+    shown: list[pl.Callback] = [evaluation, Samples(folder, options.samples)]
     if job.method.optimizer is MTAdam:
         shown.append(BalanceWeightMonitor())
     return run(
         folder,
         module,
         data,
-        read_metrics,
+        lambda trainer: {**read_metrics(trainer), **(held_back_metrics(evaluation) if options.validation else {})},
         settings=settings_of(options, job),
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
+        stop_at=options.stop_at,
         callbacks=[*shown, *callbacks],
         log_every_n_steps=options.log_every,
         max_epochs=options.max_epochs,
@@ -136,6 +151,21 @@ def train(
     )
 
 
+def train_announced(project: ImageProject, options: argparse.Namespace, job: Job) -> Result:
+    """Train one run of a table, say so, and name its result."""
+    weights = ", ".join(f"{factor:g} {term}" for term, factor in job.lambdas.items())
+    rank_zero_only(print)(f"{job.name}, seed {job.seed}, lr {job.lr:g}, {weights}", flush=True)
+    label = job.name if len(options.lr) == 1 else f"{job.name}, lr {job.lr:g}"
+    folder = str(job.folder(options).relative_to(options.output_dir))
+    return {"method": label, "lr": job.lr, "seed": job.seed, "folder": folder, **train(project, options, job)}
+
+
+def held_back_metrics(evaluation: Evaluation) -> Result:
+    """The last metrics of the images that were held back; none, if they were never measured."""
+    newest = evaluation.history[-1] if evaluation.history else {}
+    return {f"{HELD_BACK}{name}": value for name, value in newest.items() if name != "epoch"}
+
+
 def read_metrics(trainer: pl.Trainer) -> Result:
     """The metrics of the hold-out set after training."""
     found = trainer.callback_metrics.items()
@@ -145,5 +175,5 @@ def read_metrics(trainer: pl.Trainer) -> Result:
 def settings_of(options: argparse.Namespace, job: Job) -> dict[str, object]:
     """What makes the run what it is."""
     chosen = {name: value for name, value in vars(options).items() if name not in NOT_OF_A_RUN}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
+    plain: dict[str, object] = json.loads(json.dumps(chosen, default=str))  # as they will be read again
     return {**plain, "lambdas": dict(job.lambdas)}

@@ -78,36 +78,44 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def grid(rows: Sequence[Sequence[Tensor]], narrowest: int = 1) -> Tensor:
+def grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """Put rows of images side by side, the middle of each, of at most ``CELL`` pixels, all of a row in one size.
 
     Args:
         rows: of float [3, H, W] in [-1, 1]; a row may be shorter than others.
-        narrowest: pixels that the images of a row are enlarged to, by a whole factor.
 
     Returns:
         uint8 [3, height, width].
     """
-    images = [[middle(image) for image in alike([to_image(tensor) for tensor in row], narrowest)] for row in rows]
-    width = max(image.width for row in images for image in row)
-    height = max(image.height for row in images for image in row)
-    columns = max(len(row) for row in images)
+    images = [[middle(image) for image in alike([to_image(tensor) for tensor in row])] for row in rows]
+    return to_bytes(tiled(images))
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of images as one; a row may be shorter than others."""
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
+    columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP), (PAPER,) * 3)
-    for top, row in enumerate(images):
+    for top, row in enumerate(rows):
         for left, image in enumerate(row):
             sheet.paste(image, (left * (width + GAP), top * (height + GAP)))
-    return to_bytes(sheet)
+    return sheet
 
 
-def alike(row: Sequence[Image.Image], narrowest: int = 1) -> list[Image.Image]:
-    """Enlarge images by whole factors to the size of the largest, and that to a width, so that pixels stay visible.
+def alike(row: Sequence[Image.Image], widest: int = 0) -> list[Image.Image]:
+    """Enlarge images by whole factors to the size of the largest, and all as far as they fit: pixels stay visible.
+
+    Args:
+        row: of images.
+        widest: pixels that there is room for; if 0, the largest keeps its size.
 
     Example:
-        >>> [image.size for image in alike([Image.new("RGB", (8, 4)), Image.new("RGB", (2, 1))], narrowest=10)]
+        >>> [image.size for image in alike([Image.new("RGB", (8, 4)), Image.new("RGB", (2, 1))], widest=20)]
         [(16, 8), (16, 8)]
     """
     width, height = (max(image.size[side] for image in row) for side in (0, 1))
-    enlarged = -(-narrowest // width)
+    enlarged = max(1, widest // max(width, height))
     factors = [max(1, min(enlarged * width // image.width, enlarged * height // image.height)) for image in row]
     return [
         image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -29,6 +29,7 @@ def run(
     settings: Mapping[str, object],
     resume: bool,
     checkpoint_every: int = 100,
+    stop_at: float | None = None,
     callbacks: Sequence[pl.Callback] = (),
     **trainer_options: Any,
 ) -> Result:
@@ -42,12 +43,14 @@ def run(
         settings: what makes this run what it is; a run is only continued with the same.
         resume: continue from the last checkpoint, and do not repeat what has ended.
         checkpoint_every: batches between checkpoints.
+        stop_at: when time is up, in seconds since the epoch.
         callbacks: more callbacks.
         trainer_options: for the trainer.
 
     Raises:
         ValueError: a run is to be continued that was made with other settings.
         OSError: the disk is full.
+        NotEndedError: time is up.
 
     Returns:
         The figures, with "steps" and "seconds_per_step", over this process's; a step is one of every optimizer.
@@ -63,7 +66,7 @@ def run(
         clock = TrainingClock()
         trainer = pl.Trainer(
             logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
-            callbacks=[clock, *callbacks, RandomState(), Saving(last, checkpoint_every)],
+            callbacks=[clock, *callbacks, RandomState(), Saving(last, checkpoint_every, stop_at)],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,30 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 
+class NotEndedError(Exception):
+    """Time is up, and the run has left off where it can go on."""
+
+
+def is_over(stop_at: float | None) -> bool:
+    """Whether it is as late as that, in seconds since the epoch."""
+    return stop_at is not None and time.time() >= stop_at
+
+
 class Saving(Checkpoint):
     """Saves after every so many batches and at the end; at the first Ctrl-C too, after the batch, and then stops.
 
     What falls to the last batch of an epoch is saved when the epoch has ended, for Lightning does not make up for an
     epoch's validation, schedulers and callbacks if it resumes between that batch and them. At the second Ctrl-C the run
-    stops at once.
+    stops at once. When time is up it stops as at Ctrl-C, unless it was just trained to its end.
 
     Args:
         path: of the checkpoint; what was there is replaced once the new one is whole.
         batches: between two checkpoints, however many optimizers take a step in each.
+        stop_at: when time is up, in seconds since the epoch; never, if ``None``.
     """
 
-    def __init__(self, path: Path, batches: int) -> None:
-        self.path, self.batches = path, batches
+    def __init__(self, path: Path, batches: int, stop_at: float | None = None) -> None:
+        self.path, self.batches, self.stop_at = path, batches, stop_at
         self.asked = False
         self._before: Any = None
 
@@ -56,11 +67,12 @@ class Saving(Checkpoint):
             self._before = None
 
     def _save(self, trainer: pl.Trainer, *, ended: bool) -> None:
-        stop = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        late = is_over(self.stop_at) and not ended
+        stop = trainer.strategy.reduce_boolean_decision(self.asked or late, all=False)
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if stop or ended or batches % self.batches == 0:
             trainer.save_checkpoint(self.path)
         if stop:
             if trainer.is_global_zero:
                 print(f"\nStopped after step {batches}. The same command with --resume goes on from here.")
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if self.asked else NotEndedError(f"{self.path.parents[1]} has not ended")

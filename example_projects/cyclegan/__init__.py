@@ -1,1 +1,1 @@
-"""CycleGAN: translate images between two domains without pairs, on six losses."""
+"""CycleGAN: images are translated between two domains without pairs, on six losses."""

@@ -16,7 +16,7 @@ from itertools import islice
 from torch.utils.data import DataLoader
 
 from example_projects.common import image_command
-from example_projects.common.command import positive
+from example_projects.common.command import at_least, positive, run_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.image_project import ImageProject, pixel_metrics
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("CycleGAN").add_argument
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which translation is shown")
     add("--blocks", type=positive, default=9, help="residual blocks of a generator")
-    add("--pool-size", type=int, default=50, metavar="IMAGES", help="generated images kept for the discriminators")
+    add("--pool-size", type=at_least(0), default=50, metavar="IMAGES", help="generated images that are kept")
     add("--beta1", type=float, default=0.5, help="of the generators: the original has 0.5, the paper's text 0.9")
     add("--constant-lr", action="store_true", help="don't let the learning rates fall in the second half")
 
@@ -53,6 +53,7 @@ def data_of(options: argparse.Namespace, seed: int) -> ImageData:
         batch_size=options.batch_size,
         seed=seed,
         workers=options.num_workers,
+        validation=options.validation,
     )
 
 
@@ -111,4 +112,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

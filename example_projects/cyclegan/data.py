@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from example_projects.common.augmentation import Draw, generator_of, random_crop, random_flip
-from example_projects.common.image_data import ImageData, Kept
+from example_projects.common.image_data import ImageData, Kept, held_back
 from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
 from example_projects.cyclegan.textures import scene
-from example_projects.pix2pix.data import JITTER, find_hold_out, halves
+from example_projects.pix2pix.data import JITTER, find_hold_out, halves, read_pair
 
 Pair = tuple[Tensor, Tensor]  # an image of A and one of B, float [3, S, S] in [-1, 1]
 TRAINING_SCENES, TEST_SCENES = 200, 20  # of each domain of the procedural data set
@@ -73,7 +73,14 @@ def has_truth(folder: Path | None) -> bool:
 
 
 def make_data(
-    folder: Path | None, *, size: int, direction: str, batch_size: int, seed: int, workers: int = 0
+    folder: Path | None,
+    *,
+    size: int,
+    direction: str,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    validation: int = 0,
 ) -> ImageData:
     """The images in ``folder``, or procedural textures without a folder, in batches of (A, B).
 
@@ -85,25 +92,36 @@ def make_data(
         batch_size: of training, of each process.
         seed: of the order, of the augmentation and of who meets whom.
         workers: processes that load.
+        validation: how many of the training images of each domain are held back to validate on.
     """
     domains = ("A", "B") if direction == "AtoB" else ("B", "A")
     images, origin = _source(folder)
     train = [images("train", domain, round(size * JITTER)) for domain in domains]
-    test = SideBySide(*(images("test", domain, size) for domain in domains))
-    counts = " and ".join(f"{len(kept)} {domain}" for kept, domain in zip(train, domains, strict=True))
+    splits = [held_back(len(kept), validation) for kept in train]
+    tests = [images("test", domain, size) for domain in domains]
+    backs = [images("validation", domain, size).part(back) for domain, (_, back) in zip(domains, splits, strict=True)]
+    counts = " and ".join(f"{len(rest)} {domain}" for (rest, _), domain in zip(splits, domains, strict=True))
+    also = f", {validation} of each to validate on" if validation else ""
     truth = "with" if has_truth(folder) else "without"
+    test = SideBySide(*tests)
     return ImageData(
-        Unpaired(*train, size),
+        Unpaired(*(kept.part(rest) for kept, (rest, _) in zip(train, splits, strict=True)), size),
         test,
         batch_size=batch_size,
         seed=seed,
-        announcement=f"{origin}: {counts} to train on, {len(test)} of each held out, {truth} a truth, {direction}.",
+        announcement=f"{origin}: {counts} to train on{also}, {len(test)} of each held out, {truth} a truth,"
+        f" {direction}.",
         workers=workers,
+        validation=SideBySide(*backs) if validation else None,
+        files=(*train, *tests) if folder else (),
     )
 
 
 def _source(folder: Path | None) -> tuple[Callable[[str, str, int], Kept], str]:
-    """What gives the images of a split and a domain in a size, uint8 [3, size, size], and where they are from."""
+    """What gives the images of a split and a domain in a size, uint8 [3, size, size], and where they are from.
+
+    The split "validation" has the images of "train", of which some are held back.
+    """
     if folder is None:
         return textures, "Procedural textures, orange squares (A) and blue discs (B), since there is no --data-dir"
     if has_truth(folder):
@@ -112,24 +130,25 @@ def _source(folder: Path | None) -> tuple[Callable[[str, str, int], Kept], str]:
 
 
 def images_of_domain(folder: Path, split: str, domain: str, size: int) -> Kept:
-    """The images of ``<split><domain>``, by name."""
-    files = list_images(folder / f"{split}{domain}")
+    """The images of ``train<domain>`` or ``test<domain>``, by name."""
+    files = list_images(folder / f"{'test' if split == 'test' else 'train'}{domain}")
     return Kept(partial(resized, files, size), len(files))
 
 
 def halves_of_pairs(folder: Path, split: str, domain: str, size: int) -> Kept:
     """The left (A) or right (B) halves of the images of a split, by name."""
-    files = list_images(folder / "train" if split == "train" else find_hold_out(folder))
+    files = list_images(find_hold_out(folder) if split == "test" else folder / "train")
     direction = "AtoB" if domain == "A" else "BtoA"
     return Kept(partial(half, files, size, direction), len(files))
 
 
 def textures(split: str, domain: str, size: int) -> Kept:
-    """Procedural scenes: in training the domains share none, in testing all."""
-    if split == "test":
-        first, count = 2 * TRAINING_SCENES, TEST_SCENES
-    else:
-        first, count = TRAINING_SCENES * "AB".index(domain), TRAINING_SCENES
+    """Procedural scenes: in training the domains share none, in testing and in validation all."""
+    first, count = {
+        "train": (TRAINING_SCENES * "AB".index(domain), TRAINING_SCENES),
+        "test": (2 * TRAINING_SCENES, TEST_SCENES),
+        "validation": (2 * TRAINING_SCENES + TEST_SCENES, TRAINING_SCENES),
+    }[split]
     return Kept(partial(numbered_scene, domain, first, size), count)
 
 
@@ -140,7 +159,7 @@ def resized(files: Sequence[Path], size: int, index: int) -> Tensor:
 
 def half(files: Sequence[Path], size: int, direction: str, index: int) -> Tensor:
     """The source of one of the pairs, uint8 [3, size, size]."""
-    return halves(read_image(files[index]), size, direction)[:3].clone()
+    return halves(read_pair(files, index), size, direction)[:3].clone()
 
 
 def numbered_scene(domain: str, first: int, size: int, index: int) -> Tensor:

@@ -29,6 +29,16 @@ class RoundTripMetrics:
     def __init__(self, there: Mapping[str, Metrics], back: Mapping[str, Metrics], *, truth: bool) -> None:
         self.there, self.back, self.truth = there, back, truth
 
+    @property
+    def names(self) -> list[str]:
+        """What ``compute`` gives."""
+        found = []
+        for side in sorted(self.there):
+            there, back = self.there[side].names, self.back[side].names
+            known = [name for name in there if name != "n" and (self.truth or name not in back)]
+            found += [f"{name}-{side}" for name in (*known, *(f"cycle_{name}" for name in back))]
+        return [*found, *(["n"] if "n" in self.there[side].names else [])]
+
     def to(self, device: torch.device) -> object:
         """Move to the device on which images are compared."""
         for metrics in (*self.there.values(), *self.back.values()):

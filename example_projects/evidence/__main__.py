@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from example_projects.common.command import positive, rate, run_command
 from example_projects.common.run_file import Run, read_runs
 from example_projects.evidence.figures import draw
 from example_projects.evidence.methods import METHODS
 from example_projects.evidence.problems.catalogue import PROBLEMS
+from example_projects.evidence.problems.problem import Problem
 from example_projects.evidence.runner import Plan, Runner
 from example_projects.evidence.tables import tables
 
@@ -40,11 +42,11 @@ def _add_what_to_run(command: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
         help="one or several of: " + ", ".join(METHODS))  # fmt: skip
     add("--factors", nargs="+", type=float, default=[1.0], help="on the losses")
-    add("--seeds", type=int, default=10, help="how many")
+    add("--seeds", type=positive, default=10, help="how many")
     add("--first-seed", type=int, default=0, help="the others follow it")
-    add("--budget-seconds", type=float, default=60.0, help="processor time for each search")
-    add("--lr", type=float, default=None, help="a learning rate, in place of a search")
-    add("--steps", type=int, default=None, help="of a run, in place of the problem's")
+    add("--budget-seconds", type=rate, default=60.0, help="processor time for each search")
+    add("--lr", type=rate, default=None, help="a learning rate, in place of a search")
+    add("--steps", type=positive, default=None, help="of a run, in place of the problem's")
     add("--data-dir", type=Path, default=Path("data"), help="with mnist, burgers and tox21")
     add("--out", type=Path, default=Path("runs/evidence/runs.csv"), help="the file of the runs")
 
@@ -57,16 +59,40 @@ def carry_out(options: argparse.Namespace) -> None:
     plan = Plan(options.methods, options.factors, seeds, options.budget_seconds, options.lr, options.steps)
     runner = Runner(options.out)
     for name in options.problems:
-        problem = PROBLEMS[name](options.data_dir)
+        problem = make_problem(name, options.data_dir)
         if options.command == "run":
             runner.carry_out(problem, plan)
         else:
             runner.time(problem, plan)
 
 
+def make_problem(name: str, data_dir: Path) -> Problem:
+    """The problem of that name.
+
+    Raises:
+        FileNotFoundError: its data are not there.
+    """
+    try:
+        return PROBLEMS[name](data_dir)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The data of {name} are missing: {error}. Give --data-dir the folder that has mnist/, burgers/ and tox21/."
+        ) from error
+
+
 def show(options: argparse.Namespace) -> None:
-    """Write tables or figures."""
+    """Write tables or figures.
+
+    Raises:
+        FileNotFoundError: one of the files is not there.
+        ValueError: there is no run in them.
+    """
+    for file in options.runs:
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no file {file}. Give --runs files that run or cost has written.")
     runs: list[Run] = [run for file in options.runs for run in read_runs(file)]
+    if not runs:
+        raise ValueError("There is no run in the files of --runs. Give files that run or cost has written.")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     if options.command == "tables":
         written = tables(runs)
@@ -86,4 +112,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,7 +15,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common import report
-from example_projects.common.command import keep_quiet, positive, write_tables
+from example_projects.common.command import (
+    add_time_limit,
+    devices,
+    goes_on,
+    keep_quiet,
+    positive,
+    rate,
+    run_command,
+    write_tables,
+)
 from example_projects.common.runs import Result, run
 from example_projects.mnist.data import MNISTData, find_data
 from example_projects.mnist.methods import IN_THE_PAPER, METHODS
@@ -40,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
     add("--dropout2d", action="store_true",
         help="drop whole channels after the convolutions, as the PyTorch example once did, not pixels")  # fmt: skip
-    add("--lr", type=float, default=1e-3, help="learning rate")
+    add("--lr", type=rate, default=1e-3, help="learning rate")
     add("--batch-size", type=positive, default=64, help="of each process")
     add("--max-epochs", type=positive, default=1)
     add("--limit-train-batches", type=positive, default=None, help="batches of an epoch; all if left out")
@@ -49,8 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         " subset that ships with the project is used")  # fmt: skip
     add("--output-dir", type=Path, default=Path("runs/mnist"), help="where logs, checkpoints and tables go")
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
+    add_time_limit(parser)
     add("--accelerator", default="auto", help="as for Lightning's Trainer")
-    add("--devices", default="auto", help="as for Lightning's Trainer")
+    add("--devices", type=devices, default="auto", help="as for Lightning's Trainer")
     add("--strategy", default="auto", help="as for Lightning's Trainer")
     return parser.parse_args(arguments)
 
@@ -83,7 +93,8 @@ def run_one(options: argparse.Namespace, data_dir: Path, name: str, seed: int) -
             "method": str(method),
             **{name: getattr(options, name) for name in SETTINGS},
         },
-        resume=options.resume,
+        resume=goes_on(options),
+        stop_at=options.stop_at,
         callbacks=[BalanceWeightMonitor()] if method.optimizer is MTAdam else [],
         log_every_n_steps=10,
         max_epochs=options.max_epochs,
@@ -121,4 +132,4 @@ def write(options: argparse.Namespace, results: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

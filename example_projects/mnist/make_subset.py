@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from example_projects.common.command import run_command
 from example_projects.mnist.data import FILES, SUBSET, find_file, read_idx
 
 PER_CLASS = {"train": 1000, "test": 200}
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from example_projects.common import report
-from example_projects.common.command import keep_quiet, positive, write_tables
+from example_projects.common.command import (
+    add_time_limit,
+    goes_on,
+    keep_quiet,
+    positive,
+    rate,
+    run_command,
+    write_tables,
+)
 from example_projects.common.runs import Result, run
 from example_projects.pinn.data import Points
 from example_projects.pinn.methods import METHODS
@@ -34,10 +42,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="one run per method and seed")
     add("--boundary-factor", type=float, default=1.0,
         help="what the boundary loss is multiplied by, unknown to the methods")  # fmt: skip
-    add("--lr", type=float, default=1e-3, help="learning rate")
+    add("--lr", type=rate, default=1e-3, help="learning rate")
     add("--steps", type=positive, default=2500)
     add("--output-dir", type=Path, default=Path("runs/pinn"), help="where logs, checkpoints and tables go")
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
+    add_time_limit(parser)
     add("--accelerator", default="auto", help="as for Lightning's Trainer")
     return parser.parse_args(arguments)
 
@@ -52,7 +61,8 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> Result:
         Points(options.steps),
         lambda trainer: {"relative_error": float(trainer.callback_metrics["test/relative_error"])},
         settings={"steps": options.steps},
-        resume=options.resume,
+        resume=goes_on(options),
+        stop_at=options.stop_at,
         checkpoint_every=500,
         callbacks=[BalanceWeightMonitor()] if method.optimizer is MTAdam else [],
         log_every_n_steps=50,
@@ -83,4 +93,4 @@ def write(options: argparse.Namespace, results: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from example_projects.common import image_command
+from example_projects.common.command import run_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_project import ImageProject, name_of_folder
 from example_projects.common.methods import Method
@@ -41,6 +42,7 @@ def data_of(options: argparse.Namespace, seed: int) -> ImageData:
         batch_size=options.batch_size,
         seed=seed,
         workers=options.num_workers,
+        validation=options.validation,
     )
 
 
@@ -82,4 +84,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from example_projects.common.augmentation import Draw, generator_of, random_crop, random_flip
-from example_projects.common.image_data import ImageData, Kept
+from example_projects.common.image_data import ImageData, Kept, held_back
 from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
 from example_projects.pix2pix.procedural import draw_facade
 
@@ -20,6 +20,7 @@ JITTER = 286 / 256  # the original resizes to 286 pixels and crops 256
 HOLD_OUT = ("test", "val")  # the names that the hold-out set has in facades and in maps
 TRAIN_FACADES, TEST_FACADES = 100, 20  # generated
 
+Draws = Callable[[int], Image.Image]  # an image for an index
 Pair = tuple[Tensor, Tensor]  # source and target, float [3, H, W] in [-1, 1] each
 
 
@@ -103,9 +104,20 @@ def draw_held_out(index: int) -> Image.Image:
     return draw_facade(TRAIN_FACADES + index)
 
 
-def read_file(files: Sequence[Path], index: int) -> Image.Image:
-    """Read one of the files."""
-    return read_image(files[index])
+def read_pair(files: Sequence[Path], index: int) -> Image.Image:
+    """Read one of the files.
+
+    Raises:
+        ValueError: it is no image, or not wide enough to be two side by side.
+    """
+    image = read_image(files[index])
+    if image.width < 2 * image.height - 1:
+        raise ValueError(
+            f"{files[index]} is {image.width}x{image.height}, so it is not a pair: two images side by side are at least"
+            " twice as wide as high, for example 512x256. Put source and target beside each other in one file, both"
+            " resized to squares. Images without partners are for example_projects.cyclegan."
+        )
+    return image
 
 
 def make_pair(draw: Callable[[int], Image.Image], size: int, direction: str, index: int) -> Tensor:
@@ -114,7 +126,14 @@ def make_pair(draw: Callable[[int], Image.Image], size: int, direction: str, ind
 
 
 def make_data(
-    folder: Path | None, *, size: int, direction: str, batch_size: int, seed: int, workers: int = 0
+    folder: Path | None,
+    *,
+    size: int,
+    direction: str,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    validation: int = 0,
 ) -> ImageData:
     """The pairs in ``folder``, or generated ones without a folder.
 
@@ -125,26 +144,38 @@ def make_data(
         batch_size: of training, of each process.
         seed: of the order and of the augmentation.
         workers: processes that load.
+        validation: how many of the training images are held back to validate on.
     """
-    draws: tuple[Callable[[int], Image.Image], ...]
-    if folder is None:
-        counts = TRAIN_FACADES, TEST_FACADES
-        draws = draw_facade, draw_held_out
-        origin = "Generated facades and their label maps, since there is no --data-dir"
-    else:
-        files = list_images(folder / "train"), list_images(find_hold_out(folder))
-        counts = len(files[0]), len(files[1])
-        draws = partial(read_file, files[0]), partial(read_file, files[1])
-        origin = f"Pairs from {folder}"
-    train, test = (
-        Kept(partial(make_pair, draw, larger, direction), count)
-        for draw, count, larger in zip(draws, counts, (round(size * JITTER), size), strict=True)
+    draws, counts, origin = _source(folder)
+    train, back, test = (
+        Kept(partial(make_pair, draw, extent, direction), count)
+        for draw, count, extent in zip(
+            (draws[0], *draws), (counts[0], *counts), (round(size * JITTER), size, size), strict=True
+        )
     )
+    to_train_on, to_validate_on = held_back(len(train), validation)
+    also = f", {validation} to validate on" if validation else ""
     return ImageData(
-        TrainPairs(train, size),
+        TrainPairs(train.part(to_train_on), size),
         TestPairs(test),
         batch_size=batch_size,
         seed=seed,
-        announcement=f"{origin}: {len(train)} to train on, {len(test)} held out, {direction}.",
+        announcement=f"{origin}: {len(to_train_on)} to train on{also}, {len(test)} held out, {direction}.",
         workers=workers,
+        validation=TestPairs(back.part(to_validate_on)) if validation else None,
+        files=(train, test) if folder else (),
     )
+
+
+def _source(folder: Path | None) -> tuple[tuple[Draws, Draws], tuple[int, int], str]:
+    """What draws the images to train and to test on, how many there are, and where they are from."""
+    if folder is None:
+        counts = TRAIN_FACADES, TEST_FACADES
+        return (
+            (draw_facade, draw_held_out),
+            counts,
+            "Generated facades and their label maps, since there is no --data-dir",
+        )
+    files = list_images(folder / "train"), list_images(find_hold_out(folder))
+    draws = partial(read_pair, files[0]), partial(read_pair, files[1])
+    return draws, (len(files[0]), len(files[1])), f"Pairs from {folder}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from example_projects.common.augmentation import Draw, generator_of, random_crop
-from example_projects.common.image_data import ImageData, Kept
+from example_projects.common.image_data import ImageData, Kept, held_back
 from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
 from example_projects.srgan.networks import SCALE
 from example_projects.srgan.procedural import dead_leaves
@@ -152,66 +152,87 @@ def generate(first: int, size: int, index: int) -> Tensor:
     return to_bytes(dead_leaves(size, first + index))
 
 
-def check_folders(data_dir: Path | None, test_dir: Path | None) -> None:
-    """Raise unless both folders are given and there, or none is given.
+def check_folders(data_dir: Path | None, test_dirs: Sequence[Path]) -> None:
+    """Raise unless all folders are given and there, or none is given.
 
     Raises:
-        ValueError: only one is given.
+        ValueError: only one kind is given, or two test sets of the same name.
         FileNotFoundError: one is not there.
     """
     wanted = {
-        "--data-dir": (data_dir, "a folder of photographs to train on"),
-        "--test-dir": (test_dir, "a folder of photographs to test on, or of pairs *_HR.png and *_LR.png as in Set14"),
+        "--data-dir": ([data_dir] if data_dir else [], "a folder of photographs to train on"),
+        "--test-dir": (test_dirs, "a folder of photographs to test on, or of pairs *_HR.png and *_LR.png as in Set14"),
     }
-    given = [option for option, (folder, _) in wanted.items() if folder is not None]
-    for option, (folder, what) in wanted.items():
-        if given and folder is None:
+    given = [option for option, (folders, _) in wanted.items() if folders]
+    for option, (folders, what) in wanted.items():
+        if given and not folders:
             raise ValueError(f"{given[0]} is given without {option}. Give that, too: {what}.")
-        if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder {folder}. Give {option} {what}.")
+    for option, (folders, what) in wanted.items():
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"There is no folder {folder}. Give {option} {what}.")
+    names = [folder.name for folder in test_dirs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The folders of --test-dir must have different names, but are called {', '.join(names)}.")
 
 
 def make_data(
     data_dir: Path | None,
-    test_dir: Path | None,
+    test_dirs: Sequence[Path],
     *,
     image_size: int,
     crops_per_image: int,
     batch_size: int,
     seed: int,
     workers: int = 0,
+    validation: int = 0,
 ) -> ImageData:
     """What is trained and tested on.
 
     Args:
         data_dir: a folder of photographs to crop; generated images if ``None``.
-        test_dir: a folder of photographs or of a benchmark's pairs to test on.
+        test_dirs: folders of photographs or of a benchmark's pairs to test on, each a set by its name.
         image_size: of the crops.
         crops_per_image: in an epoch.
         batch_size: of training, of each process.
         seed: of order, crops and positions.
         workers: processes that load crops.
+        validation: how many of the photographs are held back to validate on.
 
     Raises:
-        ValueError: only one of the folders is given.
-        FileNotFoundError: one is not there, or has no image.
+        ValueError: only one kind of folder is given, or too few photographs are left to train on.
+        FileNotFoundError: a folder is not there, or has no image.
     """
-    check_folders(data_dir, test_dir)
-    if data_dir is None or test_dir is None:
-        size = max(PROCEDURAL_SIZE, image_size)
-        images = Kept(partial(generate, 0, size), PROCEDURAL_TRAIN)
-        test = Whole(Kept(partial(generate, PROCEDURAL_TRAIN, PROCEDURAL_SIZE), PROCEDURAL_TEST))
-        source = f"No --data-dir: images of {size}x{size} pixels are generated"
-    else:
-        paths = list_images(data_dir)
-        images = Kept(partial(read_to_crop, paths, image_size), len(paths))
-        test = read_whole(test_dir)
-        source = f"Photographs from {data_dir} and {test_dir}"
+    check_folders(data_dir, test_dirs)
+    train, whole, tests, source = _generated(image_size) if data_dir is None else _read(data_dir, test_dirs, image_size)
+    to_train_on, to_validate_on = held_back(len(train), validation)
+    also = f", {validation} photographs to validate on" if validation else ""
+    counts = " and ".join(f"{len(test)}{f' of {name}' if name else ''}" for name, test in tests.items())
     return ImageData(
-        Crops(images, image_size, crops_per_image),
-        test,
+        Crops(train.part(to_train_on), image_size, crops_per_image),
+        tests if len(tests) > 1 else next(iter(tests.values())),
         batch_size=batch_size,
         seed=seed,
-        announcement=f"{source}: crops of {len(images)} to train on, {len(test)} to test on.",
+        announcement=f"{source}: crops of {len(to_train_on)} to train on{also}, {counts} to test on.",
         workers=workers,
+        validation=Whole(whole.part(to_validate_on)) if validation else None,
+        files=(train, *(kept for test in tests.values() for kept in (test.highs, test.lows))) if data_dir else (),
     )
+
+
+Source = tuple[Kept, Kept, dict[str, Whole], str]  # to crop, the same as whole images, test sets by name, where from
+
+
+def _generated(image_size: int) -> Source:
+    size = max(PROCEDURAL_SIZE, image_size)
+    images = Kept(partial(generate, 0, size), PROCEDURAL_TRAIN)
+    test = Whole(Kept(partial(generate, PROCEDURAL_TRAIN, PROCEDURAL_SIZE), PROCEDURAL_TEST))
+    return images, images, {"": test}, f"No --data-dir: images of {size}x{size} pixels are generated"
+
+
+def _read(data_dir: Path, test_dirs: Sequence[Path], image_size: int) -> Source:
+    paths = list_images(data_dir)
+    to_crop = Kept(partial(read_to_crop, paths, image_size), len(paths))
+    tests = {folder.name if len(test_dirs) > 1 else "": read_whole(folder) for folder in test_dirs}
+    folders = " and ".join(str(folder) for folder in (data_dir, *test_dirs))
+    return to_crop, Kept(partial(read_cut, paths), len(paths)), tests, f"Photographs from {folders}"

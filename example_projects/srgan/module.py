@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from example_projects.common.image_module import ImageModule, Images
 from example_projects.common.methods import Method
@@ -28,6 +27,13 @@ def bicubic(low: Tensor) -> Tensor:
     """Enlarge without having learnt anything. [B, 3, H, W] -> [B, 3, 4H, 4W], in [-1, 1]."""
     # Of torch's two bicubic kernels, the one for antialiasing is that of Pillow and Matlab.
     return F.interpolate(low, scale_factor=SCALE, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@torch.no_grad()
+def enlarged(generator: nn.Module, batch: tuple[Tensor, Tensor]) -> Images:
+    """What the generator makes of the small images of a batch, in [-1, 1]."""
+    low, truth = batch
+    return Images(low, generator(low).clamp(-1, 1), truth)
 
 
 def generator_losses(
@@ -64,8 +70,7 @@ class SRGAN(ImageModule):
         lambdas: what each of its terms is multiplied by.
         lr: learning rate.
         perceptual: the third term; it is no part of the module, of its checkpoints and of its parameters.
-        epochs: of training on all terms; in their second half the learning rate is a tenth.
-        pretrain_epochs: before these, in which Adam trains the generator on "mse" alone, whatever the method.
+        epochs: of training; in their second half the learning rate is a tenth.
         image_size: of the crops to train on.
         width: channels of both networks' first convolution.
         blocks: of the generator.
@@ -79,46 +84,34 @@ class SRGAN(ImageModule):
         perceptual: PerceptualLoss,
         *,
         epochs: int,
-        pretrain_epochs: int = 0,
         image_size: int = 96,
         width: int = 64,
         blocks: int = 16,
     ) -> None:
         super().__init__(method, lambdas, lr)
         self.generator, self.discriminator = Generator(width, blocks), Discriminator(image_size, width)
-        self.perceptual, self.epochs, self.pretrain_epochs = perceptual, epochs, pretrain_epochs
+        self.perceptual, self.epochs = perceptual, epochs
 
     def on_fit_start(self) -> None:
         """Take the perceptual loss to the module's device."""
         self.perceptual.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One step of the discriminator, then one of the generator; of the generator alone in the first epochs."""
+        """One step of the discriminator, then one of the generator."""
         low, truth = batch
-        generator, discriminator, *pretraining = self.optimizers()
+        generator, discriminator = self.optimizers()
         made = self.generator(low)
-        if self.current_epoch < self.pretrain_epochs:
-            self.update({"mse": F.mse_loss(made, truth)}, pretraining[0])
-        else:
-            self.update(discriminator_losses(made.detach(), truth, self.discriminator), discriminator)
-            losses = generator_losses(made, truth, self.discriminator, self.perceptual)
-            self.update(self.weighted(losses), generator)
+        self.update(discriminator_losses(made.detach(), truth, self.discriminator), discriminator)
+        self.update(self.weighted(generator_losses(made, truth, self.discriminator, self.perceptual)), generator)
 
-    def on_train_epoch_end(self) -> None:
-        """Advance the learning rates, but not before training on all terms begins."""
-        if self.current_epoch >= self.pretrain_epochs:
-            super().on_train_epoch_end()
-
-    @torch.no_grad()
     def generate(self, batch: tuple[Tensor, Tensor]) -> Images:
         """Enlarge."""
-        low, truth = batch
-        return Images(low, self.generator(low).clamp(-1, 1), truth)
+        return enlarged(self.generator, batch)
 
-    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
-        """The method's for the generator; Adam for the discriminator, and for the generator before."""
-        generator = self.method.configure(self.generator.named_parameters("generator"), self.lr, BETAS)
-        discriminator = Adam(self.discriminator.parameters(), self.lr, BETAS)
-        pretraining = [Adam(self.generator.parameters(), self.lr, BETAS)] if self.pretrain_epochs else []
-        schedules = [MultiStepLR(optimizer, [(self.epochs + 1) // 2]) for optimizer in (generator, discriminator)]
-        return [generator, discriminator, *pretraining], schedules
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        """The method's for the generator, Adam for the discriminator."""
+        optimizers = [
+            self.method.configure(self.generator.named_parameters("generator"), self.lr, BETAS),
+            Adam(self.discriminator.parameters(), self.lr, BETAS),
+        ]
+        return optimizers, [MultiStepLR(optimizer, [(self.epochs + 1) // 2]) for optimizer in optimizers]

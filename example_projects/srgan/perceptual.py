@@ -74,7 +74,7 @@ def make_perceptual_loss(weights: Path | None, *, for_trial: bool) -> tuple[Perc
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not what is wanted.
-        RuntimeError: torchvision's VGG19 cannot be had and this is no trial.
+        OSError: torchvision's VGG19 cannot be had and this is no trial.
     """
     if weights == RANDOM:
         return random_vgg(), "The perceptual loss is of a VGG19 with RANDOM weights, as asked: for trials only."
@@ -89,7 +89,7 @@ def make_perceptual_loss(weights: Path | None, *, for_trial: bool) -> tuple[Perc
             f" {VGG19_Weights.IMAGENET1K_V1.url} ({error})."
         )
         if not for_trial:
-            raise RuntimeError(f"{missing} {REMEDY}") from error
+            raise OSError(f"{missing} {REMEDY}") from error
         return random_vgg(), f"{missing} Its place is taken by one with RANDOM weights: for trials only. {REMEDY}"
     return vgg(state, "torchvision's weights"), "The perceptual loss is of torchvision's VGG19."
 

@@ -8,7 +8,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def _quiet_again():
     """The command lowers the level of Lightning's messages: put it back."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    loggers = [logging.getLogger(package) for package in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
     yield
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -1,5 +1,6 @@
 """The comparison of methods: what is trained and skipped, and the report."""
 
+import math
 import shutil
 
 import numpy as np
@@ -8,13 +9,16 @@ import torch
 from PIL import Image
 
 from example_projects import compare
-from example_projects.common.comparison import beside, draw_samples, label_columns, write_comparison
+from example_projects.common import image_command
+from example_projects.common.choosing import best_rates, of_these_rates
+from example_projects.common.comparison import beside, on_rates, write_comparison
 from example_projects.common.image_command import columns_of, parser_of
-from example_projects.common.images import GAP, read_image, to_bytes
+from example_projects.common.images import CELL, GAP, read_image, to_bytes
 from example_projects.common.samples import save_final
+from example_projects.common.sheet import draw_samples, labelled
 from example_projects.pix2pix.__main__ import PROJECT
 from example_projects.pix2pix.module import Pix2Pix
-from tests.examples.running import QUIET, output_of, read_results, read_rows
+from tests.examples.running import QUIET, output_of, read_results, read_rows, untimed
 
 pytestmark = QUIET
 
@@ -44,6 +48,70 @@ def test_what_has_ended_is_skipped(compared):
     assert compared[1] == 2 * 2
 
 
+def test_runs_side_by_side_end_as_one_after_the_other(compared, tmp_path):
+    call(tmp_path, "--method", "mtadam", "adam", "--parallel", 2)
+    alone = [row for row in read_results(compared[0]) if row["seed"] == "0"]
+    assert untimed(read_results(tmp_path)) == untimed(alone)
+
+
+@pytest.mark.parametrize("more", [["--devices", "2"], ["--strategy", "ddp"]])
+def test_runs_of_several_processes_are_not_trained_side_by_side(tmp_path, more):
+    with pytest.raises(ValueError, match=r"--parallel trains several runs on one device: give --devices 1"):
+        call(tmp_path, "--parallel", 2, *more)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """What was trained, by a fake training: 0.1 is adam's best learning rate on what was held back, 0.2 mtadam's."""
+    seen = []
+
+    def pretend(project, options, job):
+        seen.append((job.name, job.lr, job.seed))
+        error = abs(job.lr - {"adam": 0.1, "mtadam": 0.2}[job.name])
+        return {
+            "method": f"{job.name}, lr {job.lr:g}",
+            "lr": job.lr,
+            "seed": job.seed,
+            "L1": 1.0,
+            "validation/L1": error,
+        }
+
+    monkeypatch.setattr(image_command, "train_announced", pretend)
+    return seen
+
+
+RATES = ["--method", "adam", "mtadam", "--lr", "0.1", "0.2", "--seeds", "3", "4", "5"]
+
+
+def test_all_seeds_but_the_first_are_trained_with_the_rate_that_was_best_for_it(pretended):
+    options = parser_of(PROJECT).parse_args([*RATES, "--validation", "2", "--devices", "1"])
+    results = image_command.train_all(PROJECT, options)
+    first = [(name, lr, 3) for lr in (0.1, 0.2) for name in ("adam", "mtadam")]
+    assert pretended == [*first, ("adam", 0.1, 4), ("mtadam", 0.2, 4), ("adam", 0.1, 5), ("mtadam", 0.2, 5)]
+    said = on_rates(options, [result for result in results if result["seed"] == 3], "L1")
+    assert "chosen by L1 of the 2 images that were held back from training, with seed 3" in said
+    assert [line.split() for line in said.splitlines() if "adam" in line] == [
+        ["|", "adam", "|", "0.00", "|", "0.100", "|"], ["|", "mtadam", "|", "0.100", "|", "0.00", "|"],
+    ]  # fmt: skip
+
+
+def test_without_images_held_back_all_seeds_are_trained_with_all_rates(pretended):
+    image_command.train_all(PROJECT, parser_of(PROJECT).parse_args([*RATES, "--devices", "1"]))
+    assert len(set(pretended)) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize(("metric", "best"), [("L1", 0.2), ("PSNR", 0.1), ("set14 PSNR-Y", 0.1)])
+def test_the_best_rate_is_the_lowest_error_or_the_highest_ratio_and_never_one_that_diverged(metric, best):
+    runs = [{"method": "m", "lr": lr, metric: value} for lr, value in ((0.1, 3.0), (0.2, 2.0), (0.3, math.nan))]
+    assert best_rates(runs, metric) == {"m": best}
+    assert [run["lr"] for run in of_these_rates([{"method": "bicubic"}, *runs], {"m": best}) if "lr" in run] == [best]
+
+
+def test_what_is_held_back_must_be_measured_at_the_end(tmp_path):
+    with pytest.raises(ValueError, match=r"--max-epochs must be a multiple of --metrics-every.*are 2 and 3"):
+        call(tmp_path, "--validation", 1, "--metrics-every", 3)
+
+
 def test_the_report_has_a_table_curves_and_samples(compared):
     output, _, printed = compared
     report = (output / "comparison.md").read_text()
@@ -68,31 +136,41 @@ def test_the_report_has_the_papers_numbers_where_they_are_known():
     ]
 
 
-def test_samples_have_a_column_per_method_between_input_and_truth(tmp_path):
-    shades = {"a": -1.0, "b": 1.0}
+def save_shades(folder, shades):
+    """Samples of two grey images for each method."""
     for name, shade in shades.items():
         images = (torch.zeros(3, 16, 16), torch.full((3, 32, 32), shade), torch.full((3, 32, 32), 0.5))
-        save_final([images, images], tmp_path / name)
-    draw_samples({name: tmp_path / name for name in shades}, tmp_path / "samples.png")
-    sheet = to_bytes(read_image(tmp_path / "samples.png"))
-    cell = 128
-    assert sheet.shape[2] == 4 * (cell + GAP) - GAP
-    header = sheet.shape[1] - (2 * (cell + GAP) - GAP)
-    for row in range(2):
-        middles = [sheet[0, header + row * (cell + GAP) + cell // 2, column * (cell + GAP) + cell // 2].item()
-                   for column in range(4)]  # fmt: skip
-        assert middles == [128, 0, 255, 191]
+        save_final([images, images], folder / name)
+    return {name: folder / name for name in shades}
 
 
-def test_labels_stand_above_their_columns():
-    sheet = Image.new("RGB", (2 * 128 + GAP, 20), (255, 0, 0))
-    pixels = np.array(label_columns(sheet, ["adam", "mtadam-iv-own-second-moment"]))
-    header = pixels[:-20]
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_sheet_shows_input_methods_and_truth_of_every_sample_at_most_four_beside_each_other(tmp_path, count):
+    shades = {f"method {index}": index / 5 for index in range(count)}
+    draw_samples(save_shades(tmp_path, shades), tmp_path / "samples.png")
+    sheet = to_bytes(read_image(tmp_path / "samples.png"))[0]
+    columns = {2: 4, 5: 4}[count]
+    lines = -(-(count + 2) // columns)
+    width, height = CELL + GAP, (sheet.shape[0] + GAP) // (2 * lines)
+    assert sheet.shape[1] == columns * width - GAP
+    expected = [round((shade + 1) * 127.5) for shade in (0.0, *shades.values(), 0.5)]
+    for sample in range(2):
+        places = [divmod(place, columns) for place in range(count + 2)]
+        middles = [sheet[(sample * lines + line) * height + height // 2, column * width + CELL // 2].item()
+                   for line, column in places]  # fmt: skip
+        assert middles == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("label", ["adam", "mtadam-iv-own-second-moment, lr 0.002"])
+def test_a_label_stands_above_its_image_and_within_its_width(label):
+    image = Image.new("RGB", (CELL, 20), (255, 0, 0))
+    pixels = np.array(labelled(image, label))
+    assert pixels.shape[1] == CELL
     assert (pixels[-20:] == (255, 0, 0)).all()
-    dark = (header.mean(-1) < 128).any(0)
-    assert dark[:60].any()
-    assert not dark[60:128].any()
-    assert dark[130:].any()
+    header = pixels[:-20].mean(-1) < 128
+    assert header.any()
+    assert not header[:, -2:].any()
+    assert not header[:1].any()
 
 
 def test_rows_that_were_not_trained_are_in_the_table_only(compared, tmp_path):

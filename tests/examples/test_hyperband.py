@@ -164,11 +164,22 @@ def test_a_trial_whose_metric_is_not_finite_is_ended(value):
         Prune(trial, "L1").on_validation_end(FakeTrainer({"val/L1": Value(value)}), None)
 
 
-def test_a_metric_that_is_not_measured_is_named():
-    trial = optuna.create_study().ask()
-    trainer = FakeTrainer({"val/L1": Value(1), "val/PSNR": Value(1), "train/l1": Value(1)})
-    with pytest.raises(ValueError, match=r"'FID' is not measured\. Give --search-metric one of L1, PSNR"):
-        Prune(trial, "FID").on_validation_end(trainer, None)
+def test_what_was_reported_before_an_interruption_is_reported_again():
+    """A trial that goes on is a new one for Optuna, which ends it by all that it has shown."""
+    before, after = (Prune(optuna.create_study().ask(), "L1") for _ in range(2))
+    for epoch in range(2):
+        before.on_validation_end(FakeTrainer({"val/L1": Value(3 - epoch)}, epoch), None)
+    after.load_state_dict(before.state_dict())
+    (trial,) = after.trial.study.get_trials()
+    assert trial.intermediate_values == {1: 3.0, 2: 2.0}
+
+
+def test_a_metric_that_is_not_measured_is_named_before_anything_is_trained(tmp_path):
+    options = make_options(tmp_path, "--search-metric", "FID")
+    with pytest.raises(
+        ValueError, match=r"'FID' is not measured\. Give --search-metric one of L1, L2, NMSE, PSNR, SSIM"
+    ):
+        image_command.train_all(make_project(), options)
 
 
 def test_several_processes_are_refused_before_anything_is_trained(tmp_path):

@@ -363,17 +363,23 @@ def test_samples_are_the_first_images_of_the_hold_out_set(tmp_path):
         torch.testing.assert_close(shown, torch.full((3, 4, 4), value), rtol=0, atol=1 / 127.5)
 
 
-def test_curves_have_a_panel_per_metric_and_a_colour_per_method(tmp_path, monkeypatch):
+def test_curves_have_a_panel_per_metric_and_per_method_a_colour_a_mean_and_a_band_of_all_seeds(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(curves, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     history = [{"epoch": 1, "L1": 3.0, "FID": 10.0, "n": 5}, {"epoch": 2, "L1": 2.0, "FID": 11.0, "n": 5}]
-    labels = ("adam, lr 0.1, seed 0", "adam, lr 0.1, seed 1", "mtadam, lr 0.1, seed 0")
-    draw_curves(dict.fromkeys(labels, history), tmp_path / "curves.png")
+    other = [{"epoch": 1, "L1": 5.0, "FID": 12.0, "n": 5}, {"epoch": 2, "L1": 1.0, "FID": 13.0, "n": 5}]
+    seeds = {"adam, lr 0.1, seed 0": history, "adam, lr 0.1, seed 1": other, "mtadam, lr 0.1, seed 0": history}
+    draw_curves(seeds, tmp_path / "curves.png")
     assert [axes.get_title() for axes in figures[0].axes] == ["L1", "FID, n = 5"]
-    first, second, third = figures[0].axes[0].lines
-    assert first.get_xdata().tolist() == [1, 2]
-    assert first.get_ydata().tolist() == [3.0, 2.0]
-    assert first.get_color() == second.get_color() != third.get_color()
+    axes = figures[0].axes[0]
+    mean, alone = axes.lines
+    assert mean.get_xdata().tolist() == [1, 2]
+    assert mean.get_ydata().tolist() == [4.0, 1.5]
+    assert alone.get_ydata().tolist() == [3.0, 2.0]
+    assert mean.get_color() != alone.get_color()
+    (band,) = axes.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 3), (1, 5), (2, 1), (2, 2)}
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["adam, lr 0.1", "mtadam, lr 0.1"]
 
 

@@ -23,6 +23,7 @@ from example_projects.common.image_module import linear_decay
 from example_projects.common.images import read_image
 from example_projects.common.methods import IMAGE_METHODS
 from example_projects.common.patchgan import PatchGAN, initialise
+from example_projects.common.saving import NotEndedError
 from example_projects.pix2pix import __main__ as command
 from example_projects.pix2pix import module as pix2pix_module
 from example_projects.pix2pix import networks
@@ -333,6 +334,34 @@ def test_a_folder_without_a_hold_out_set_is_named(tmp_path):
         data_of(tmp_path)
 
 
+@pytest.mark.parametrize(("size", "pair"), [((64, 64), False), ((90, 60), False), ((64, 32), True), ((63, 32), True)])
+def test_an_image_that_is_not_two_side_by_side_is_named(tmp_path, size, pair):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", size).save(tmp_path / split / "1.png")
+    if pair:
+        data_of(tmp_path).check()
+        return
+    said = rf"2 images cannot be used\. .*train/1\.png is {size[0]}x{size[1]}, so it is not a pair.*test/1\.png is"
+    with pytest.raises(ValueError, match=said):
+        data_of(tmp_path).check()
+
+
+def test_images_that_are_held_back_are_whole_and_not_trained_on(folder):
+    data = data_of(folder, validation=2)
+    assert (len(data.train), len(data.validation), len(data.test)) == (TRAIN - 2, 2, TEST)
+    assert "4 to train on, 2 to validate on, 3 held out" in data.announcement
+    files = sorted((folder / "train").iterdir())
+    for place, index in enumerate((0, 3)):
+        pixels = torch.from_numpy(np.array(read_image(files[index]))).permute(2, 0, 1) / 127.5 - 1
+        target, source = pixels.chunk(2, dim=2)
+        torch.testing.assert_close(data.validation[place], (source, target))
+    pairs = data_of(folder).train.pairs
+    assert all(torch.equal(data.train.pairs[place], pairs[index]) for place, index in enumerate((1, 2, 4, 5)))
+    with pytest.raises(ValueError, match="--validation 6 leaves none of 6 training images to train on"):
+        data_of(folder, validation=TRAIN)
+
+
 def test_a_facade_is_the_same_every_time_and_its_labels_say_what_is_where():
     pixels = np.array(draw_facade(5))
     assert pixels.shape == (256, 512, 3)
@@ -414,6 +443,11 @@ def test_a_checkpoint_has_the_two_networks_and_their_optimizers_and_nothing_else
     assert sizes == [len(list(network.parameters())) for network in (module.generator, module.discriminator)]
 
 
+def test_half_precision_trains_and_measures(folder, tmp_path):
+    call(*arguments(tmp_path, "--data-dir", folder, "--method", "mtadam", "--precision", "bf16-mixed"))
+    assert 0 < float(read_results(tmp_path)[0]["L1"]) < 255
+
+
 def test_several_learning_rates_are_rows_of_their_own(folder, tmp_path):
     call(*arguments(tmp_path, "--data-dir", folder, "--method", "adam", "--lr", 1e-4, 1e-3, "--setting", "balanced"))
     found = read_results(tmp_path)
@@ -442,10 +476,10 @@ def test_hyperband_searches_and_trains_with_what_it_found(folder, tmp_path, monk
 EPOCHS, BATCHES = 2, 3
 
 
-def run_facades(output, folder, watch, *, every=100, resume=False):
+def run_facades(output, folder, watch, *more, every=100, resume=False):
     """A run of 6 batches in 2 epochs. Returns the final weights, the result and the curve."""
     given = arguments(output, "--data-dir", folder, "--max-epochs", EPOCHS, "--limit-train-batches", BATCHES,
-                      "--checkpoint-every", every, "--method", "mtadam")  # fmt: skip
+                      "--checkpoint-every", every, "--method", "mtadam", *more)  # fmt: skip
     options = image_command.parser_of(command.PROJECT).parse_args(given)
     options.resume = resume
     (job,) = image_command.jobs_of(command.PROJECT, options)
@@ -490,6 +524,23 @@ def test_ctrl_c_loses_nothing(tmp_path, folder, uninterrupted, at, capsys):
     count = InterruptAt()
     assert_same(run_facades(tmp_path, folder, count, resume=True), uninterrupted)
     assert len(count.seen) == EPOCHS * BATCHES - at - 1
+
+
+@needs_exact_resume
+def test_a_run_in_pieces_ends_as_an_uninterrupted_one(tmp_path, folder, uninterrupted):
+    """Time is up after every batch, the last of an epoch too; what was trained to its end is measured all the same."""
+    for _ in range(EPOCHS * BATCHES - 1):
+        with pytest.raises(NotEndedError, match="mtadam-seed0 has not ended"):
+            run_facades(tmp_path, folder, InterruptAt(), "--max-minutes", 1e-9, resume=True)
+    assert_same(run_facades(tmp_path, folder, InterruptAt(), "--max-minutes", 1e-9, resume=True), uninterrupted)
+
+
+def test_the_same_command_goes_on_when_its_time_was_up(tmp_path, folder):
+    given = arguments(tmp_path, "--data-dir", folder, "--method", "adam", "--max-minutes", 1e-9)
+    with pytest.raises(NotEndedError):
+        call(*given)
+    call(*given)
+    assert read_results(tmp_path)[0]["steps"] == "2"
 
 
 def test_resume_skips_what_has_ended(tmp_path, folder, monkeypatch):

@@ -37,7 +37,11 @@ def folders(tmp_path):
 
 
 def data(train, test, **options):
-    return make_data(train, test, **{"image_size": SIZE, "crops_per_image": 2, "batch_size": 2, "seed": 0} | options)
+    return make_data(
+        train,
+        [test] if test else [],
+        **{"image_size": SIZE, "crops_per_image": 2, "batch_size": 2, "seed": 0} | options,
+    )
 
 
 def coordinates(height, width):

@@ -106,7 +106,7 @@ def test_without_weights_a_trial_says_that_they_are_random():
 
 @pytest.mark.usefixtures("offline")
 def test_without_weights_real_images_are_refused_with_the_remedy():
-    with pytest.raises(RuntimeError, match=r"vgg19.*no route to host.*--perceptual-weights"):
+    with pytest.raises(OSError, match=r"vgg19.*no route to host.*--perceptual-weights"):
         make_perceptual_loss(None, for_trial=False)
     loss, announcement = make_perceptual_loss(RANDOM, for_trial=False)
     assert loss.name == "random VGG19"
