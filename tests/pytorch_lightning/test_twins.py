@@ -125,5 +125,5 @@ def test_a_checkpoint_of_one_package_goes_on_in_the_other(tmp_path):
     expected.fit(whole, make_loader())
     assert_same(whole.network, resumed.network)
     assert_same_state(expected.optimizers[0], again.optimizers[0])
-    loaded = type(resumed).load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    loaded = type(resumed).load_from_checkpoint(tmp_path / "last.ckpt")
     assert_same(loaded.network, saved.network)
