@@ -39,7 +39,9 @@ BEGINNINGS: Mapping[str, Beginning] = {
         1.5,
         "estimated",
     ),
-    "evidence": Beginning("run --problems toy2d --methods mtadam adam --seeds 2 --budget-seconds 10", 1, "estimated"),
+    "evidence": Beginning(
+        "run --problems toy2d --methods recommended adam_searched --seeds 2 --budget-seconds 10", 1, "estimated"
+    ),
     "compare": Beginning(
         "pix2pix --image-size 64 --width 16 --batch-size 4 --max-epochs 2 --method mtadam adam", 0.5, "estimated"
     ),
