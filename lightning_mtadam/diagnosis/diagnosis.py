@@ -43,6 +43,14 @@ class Diagnosis:
         costs: by way to train, the time of a step over that of a step on the sum; empty where that was not measured,
             because the module trains with MTAdam already.
         optimizer: the class that the trial trained with.
+
+    Example:
+        :func:`~lightning_mtadam.diagnose` makes one, and its example has a module to try it on::
+
+            found = diagnose(module, data)
+            found.recommendation  # "leave", "reweight", "balance" or "conflict-aware"
+            found.weights  # by term, what to multiply the losses by
+            print(found.to_markdown())
     """
 
     course: Course
