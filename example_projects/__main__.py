@@ -36,8 +36,7 @@ BEGINNINGS: Mapping[str, Beginning] = {
     "srgan": Beginning(
         "--image-size 48 --width 16 --blocks 4 --batch-size 4 --crops-per-image 4 --pretrain-epochs 8 --max-epochs 2"
         " --perceptual-weights random",
-        1.5,
-        "estimated",
+        0.8,
     ),
     "evidence": Beginning(
         "run --problems toy2d --methods recommended adam_searched --seeds 2 --budget-seconds 10", 1, "estimated"
