@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-import lightning_mtadam
 from lightning_mtadam import MTAdam
 from lightning_mtadam.balancers import MetaBalance
 from lightning_mtadam.guard import Guard, TrainerGuard
@@ -120,7 +119,7 @@ def test_a_trainer_has_one_guard_however_often_it_is_watched():
 def entry_point(tmp_path, monkeypatch):
     """Lightning finds the package's entry point, as it does where the package is installed."""
     (folder := tmp_path / "entry_point-0.dist-info").mkdir()
-    text = (Path(lightning_mtadam.__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     group = "lightning.pytorch.callbacks_factory"
     name, value = text.split(f'[project.entry-points."{group}"]\n')[1].splitlines()[0].split(" = ")
     value = value.strip('"')

@@ -10,7 +10,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
 import lightning_mtadam
-from lightning_mtadam.pytorch_lightning.twins import NAMES, ROOMS, TwinImports, TwinLoader
+from lightning_mtadam.pytorch_lightning.twins import HERE, NAMES, PACKAGE, ROOMS, TwinImports, TwinLoader
 
 
 class TestImports(TwinImports):
@@ -18,6 +18,13 @@ class TestImports(TwinImports):
 
     __test__ = False
     here = (*ROOMS, *lightning_mtadam.__all__)
+
+    def visit_Import(self, node):  # noqa: N802
+        super().visit_Import(node)
+        for alias in node.names:
+            if alias.name == PACKAGE:
+                alias.name, alias.asname = HERE, alias.asname or PACKAGE
+        return node
 
     def visit_Constant(self, node):  # noqa: N802
         if isinstance(node.value, str):
