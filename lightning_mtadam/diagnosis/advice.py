@@ -26,6 +26,8 @@ ACTIVE = 0.1
 """A term whose gradient's norm is a smaller part of its largest has no more to ask for: it is satisfied."""
 SOON = 0.25
 """A term is satisfied at once if it is so from this part of a trial on."""
+IN_COMMAND = 100.0
+"""A term whose gradient begins larger by this factor sets the steps of the others, even if it vanishes soon."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Advice:
         recommendation: what to do.
         weights: what each loss would be multiplied by to make gradients equal on average, the first term's being 1; all
             1 where the losses are best left as they are.
-        ratio: by which factor gradients of different terms differ, at the median of the reports; satisfied terms aside.
+        ratio: by which factor gradients of different terms differ, at the median of the reports in which both have
+            something to ask for; satisfied terms aside.
         change: by which factor the balance of two terms moves from the first third of the reports to the last.
         dead: terms that never have a gradient.
         satisfied: terms whose gradient soon vanishes beside those of the others.
@@ -96,7 +99,8 @@ def advise(course: Course) -> Advice:
     satisfied = alive & satisfied_at_once(course)
     counted = alive & ~satisfied
     conflicts = opposed_pairs(course, counted)
-    ratio, change = _spread(course.compared[:, counted][:, :, counted])
+    compared = while_active(course)
+    ratio, change = _spread(compared[:, counted][:, :, counted])
     recommendation: Recommendation
     if conflicts:
         recommendation = "conflict-aware"
@@ -106,7 +110,7 @@ def advise(course: Course) -> Advice:
         recommendation = "reweight" if change < CHANGED else "balance"
     return Advice(
         recommendation,
-        _weights(course, counted) if ratio >= UNBALANCED else dict.fromkeys(course.terms, 1.0),
+        _weights(course.terms, compared, counted) if ratio >= UNBALANCED else dict.fromkeys(course.terms, 1.0),
         ratio,
         change,
         _named(course, ~alive),
@@ -119,13 +123,26 @@ def satisfied_at_once(course: Course) -> Tensor:
     """Which terms soon ask for next to nothing, while others go on: [I], bool.
 
     The gradient of such a term has fallen below :data:`ACTIVE` of its largest by the time that is called
-    :data:`SOON`, stays there, and is smaller than the others' from then on. To balance it would amplify it.
+    :data:`SOON`, stays there, and is smaller than the others' from then on. To balance it would amplify it. One that
+    was :data:`IN_COMMAND` before is no such term: it had its way because its scale is off.
     """
     late = slice(math.ceil(SOON * len(course.steps)), None)
     low = (course.norms[late] <= ACTIVE * course.norms.amax(0)).all(0)
     beside = course.compared[late].nanmedian(0).values.nan_to_num(-math.inf)  # zero by now: the smallest there is
     falls = low & (beside.fill_diagonal_(-math.inf).amax(1) < 0)
-    return falls & ~low.all()
+    commands = while_active(course).nan_to_num(-math.inf).amax((0, 2)) > math.log(IN_COMMAND)
+    return falls & ~commands & ~low.all()
+
+
+def while_active(course: Course) -> Tensor:
+    """What is compared of each two terms, [T, I, I], with nan where one of the two has no more to ask for.
+
+    That is where its gradient has fallen below :data:`ACTIVE` of the largest so far, and is the smaller of the two. How
+    small it has become tells how well it is satisfied, not how its loss is scaled.
+    """
+    low = course.norms <= ACTIVE * course.norms.cummax(0).values
+    spent = low[:, :, None] & (course.compared < 0)
+    return course.compared.masked_fill(spent | spent.mT, torch.nan)
 
 
 def opposed_pairs(course: Course, counted: Tensor) -> dict[tuple[str, str], float]:
@@ -166,13 +183,13 @@ def _largest(logs: Tensor) -> float:
     return max((math.exp(abs(log)) for log in logs.flatten().tolist() if math.isfinite(log)), default=1.0)
 
 
-def _weights(course: Course, counted: Tensor) -> dict[str, float]:
+def _weights(terms: tuple[str, ...], compared: Tensor, counted: Tensor) -> dict[str, float]:
     """The inverse of each norm over that of the first, in the geometric mean of the reports, of terms that count."""
     first = int(counted.nonzero()[0])
-    logs = course.compared[:, :, first].nanmean(0).masked_fill(~counted, torch.nan).tolist()
+    logs = compared[:, :, first].nanmean(0).masked_fill(~counted, torch.nan).tolist()
     return {
         term: float(f"{math.exp(-log):.3g}") if math.isfinite(log) else 1.0
-        for term, log in zip(course.terms, logs, strict=True)
+        for term, log in zip(terms, logs, strict=True)
     }
 
 

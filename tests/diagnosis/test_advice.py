@@ -87,6 +87,29 @@ def test_a_large_term_is_not_satisfied_before_it_is_smaller_than_the_others():
     assert found.recommendation == "reweight"
 
 
+def test_a_term_that_vanishes_because_its_scale_is_off_is_not_called_satisfied():
+    """Plain gradient descent with steps that the large term allows: the other one has not moved."""
+    found = advise(course_of([[3, 4e4], [3, 4], *[[3, 0.3]] * (T - 2)]))
+    assert not found.satisfied
+    assert found.recommendation == "reweight"
+    assert found.weights["b"] < 0.1
+
+
+def test_a_term_that_is_satisfied_in_the_course_of_the_trial_is_compared_while_it_was_not():
+    late = falling(1, 1e-3)
+    for norms in (zip(falling(1, 1), late, strict=True), zip(late, falling(1, 1), strict=True)):
+        assert advise(course_of(list(norms))).recommendation == "leave"
+
+
+def test_terms_that_reach_their_common_end_at_unlike_speed_are_left():
+    assert advise(course_of(list(zip(falling(1, 0.1), falling(1, 3e-4), strict=True)))).recommendation == "leave"
+
+
+def test_a_gradient_that_grows_is_compared_all_the_time():
+    found = advise(course_of(list(zip(falling(1, 1), falling(1e-2, 1e4), strict=True))))
+    assert found.recommendation == "balance"
+
+
 def test_a_term_that_vanishes_with_all_others_is_not_satisfied_alone():
     norms = [1.0, 0.1, *[1e-3] * (T - 2)]
     assert not advise(course_of(list(zip(norms, norms, strict=True)))).satisfied
