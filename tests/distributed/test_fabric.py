@@ -35,7 +35,7 @@ def set_up(network, optimizer, **options):
 
 
 def public_methods():
-    mine = [name for base in MTAdam.__mro__[:4] for name in vars(base) if not name.startswith("_")]
+    mine = [name for base in MTAdam.__mro__[:5] for name in vars(base) if not name.startswith("_")]
     return {*mine, "state_dict"}
 
 
@@ -56,6 +56,7 @@ def use_everything(optimizer, network, model):
     for _ in range(3):
         optimizer.backward({**losses_of(model, batch), "fit": extra.square().sum()}, model=model)
         optimizer.clip_gradients(0.1)
+        held = optimizer.held()
         optimizer.step()
     optimizer.synchronize()
     optimizer.set_importance({"fit": 0.5})
@@ -64,6 +65,7 @@ def use_everything(optimizer, network, model):
     optimizer.load_state_dict(saved)
     names = ("average_weights", "balance_weights", "gradient_norms", "layer_sizes", "scales", "term_weights")
     read = {name: getattr(optimizer, name)() for name in names}
+    read |= {"held": held[1], "consumes_at_once": torch.tensor(optimizer.consumes_at_once)}
     called = {"name_parameters", "add_param_group", "backward", "zero_grad", "skip_step", "step", "clip_gradients"}
     return called | read.keys() | {"synchronize", "set_importance", "state_dict", "load_state_dict", "terms"}, read
 
