@@ -5,6 +5,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_mtadam import MTAdam
@@ -376,14 +377,22 @@ class Both(torch.optim.Optimizer):
         return loss
 
 
-@QUIET
-def test_what_holds_an_mtadam_for_a_part_only_says_how_to_call_it():
-    def make(network):
-        return Both(make_mtadam(network[0]), torch.optim.SGD(network[2].parameters(), lr=1e-2))
+def both(network):
+    return Both(make_mtadam(network[0]), torch.optim.SGD(network[2].parameters(), lr=1e-2))
 
-    module = Regression(make)
+
+def test_what_holds_an_mtadam_for_a_part_only_says_how_to_call_it():
+    network = make_network()
+    optimizer = both(network)
+    torch.stack([*three_losses(network, next(iter(make_loader()))).values()]).sum().backward()
     with pytest.raises(RuntimeError, match=r"Both holds this MTAdam as \.mtadam.*wrapper\.mtadam\.backward"):
-        fit(module, make_loader())
+        optimizer.step()
+
+
+@QUIET
+def test_a_trainer_refuses_what_holds_an_mtadam_for_a_part_only():
+    with pytest.raises(MisconfigurationException, match="Both holds an MTAdam that trains only some"):
+        fit(Regression(both), make_loader())
 
 
 @pytest.mark.parametrize("wrap", [Lookahead, Prepared])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from example_projects.common.command import run_command
 from lightning_mtadam.callbacks import plot_balance
 
 
@@ -24,4 +25,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

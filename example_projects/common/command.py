@@ -47,8 +47,8 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit("error: " + " ".join(str(error).split()))
 
 
-def add_time_limit(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add ``--max-minutes``, which makes ``options.stop_at`` of it, for :func:`goes_on` and ``runs.run``."""
+def add_time_limit(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max-minutes`` to a parser or a group; its ``options.stop_at`` is for :func:`goes_on` and ``runs.run``."""
     parser.add_argument("--max-minutes", dest="stop_at", type=_from_now, metavar="MINUTES",
         help="stop then, with exit status 75: the same command goes on where it stopped; implies --resume")  # fmt: skip
 

@@ -648,7 +648,18 @@ def test_the_commands_work_together(tmp_path):
     out = tmp_path / "runs.csv"
     common = ["--problems", "digits", "--methods", "adam_sum", "recommended", "--seeds", "2", "--steps", "3"]
     printed = output_of(
-        command.main, "run", *common, "--factors", 1, 100, "--budget-seconds", 0, "--data-dir", tmp_path, "--out", out
+        command.main,
+        "run",
+        *common,
+        "--factors",
+        1,
+        100,
+        "--budget-seconds",
+        1e-9,
+        "--data-dir",
+        tmp_path,
+        "--out",
+        out,
     )
     assert len(printed.splitlines()) == 2 * 2 * 3
     output_of(command.main, "cost", *common, "--data-dir", tmp_path, "--out", out)
