@@ -9,7 +9,7 @@ import pytest
 from tests.accelerator import device
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("test_cost.py", "test_equality.py")
+QUICK = ("test_equality.py",)
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/accelerator").glob("test_*.py"))
 
 

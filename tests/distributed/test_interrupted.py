@@ -6,6 +6,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from tests.distributed.interrupted import finish, kill, kill_while_writing, same_end, start, start_again, started
 from tests.distributed.ranks import HANGS
 from tests.lightning_models import needs_exact_resume
@@ -39,6 +41,7 @@ def terminate(folder):
     kill(run)
 
 
+@pytest.mark.slow
 @needs_exact_resume
 def test_a_run_that_is_killed_and_stopped_ends_as_one_that_was_not(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -97,13 +97,13 @@ def _imported(code):
     return code.co_names
 
 
-LAWS = ["tests/module", "tests/callbacks", "tests/test_guard.py"]
-CORE = "tests/trainer_matrix"
+LAWS = ["tests/callbacks", "tests/test_guard.py"]
+LONGER = ["tests/module", "tests/trainer_matrix"]
 LEFT_OUT = "compile or ranks or two_optimizers_on_one_graph or user_logs or no_loss or batch_size_finder"
 """What takes long, and does not ask which package it is."""
 
 
-@pytest.mark.parametrize("suite", [*LAWS, pytest.param(CORE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suite", [*LAWS, *(pytest.param(suite, marks=pytest.mark.slow) for suite in LONGER)])
 def test_what_holds_for_one_package_holds_for_the_other(suite):
     options = ["-n", "0", "-p", "no:cacheprovider", "--assert=plain", "-p", "tests.pytorch_lightning.imports"]
     command = [sys.executable, "-m", "pytest", "-q", *options, "-k", f"not ({LEFT_OUT})", suite]
