@@ -55,7 +55,9 @@ class LogBeside:
         total, count = self._sums.get(names, (torch.zeros_like(numbers), 0))
         self._sums[names] = total + numbers, count + 1
         if numbers.device.type == "cpu" or should_log(self._trainer):
-            self._bar.update({on_bar[name]: (name, self._last[name]) for name in names if name in on_bar})
+            for name in names:
+                if name in on_bar:
+                    self._bar[on_bar[name]] = name, self._last[name]
 
     def _complete(self, metrics: dict[str, dict[str, Any]], on_step: bool) -> None:
         """Add the last numbers, or the means, to what Lightning reads, unless others log under their names."""

@@ -41,6 +41,9 @@ PLACEHOLDER = "parameter_"
 HAS_GRAPH = attrgetter("requires_grad")
 """Whether a loss, as checked, has a graph; without one it is zero, and its term is absent."""
 
+DEVICE = attrgetter("device")
+"""Where a tensor is."""
+
 ANCHOR_POLICIES = ("first", "mean", "max", "unit")
 
 
@@ -267,7 +270,7 @@ def is_host(device: torch.device) -> bool:
 
 def are_on_host(tensors: Sequence[Tensor]) -> bool:
     """Whether the host can read all of them at once."""
-    return all(map(is_host, {tensor.device for tensor in tensors}))
+    return all(map(is_host, set(map(DEVICE, tensors))))
 
 
 def clean_names(names: Sequence[str]) -> list[str]:
