@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mtadam.collect import Batch, hand_on
 from lightning_mtadam.distributed.agreement import count_terms
 from lightning_mtadam.distributed.averaging import mean_over
-from lightning_mtadam.distributed.processes import ALONE, Processes, processes_of
+from lightning_mtadam.distributed.processes import ALONE, Processes, has_static_graph, processes_of
 from lightning_mtadam.graphs import look_at
 from lightning_mtadam.terms import Gradients, TermGradients, check_losses
 
@@ -128,8 +127,7 @@ def _silent_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _refuse_static_graph(batch: Batch) -> None:
-    modules = () if batch.model is None else batch.model.modules()
-    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in modules):
+    if has_static_graph(batch.model):
         raise ValueError(
             "DistributedDataParallel(static_graph=True) would take the gradients of single losses for its first"
             " backward pass, and average nothing then. Leave static_graph out, or the callback that asks for them."

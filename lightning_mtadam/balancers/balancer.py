@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_mtadam.balancers.batch import Batch
@@ -17,7 +16,7 @@ from lightning_mtadam.balancers.steps import Steps
 from lightning_mtadam.collect import as_losses, collect
 from lightning_mtadam.distributed.agreement import Numbers, Parameters
 from lightning_mtadam.distributed.joint_terms import Ranks
-from lightning_mtadam.distributed.processes import processes_of
+from lightning_mtadam.distributed.processes import has_static_graph, processes_of
 from lightning_mtadam.terms import Losses, are_on_host, check_losses, check_terms, steps_by_lbfgs
 
 
@@ -304,8 +303,7 @@ def _named_shapes(model: nn.Module, parameters: list[Tensor]) -> Parameters:
 
 def _refuse_static_graph(model: nn.Module | None) -> None:
     """Raise if the wrapper takes the first time that the losses are differentiated for its one backward pass."""
-    modules = () if model is None else model.modules()
-    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in modules):
+    if has_static_graph(model):
         raise ValueError(
             "DistributedDataParallel(static_graph=True) would average nothing in the first step, because the balancer"
             " differentiates terms by themselves before the backward pass. Leave static_graph out."

@@ -16,6 +16,7 @@ from lightning_mtadam.balancer_slot import mtadam_of
 from lightning_mtadam.balancers.balancer import parameters_in
 from lightning_mtadam.callbacks.measured_step import MeasuredStep
 from lightning_mtadam.collect import Batch
+from lightning_mtadam.distributed.sharding import local
 from lightning_mtadam.module import MultiTermLightningModule
 from lightning_mtadam.terms import Losses
 
@@ -113,6 +114,4 @@ def scale_left(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
 
 
 def _is_something(gradient: Tensor | None) -> bool:
-    if gradient is None:
-        return False
-    return bool((gradient.to_local() if hasattr(gradient, "to_local") else gradient).any())
+    return gradient is not None and bool(local(gradient).any())

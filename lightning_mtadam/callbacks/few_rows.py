@@ -29,17 +29,31 @@ def few_rows(table: Tensor, rows: Sequence[str], at_most: int = 40) -> tuple[Ten
     """
     if len(rows) <= at_most:
         return table, list(rows), ""
-    deepest = max(name.count(".") for name in rows)
-    for depth in range(deepest, 0, -1):
-        names = [".".join(name.split(".")[:depth]) for name in rows]
-        counts = Counter(names)
-        if len(counts) <= at_most:
-            names = [whole if counts[name] == 1 else name for whole, name in zip(rows, names, strict=True)]
-            return *_joined(table, names), f"Each row is the median of the layers of a module, of {len(rows)} in all."
+    modules = modules_of(rows, at_most)
+    counts = Counter(modules)
+    if len(counts) <= at_most:
+        names = [whole if counts[name] == 1 else name for whole, name in zip(rows, modules, strict=True)]
+        return *_joined(table, names), f"Each row is the median of the layers of a module, of {len(rows)} in all."
     length = math.ceil(len(rows) / at_most)
     firsts, lasts = rows[::length], [*rows[length - 1 :: length], rows[-1]]
     names = [f"{firsts[i // length]} to {lasts[i // length]}" for i in range(len(rows))]
     return *_joined(table, names), f"Each row is the median of {length} neighboring layers, of {len(rows)} in all."
+
+
+def modules_of(rows: Sequence[str], at_most: int) -> list[str]:
+    """For each row the module that it is joined to, so that there are at most so many, as deep as there is room.
+
+    The outermost ones, if these are too many still.
+
+    Example:
+        >>> modules_of(["encoder.0", "encoder.1", "head"], at_most=2)
+        ['encoder', 'encoder', 'head']
+    """
+    names, depth = list(rows), max(name.count(".") for name in rows)
+    while len(set(names)) > at_most and depth > 0:
+        names = [".".join(name.split(".")[:depth]) for name in rows]
+        depth -= 1
+    return names
 
 
 def _joined(table: Tensor, names: Sequence[str]) -> tuple[Tensor, list[str]]:

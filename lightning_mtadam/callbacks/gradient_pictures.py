@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_mtadam.callbacks import tensorboard
+from lightning_mtadam.callbacks.few_rows import modules_of
 from lightning_mtadam.callbacks.heatmap import Scale, heatmap
 from lightning_mtadam.gradient_statistics import GradientStatistics
 
@@ -56,10 +57,7 @@ def joined(found: GradientStatistics, layers: Sequence[str], most: int) -> tuple
         >>> joined(zeros, ["encoder.0", "encoder.1", "head"], most=2)[1]
         ['encoder', 'head']
     """
-    names, depth = list(layers), max(name.count(".") for name in layers)
-    while len(set(names)) > most and depth > 0:
-        names = [".".join(name.split(".")[:depth]) for name in layers]
-        depth -= 1
+    names = modules_of(layers, most)
     different = list(dict.fromkeys(names))
     layer_of = torch.tensor([different.index(name) for name in names], device="cpu")
     return found.by_layer(layer_of, len(different)), different

@@ -34,6 +34,12 @@ class Processes:
 ALONE = Processes()
 
 
+def has_static_graph(model: nn.Module | None) -> bool:
+    """Whether a wrapper in the network takes the first backward pass for all that will ever come."""
+    modules = () if model is None else model.modules()
+    return any(isinstance(module, DistributedDataParallel) and module.static_graph for module in modules)
+
+
 def processes_of(model: nn.Module | None, parameters: Sequence[Tensor]) -> Processes:
     """The processes that train ``parameters``, which are those of ``model``, together.
 
