@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -182,7 +183,7 @@ def _cosines_table(course: Course) -> str:
     medians = course.cosines.nanmedian(0).values.tolist()
     rows = [["", *course.terms]]
     for term, row in zip(course.terms, medians, strict=True):
-        rows.append([term, *("" if value != value else f"{value:.2f}" for value in row)])
+        rows.append([term, *("" if math.isnan(value) else f"{value:.2f}" for value in row)])
     return _table(rows)
 
 
@@ -202,6 +203,6 @@ def _numbers(table: Tensor) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(one) for one in value]
-        return value if value == value and abs(value) != float("inf") else None
+        return value if math.isfinite(value) else None
 
     return plain(table.tolist())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mtadam.callbacks.axes import spread
+from lightning_mtadam.callbacks.line_chart import color_of
 from lightning_mtadam.diagnosis.advice import Course
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-"""Of Okabe and Ito: told apart with any color vision."""
 CLOSEST = 0.06
 """Labels are kept this part of the axis apart."""
 
@@ -43,7 +44,7 @@ def _draw_norms(axes: Axes, course: Course) -> None:
     shown = course.norms.masked_fill(course.norms == 0, torch.nan).double()
     ends = []
     for index, term in enumerate(course.terms):
-        color = COLORS[index % len(COLORS)]
+        color = [part / 255 for part in color_of(index)]
         axes.plot(course.steps, shown[:, index].tolist(), color=color, marker=".")
         last = shown[:, index][shown[:, index].isfinite()]
         if len(last):
@@ -51,9 +52,8 @@ def _draw_norms(axes: Axes, course: Course) -> None:
     axes.set(yscale="log", xlabel="step", title="Which loss pulls hardest?\nNorms of the gradients")
     axes.spines[["top", "right"]].set_visible(False)
     low, high = torch.tensor(axes.get_ylim()).log10().tolist()
-    place = low
-    for value, term, color in sorted(ends):
-        place = max(value, place)
+    places = spread([value for value, _, _ in ends], CLOSEST * (high - low), low, high)
+    for place, (_, term, color) in zip(places, ends, strict=True):
         axes.annotate(
             term,
             (1.02, (place - low) / (high - low)),
@@ -62,7 +62,6 @@ def _draw_norms(axes: Axes, course: Course) -> None:
             va="center",
             annotation_clip=False,
         )
-        place += CLOSEST * (high - low)
 
 
 def _draw_cosines(axes: Axes, course: Course) -> None:
@@ -75,7 +74,7 @@ def _draw_cosines(axes: Axes, course: Course) -> None:
     for i in range(size):
         for j in range(size):
             value = float(medians[i, j])
-            if value == value:
+            if not math.isnan(value):
                 axes.text(
                     j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.7 else "black"
                 )

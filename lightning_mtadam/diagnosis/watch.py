@@ -17,7 +17,7 @@ from lightning_mtadam.balancers.balancer import parameters_in
 from lightning_mtadam.callbacks import GradientReport
 from lightning_mtadam.callbacks.gradient_summary import GradientSummary
 from lightning_mtadam.diagnosis.advice import EVERY, Course
-from lightning_mtadam.meetings import compare
+from lightning_mtadam.meetings import compare, norms_where_met
 
 FIRST = 2
 """So many steps are slow, and not timed."""
@@ -62,7 +62,7 @@ class Watch(pl.Callback):
     ) -> None:
         """Keep what is new."""
         seconds, latest = process_time() - self._began, self.report.latest
-        new = latest is not None and not any(latest is one for one in self.found[-1:])
+        new = latest is not (self.found[-1] if self.found else None)
         if trainer.global_step > FIRST:
             self._seconds[new].append(seconds)
         if new and latest is not None:
@@ -78,7 +78,7 @@ class Watch(pl.Callback):
             tuple(report.step for report in self.found),
             _table(losses),
             _table([[report.norms.get(term, 0.0) for term in terms] for report in self.found]),
-            torch.stack([compare(norms_where_met(_by_parameter(report, terms))[None])[0] for report in self.found]),
+            torch.stack([compared_where_met(_by_parameter(report, terms)) for report in self.found]),
             _table([[_row(report.cosines.get(term, {}), terms) for term in terms] for report in self.found]),
         )
 
@@ -96,17 +96,19 @@ class Watch(pl.Callback):
         return {"MTAdam at every step": 1 + more, f"MTAdam with balance_every={EVERY}": 1 + more / EVERY}
 
 
-def norms_where_met(norms: Tensor) -> Tensor:
-    """The norm of each term on the parameters that another reaches as well: [P, I] -> [I, I], of term i beside term j.
+def compared_where_met(norms: Tensor) -> Tensor:
+    """The logarithm of each term's norm over each other's, on the parameters that both reach: [P, I] -> [I, I].
 
     Args:
         norms: of the terms' gradients at each parameter.
 
     Example:
-        >>> norms_where_met(torch.tensor([[3.0, 1.0], [4.0, 0.0]])).tolist()  # the second does not reach the other
-        [[5.0, 3.0], [1.0, 1.0]]
+        >>> compared_where_met(torch.tensor([[3.0, 1.0], [4.0, 0.0]])).exp()[0, 1].round(decimals=4).item()
+        3.0
     """
-    return torch.einsum("pi,pj->ij", norms.square(), (norms > 0).to(norms)).sqrt()
+    whole = norms.norm(dim=0, keepdim=True)  # the network is one layer
+    shares = torch.where(whole > 0, (norms / whole).square(), 0)
+    return compare(norms_where_met(whole, shares, torch.zeros(len(norms), dtype=torch.long, device="cpu")))[0]
 
 
 def _by_parameter(report: GradientSummary, terms: tuple[str, ...]) -> Tensor:
