@@ -54,7 +54,9 @@ def plot_balance(source: object) -> Image:
         >>> output = weights(torch.ones(8, 3))
         >>> optimizer.backward({"fit": (output - 1).square().mean(), "size": 30 * output.abs().mean()})
         >>> optimizer.step()
-        >>> plot_balance(optimizer).save("balance.png")
+        >>> picture = plot_balance(optimizer)
+        >>> picture.mode
+        'RGB'
     """
     if isinstance(source, (str, os.PathLike)):
         return stacked(pictures_of(Path(source)))

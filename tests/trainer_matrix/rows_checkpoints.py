@@ -118,9 +118,9 @@ def what_an_exception_saves_can_be_resumed(folder: Path) -> None:
     ],
 )
 def what_was_unfrozen_goes_on(folder: Path) -> None:
-    options = {"max_steps": 18, "max_epochs": -1, "enable_checkpointing": True}
+    options = {"max_steps": 18, "max_epochs": -1}
     checkpoint = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=9)
-    fit(Finetuned(), make_loader(), callbacks=[checkpoint, Finetuning()], **options)
+    fit(Finetuned(), make_loader(), callbacks=[checkpoint, Finetuning()], enable_checkpointing=True, **options)
     resumed, trainer = Finetuned(), make_trainer(callbacks=[Finetuning()], **options)
     trainer.fit(resumed, make_loader(), ckpt_path=folder / "step=9.ckpt")
     network, batches = make_network().requires_grad_(False), StepwiseRegression.batches
