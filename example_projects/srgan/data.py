@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,16 @@ from torch.utils.data import Dataset
 
 from example_projects.common.augmentation import Draw, generator_of, random_crop
 from example_projects.common.image_data import ImageData, Kept, held_back
-from example_projects.common.images import from_bytes, list_images, read_image, to_bytes
+from example_projects.common.images import from_bytes, list_images, to_bytes
 from example_projects.srgan.networks import SCALE
+from example_projects.srgan.photographs import BENCHMARK, low_of, read_cut, read_low, read_to_crop
 from example_projects.srgan.procedural import dead_leaves
 
 Pair = tuple[Tensor, Tensor]  # low [3, h, w] and high [3, 4h, 4w], in [-1, 1]
 
 PROCEDURAL_TRAIN, PROCEDURAL_TEST = 16, 4  # images
 PROCEDURAL_SIZE = 160
-BENCHMARK = re.compile(r"(.*)_HR(\.\w+)")  # Set5, Set14, BSD100: img_001_SRF_4_HR.png beside img_001_SRF_4_LR.png
+NAMED = 3  # of the photographs that cannot be used
 
 
 def reduced(high: Tensor) -> Tensor:
@@ -88,49 +88,6 @@ class Whole(Dataset[Pair]):
         return reduced(self.highs[index])
 
 
-def read_to_crop(paths: Sequence[Path], size: int, index: int) -> Tensor:
-    """Read one of the photographs, uint8 [3, H, W].
-
-    Raises:
-        ValueError: it is smaller than the crops.
-    """
-    path = paths[index]
-    image = read_image(path)
-    if min(image.size) < size:
-        raise ValueError(
-            f"{path} is {image.width}x{image.height}, too small for crops of {size}x{size}. Take it out of the folder,"
-            " or give a smaller --image-size."
-        )
-    return to_bytes(image)
-
-
-def read_cut(paths: Sequence[Path], index: int) -> Tensor:
-    """Read one of the images, cut at the right and at the bottom to a multiple of four. uint8 [3, H, W]."""
-    high = to_bytes(read_image(paths[index]))
-    return high[:, : high.shape[1] // SCALE * SCALE, : high.shape[2] // SCALE * SCALE].contiguous()
-
-
-def low_of(high: Path) -> Path:
-    """The file beside a benchmark's file with the large image."""
-    return high.with_name(BENCHMARK.sub(r"\1_LR\2", high.name))
-
-
-def read_low(highs: Sequence[Path], index: int) -> Tensor:
-    """Read the small image of one of a benchmark's pairs, uint8 [3, h, w].
-
-    Raises:
-        ValueError: the large one is not four times as large.
-    """
-    high = highs[index]
-    low, size = read_image(low_of(high)), read_image(high).size
-    if size != (SCALE * low.width, SCALE * low.height):
-        raise ValueError(
-            f"{high} is {size[0]}x{size[1]}, which is not {SCALE} times the {low.width}x{low.height} of"
-            f" {low_of(high).name}. Put the pair for a factor of {SCALE} there."
-        )
-    return to_bytes(low)
-
-
 def read_whole(folder: Path) -> Whole:
     """The pairs ``*_HR.png`` and ``*_LR.png`` of a benchmark; or any images, which are then reduced here.
 
@@ -145,6 +102,22 @@ def read_whole(folder: Path) -> Whole:
     if not benchmark:
         return Whole(Kept(partial(read_cut, paths), len(paths)))
     return Whole(*(Kept(partial(read, benchmark), len(benchmark)) for read in (read_cut, read_low)))
+
+
+class Photographs(ImageData):
+    """Crops to train on and whole images to test on; of many files that cannot be used, it names the first."""
+
+    def check(self) -> None:
+        """Read every file, before time is spent on training.
+
+        Raises:
+            ValueError: saying how many files cannot be used, and why the first of them cannot.
+        """
+        faults = list(dict.fromkeys(fault for kept in self.files for fault in kept.faults()))
+        if faults:
+            count = f"{len(faults)} images cannot be used. " if len(faults) > 1 else ""
+            first = f"The first {NAMED}: " if len(faults) > NAMED else ""
+            raise ValueError(count + first + " ".join(faults[:NAMED]))
 
 
 def generate(first: int, size: int, index: int) -> Tensor:
@@ -186,7 +159,7 @@ def make_data(
     seed: int,
     workers: int = 0,
     validation: int = 0,
-) -> ImageData:
+) -> Photographs:
     """What is trained and tested on.
 
     Args:
@@ -208,7 +181,7 @@ def make_data(
     to_train_on, to_validate_on = held_back(len(train), validation)
     also = f", {validation} photographs to validate on" if validation else ""
     counts = " and ".join(f"{len(test)}{f' of {name}' if name else ''}" for name, test in tests.items())
-    return ImageData(
+    return Photographs(
         Crops(train.part(to_train_on), image_size, crops_per_image),
         tests if len(tests) > 1 else next(iter(tests.values())),
         batch_size=batch_size,

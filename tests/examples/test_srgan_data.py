@@ -1,5 +1,6 @@
 """The images of the SRGAN project: crops, reductions, benchmarks, and generated ones."""
 
+import math
 import pickle
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from example_projects.common.image_data import Kept
+from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.images import from_bytes, to_bytes, to_image, to_tensor
 from example_projects.srgan.data import Crops, make_data, reduced
 from example_projects.srgan.module import bicubic
@@ -153,6 +155,37 @@ def test_a_photograph_that_is_smaller_than_the_crops_is_named(folders):
     train = data(*folders, image_size=64).train
     with pytest.raises(ValueError, match=r"0\.png is 50x40, too small for crops of 64x64.*--image-size"):
         train[(0, 0)]
+
+
+@pytest.mark.parametrize("size", [(3, 3), (12, 12), (40, 15)])
+@pytest.mark.parametrize("name", ["small.png", "img_9_SRF_4_HR.png"])
+def test_an_image_that_is_too_small_to_be_measured_is_named_before_training(folders, size, name):
+    train, test = folders
+    random_image(0, *size[::-1]).save((test if "HR" in name else train) / name)
+    random_image(0, 4, 4).save(test / "img_9_SRF_4_LR.png")
+    chosen = data(train, test if "HR" in name else train, image_size=1)
+    said = rf"{name} is {size[0]}x{size[1]}, too small to be measured: 16x16 is the least\. Take it out of the folder"
+    with pytest.raises(ValueError, match=said):
+        chosen.check()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (19, 17)])
+def test_the_least_size_is_measured(folders, size):
+    train, _ = folders
+    random_image(0, *size[::-1]).save(train / "3.png")
+    low, high = data(train, train).test[3]
+    metrics = ImageMetrics(y_border=4)
+    metrics.update(bicubic(low[None]), high[None])
+    assert all(math.isfinite(value) for value in metrics.compute().values())
+
+
+def test_of_many_photographs_that_cannot_be_used_the_first_three_are_named(folders):
+    train, test = folders
+    for index in range(20):
+        random_image(index, 8, 8).save(train / f"small_{index:02}.png")
+    with pytest.raises(ValueError, match=r"^20 images cannot be used\. The first 3: ") as raised:
+        data(train, test).check()
+    assert [f"small_{index:02}" in str(raised.value) for index in range(20)] == [True] * 3 + [False] * 17
 
 
 def test_an_unreadable_photograph_and_a_folder_without_any_are_named(folders, tmp_path):
