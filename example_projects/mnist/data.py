@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import MNIST
 
 from example_projects.common.exact_resume import EpochSampler
+from example_projects.mnist.module import CLASSES
 
 MEAN, DEVIATION = 0.1307, 0.3081
+PIXELS = (28, 28)
 SUBSET = Path(__file__).parent / "subset"
 DOWNLOADED = Path("data")
 FILES = {
@@ -54,10 +56,38 @@ def read_split(folder: Path, split: str) -> TensorDataset:
 
     Raises:
         FileNotFoundError: a file is in neither place.
+        ValueError: a file is damaged, or they are not the images and the labels of one split.
     """
-    images, labels = (read_idx(find_file(folder, name)) for name in FILES[split])
+    paths = [find_file(folder, name) for name in FILES[split]]
+    images, labels = map(read_idx, paths)
+    fault = fault_of(images, labels, *paths)
+    if fault:
+        names = " and ".join(FILES[split])
+        raise ValueError(f"{fault} Put MNIST's own {names} there, or leave out --data-dir to download them.")
     normalised = (images.float().div(255)[:, None] - MEAN) / DEVIATION
     return TensorDataset(normalised, labels.long())
+
+
+def fault_of(images: Tensor, labels: Tensor, image_file: Path, label_file: Path) -> str:
+    """Why they cannot be the images and the labels of a split of MNIST; empty, if they can.
+
+    Args:
+        images: should be [N, 28, 28].
+        labels: should be [N], from 0 to 9.
+        image_file: that the images were read from.
+        label_file: that the labels were read from.
+    """
+    if images.shape[1:] != PIXELS:
+        return f"{image_file} has the shape {tuple(images.shape)}, but images have (N, {PIXELS[0]}, {PIXELS[1]})."
+    if labels.dim() != 1:
+        return f"{label_file} has the shape {tuple(labels.shape)}, but labels have (N,)."
+    if len(images) != len(labels):
+        return f"{label_file} has {len(labels)} labels, but {image_file} has {len(images)} images."
+    if not len(images):
+        return f"{image_file} has no images."
+    if labels.max() >= CLASSES:
+        return f"{label_file} has the label {labels.max()}, but labels are from 0 to {CLASSES - 1}."
+    return ""
 
 
 def find_file(folder: Path, name: str) -> Path:

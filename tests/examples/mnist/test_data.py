@@ -97,6 +97,27 @@ def test_a_missing_file_raises_and_says_which_and_what_to_do(tiny, tmp_path, nam
     assert str(tmp_path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        ((4,), [0] * 4, r"train-images-idx3-ubyte\.gz has the shape \(4,\), but images have \(N, 28, 28\)"),
+        ((4, 32, 32), [0] * 4, r"train-images-idx3-ubyte\.gz has the shape \(4, 32, 32\)"),
+        ((1, 28, 28), [[0] * 4], r"train-labels-idx1-ubyte\.gz has the shape \(1, 4\), but labels have \(N,\)"),
+        ((6, 28, 28), [0] * 4, r"train-labels-idx1-ubyte\.gz has 4 labels, but .*images-idx3-ubyte\.gz has 6 images"),
+        ((0, 28, 28), [], r"train-images-idx3-ubyte\.gz has no images"),
+        ((2, 28, 28), [9, 255], r"train-labels-idx1-ubyte\.gz has the label 255, but labels are from 0 to 9"),
+        ((2, 28, 28), [9, 10], r"train-labels-idx1-ubyte\.gz has the label 10"),
+    ],
+    ids=["labels as images", "size", "images as labels", "counts", "empty", "255", "10"],
+)
+def test_files_that_are_no_split_of_mnist_are_refused_by_name_with_what_to_do(tmp_path, images, labels, said):
+    write_idx(tmp_path / f"{FILES['train'][0]}.gz", torch.zeros(images, dtype=torch.uint8))
+    write_idx(tmp_path / f"{FILES['train'][1]}.gz", torch.tensor(labels, dtype=torch.uint8))
+    remedy = r".* Put MNIST's own train-images-idx3-ubyte and train-labels-idx1-ubyte there, or leave out --data-dir"
+    with pytest.raises(ValueError, match=said + remedy):
+        read_split(tmp_path, "train")
+
+
 @pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("test", 200)])
 def test_the_shipped_subset_is_stratified(split, per_class):
     images, labels = read_split(SUBSET, split).tensors
