@@ -33,6 +33,7 @@ from lightning_mtadam import MTAdam
 from lightning_mtadam.callbacks import BalanceWeightMonitor
 
 SETTINGS = ("batch_size", "max_epochs", "limit_train_batches", "dropout2d")
+OF_THE_PAPER = ("code", "paper")  # class weights beside which its figures may stand
 COLUMNS = ("test_accuracy", "worst_class", "seconds_per_step")
 
 
@@ -126,7 +127,8 @@ def write(options: argparse.Namespace, results: list[Result]) -> None:
     table = write_tables(options, results, COLUMNS)
     seeds = report.markdown(report.by_seed(results, "method", COLUMNS[0]))
     (options.output_dir / "seeds.md").write_text(seeds + "\n")
-    print(f"\n{table}\n\n{seeds}\n\n{IN_THE_PAPER}\n")
+    parts = [table, seeds, *([IN_THE_PAPER] if options.weights in OF_THE_PAPER else [])]
+    print("\n" + "\n\n".join(parts) + "\n")
     print(f"Written to {options.output_dir}: table.md, seeds.md, table.csv; every run in results.csv.")
     print(f"See the balance with: tensorboard --logdir {options.output_dir}")
 

@@ -8,7 +8,7 @@ import torch
 
 from example_projects.mnist import __main__ as command
 from example_projects.mnist import module as mnist_module
-from example_projects.mnist.methods import METHODS
+from example_projects.mnist.methods import IN_THE_PAPER, METHODS
 from example_projects.mnist.module import ClassTerms
 from tests.distributed.ranks import results, run_ranks
 from tests.examples.mnist.tiny import BATCH, Small, call
@@ -55,6 +55,14 @@ def test_it_says_where_the_data_is_and_how_to_open_tensorboard(all_methods, tiny
     assert f"tensorboard --logdir {output}" in printed
     assert str(tiny) in printed
     assert all(f"\n{method}, seed 0" in printed for method in METHODS)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("weights", ["code", "paper", "equal"])
+def test_the_papers_accuracies_stand_beside_unbalanced_weights_alone(tiny, tmp_path, weights):
+    printed = call("--method", "adam", "--weights", weights, "--data-dir", tiny, "--output-dir", tmp_path,
+                   "--accelerator", "cpu")  # fmt: skip
+    assert (IN_THE_PAPER in printed) is (weights != "equal")
 
 
 def test_all_methods_of_a_seed_start_from_the_same_weights(all_methods):
