@@ -32,10 +32,12 @@ def lambdas(gan: float = 1.0, cycle: float = 10.0, identity: float = 0.5) -> dic
 
 
 SETTINGS = {"balanced": lambdas(), "unbalanced": lambdas(cycle=1000.0)}
-# The identities' weight is 0.5 of the cycles' in the original's code, and 0.5 in the MTAdam paper's text.
-TEXT_SETTINGS = {
+# The identities' weight is 0.5 of the cycles' in the original's code, and 0.5 in the MTAdam paper's text. Unbalanced,
+# the text raises the cycles' alone: if the identities had the code's weight before, they keep its 5.
+OTHER_READINGS = {
     "balanced-text": lambdas(identity=0.05),
     "unbalanced-text": lambdas(cycle=1000.0, identity=0.0005),
+    "unbalanced-cycle": lambdas(cycle=1000.0, identity=0.005),
 }
 
 

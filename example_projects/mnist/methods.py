@@ -19,6 +19,7 @@ IN_THE_PAPER = (
 METHODS = {
     "mtadam": Method(MTAdam, options=EQUALS),
     "mtadam-first-anchor": Method(MTAdam),
+    "mtadam-norms-from-one": Method(MTAdam, options={"norm_init": "one"}),  # line 2 of Algorithm 1, to the letter
     **{f"mtadam-every-{k}": Method(MTAdam, options={**EQUALS, "balance_every": k}) for k in (5, 20, 50, 200)},
     "recommended": RECOMMENDED,  # anchored at the first class
     **RIVALS,

@@ -20,8 +20,8 @@ from example_projects.cyclegan.evaluation import RoundTripEvaluation, RoundTripM
 from example_projects.cyclegan.image_pool import ImagePool
 from example_projects.cyclegan.losses import (
     DOMAINS,
+    OTHER_READINGS,
     SETTINGS,
-    TEXT_SETTINGS,
     discriminator_loss,
     generator_losses,
     lambdas,
@@ -136,8 +136,9 @@ def test_a_discriminator_pays_half_for_real_and_half_for_made_images():
 def test_the_lambdas_are_1_10_and_half_of_the_cycles_and_unbalanced_the_cycle_has_1000():
     assert list(SETTINGS["balanced"].values()) == [10, 10, 1, 1, 5, 5]
     assert list(SETTINGS["unbalanced"].values()) == [1000, 1000, 1, 1, 500, 500]
-    assert list(TEXT_SETTINGS["balanced-text"].values()) == [10, 10, 1, 1, 0.5, 0.5]
-    assert list(TEXT_SETTINGS["unbalanced-text"].values()) == [1000, 1000, 1, 1, 0.5, 0.5]
+    assert list(OTHER_READINGS["balanced-text"].values()) == [10, 10, 1, 1, 0.5, 0.5]
+    assert list(OTHER_READINGS["unbalanced-text"].values()) == [1000, 1000, 1, 1, 0.5, 0.5]
+    assert list(OTHER_READINGS["unbalanced-cycle"].values()) == [1000, 1000, 1, 1, 5, 5]
     assert list(lambdas(identity=0)) == [f"{kind}_{domain}" for kind in ("cycle", "gan", "identity") for domain in "AB"]
 
 

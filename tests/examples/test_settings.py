@@ -44,12 +44,29 @@ def test_another_anchor_goes_to_the_methods_that_have_the_first_term_for_one():
 
 @pytest.mark.parametrize(
     ("setting", "prescribed"),
-    [("unbalanced", "balanced"), ("balanced", "balanced"), ("unbalanced-text", "balanced-text")],
+    [
+        ("unbalanced", "balanced"),
+        ("balanced", "balanced"),
+        ("unbalanced-text", "balanced-text"),
+        ("unbalanced-cycle", "balanced"),
+    ],
 )
 def test_balanced_adam_has_the_weights_that_its_setting_prescribes(setting, prescribed):
     options = image_command.parser_of(CYCLEGAN).parse_args(["--setting", setting, "--method", "adam", "balanced-adam"])
     jobs = list(image_command.jobs_of(CYCLEGAN, options))
     assert [job.lambdas for job in jobs] == [CYCLEGAN.lambdas[setting], CYCLEGAN.lambdas[prescribed]]
+
+
+def test_an_unbalanced_cycle_changes_nothing_but_the_cycles():
+    unbalanced, balanced = CYCLEGAN.lambdas["unbalanced-cycle"], CYCLEGAN.lambdas["balanced"]
+    changed = {term: factor for term, factor in unbalanced.items() if factor != balanced[term]}
+    assert changed == {"cycle_A": 1000.0, "cycle_B": 1000.0}
+
+
+def test_mnist_has_both_readings_of_the_norms_before_the_first_step():
+    code, paper = (MNIST_METHODS[name] for name in ("mtadam-first-anchor", "mtadam-norms-from-one"))
+    assert code.optimizer is paper.optimizer is MTAdam
+    assert (code.options, paper.options) == ({}, {"norm_init": "one"})
 
 
 def test_pix2pix_with_hundred_to_hundred_has_the_balanced_weights_of_hundred_to_one():
