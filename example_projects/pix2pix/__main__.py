@@ -22,7 +22,7 @@ from example_projects.pix2pix.module import Pix2Pix
 LAMBDAS = {
     "balanced": {"l1": 100.0, "gan": 1.0},
     "unbalanced": {"l1": 1.0, "gan": 1.0},
-    "unbalanced-100": {"l1": 100.0, "gan": 100.0},  # as in the paper: the same for Adam, but for its epsilon
+    "unbalanced-100": {"l1": 100.0, "gan": 100.0},  # as in the paper: Adam feels its epsilon alone, SGD the factor
 }
 
 
