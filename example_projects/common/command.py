@@ -15,10 +15,16 @@ from collections.abc import Callable, Sequence
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from example_projects.common import report
+from example_projects.common.disk import make_folder
 from example_projects.common.saving import NotEndedError
 
 NOT_ENDED, INTERRUPTED = 75, 130  # exit statuses: "try again", of sysexits.h, and a shell's of Ctrl-C
 MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)  # what a user can mend
+
+REMEDIES = {  # for what Lightning says, by a part of it
+    "No supported gpu backend": "Give --accelerator cpu.",
+    "accelerator is not available": "Give --accelerator cpu.",
+}
 
 UNREMARKABLE = (
     ".*does not have many workers.*",
@@ -44,7 +50,9 @@ def run_command(main: Callable[[], object]) -> None:
     except MISTAKES as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit("error: " + " ".join(str(error).split()))
+        said = " ".join(str(error).split())
+        remedy = next((f" {remedy}" for part, remedy in REMEDIES.items() if part in said), "")
+        sys.exit(f"error: {said}{remedy}")
 
 
 def add_time_limit(parser: argparse.ArgumentParser) -> None:
@@ -135,14 +143,22 @@ def write_tables(
     return write_rows(options, report.summarise(results, "method", columns, show), results)
 
 
-def write_rows(options: argparse.Namespace, rows: Sequence[report.Row], results: Sequence[report.Row]) -> str:
+def write_rows(
+    options: argparse.Namespace, rows: Sequence[report.Row], results: Sequence[report.Row], notes: str = ""
+) -> str:
     """Write a table as Markdown and CSV, with the options and the results of all runs, to ``options.output_dir``.
 
+    Args:
+        options: of the command.
+        rows: of the table.
+        results: of all runs.
+        notes: what the table's reader must know, below it.
+
     Returns:
-        The table, as Markdown.
+        The table and the notes, as Markdown.
     """
-    table = report.markdown(rows)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    table = "\n\n".join(part for part in (report.markdown(rows), notes) if part)
+    make_folder(options.output_dir)
     (options.output_dir / "table.md").write_text(table + "\n")
     report.write_csv(options.output_dir / "table.csv", rows)
     (options.output_dir / "options.json").write_text(json.dumps(vars(options), default=str, indent=2))

@@ -31,7 +31,7 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
         results: of its runs, in the order of the table.
 
     Returns:
-        The table, as Markdown.
+        The table and its notes, as Markdown.
     """
     folder = options.output_dir
     judged = [result for result in results if not chooses(options) or result.get("seed") == options.seeds[0]]
@@ -39,7 +39,8 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
     shown = of_these_rates(results, best_rates(judged, metric))
     paper = numbers_for(project, options)
     rows = report.summarise(shown if chooses(options) else results, "method", columns_of(project, results))
-    table = write_rows(options, beside(rows, paper, "paper, full size"), results)
+    notes = ["Mean +- standard deviation over the runs.", note_on(project, options, paper), reservation(options)]
+    table = write_rows(options, beside(rows, paper, "paper, full size"), results, " ".join(notes).rstrip())
     trained = [result for result in shown if "folder" in result]
     curves = {f"{run['method']}, seed {run['seed']}": read_curve(folder / run["folder"]) for run in trained}
     measured = {label: curve for label, curve in curves.items() if curve}
@@ -47,10 +48,8 @@ def write_comparison(project: ImageProject, options: argparse.Namespace, results
         draw_curves(measured, folder / "curves.png")
     finals = {run["method"]: folder / run["folder"] / "final" for run in reversed(trained)}
     draw_samples(dict(reversed(finals.items())), folder / "samples.png")
-    said = note_on(project, options, paper)
-    notes = f"Mean +- standard deviation over the runs. {said} {reservation(options)}".rstrip()
     (folder / "comparison.md").write_text(
-        f"# {project.name}, {options.setting}\n\n{table}\n\n{notes}\n\n"
+        f"# {project.name}, {options.setting}\n\n{table}\n\n"
         + on_rates(options, judged, metric)
         + ("![Metrics by epoch: the mean of the seeds, and all of them](curves.png)\n\n" if measured else "")
         + f"![Input, what each method made of it with seed {options.seeds[0]}, and the truth](samples.png)\n"

@@ -24,12 +24,14 @@ from optuna.trial import TrialState
 from torch.optim import Adam
 
 from example_projects.common.choosing import HIGHER_IS_BETTER, judged_by
+from example_projects.common.disk import make_folder
 from example_projects.common.image_project import ImageProject, Job, settings_of, train
 from example_projects.common.methods import Method
-from example_projects.common.runs import check_settings
+from example_projects.common.runs import LAST, check_settings
 
 LOWEST, HIGHEST = 1e-4, 1e4  # of a lambda, relative to that of the first term, as in the paper
-HANDLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+HANDLED = (*ENDED, TrialState.WAITING)
 
 
 def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:
@@ -42,8 +44,8 @@ def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dic
     """
     terms = list(project.lambdas[options.setting])
     seed = options.seeds[0]
-    folder = Path(options.output_dir) / f"{options.setting}-lr{lr:g}" / "hyperband-search"
-    study = _open_study(project, options, lr, folder)
+    folder = folder_of(options, lr)
+    study = _open_study(project, options, lr)
     _enqueue(study, draws(terms, options.trials, seed))
 
     def objective(trial: optuna.Trial) -> float:
@@ -61,6 +63,40 @@ def search(project: ImageProject, options: argparse.Namespace, lr: float) -> dic
 
     study.optimize(objective, n_trials=len(study.get_trials(states=[TrialState.WAITING])))
     return {terms[0]: 1.0, **study.best_params}
+
+
+def folder_of(options: argparse.Namespace, lr: float) -> Path:
+    """Where the search is kept."""
+    return Path(options.output_dir) / f"{options.setting}-lr{lr:g}" / "hyperband-search"
+
+
+def _settings(options: argparse.Namespace, lr: float) -> dict[str, object]:
+    return {"metric": options.search_metric, **settings_of(options, Job("hyperband", Method(Adam), {}, lr, 0))}
+
+
+def check_stored_search(project: ImageProject, options: argparse.Namespace, lr: float) -> None:
+    """Raise if there is a search to resume that was made with other settings.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    folder = folder_of(options, lr)
+    if options.resume and _has_begun(project, folder):
+        check_settings(folder / "settings.json", _settings(options, lr))
+
+
+def _storage(folder: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(folder / "trials.log")))
+
+
+def _has_begun(project: ImageProject, folder: Path) -> bool:
+    """Whether a trial has ended, or has a checkpoint."""
+    if not (folder / "trials.log").exists():
+        return False
+    storage = _storage(folder)
+    known = project.name in optuna.get_all_study_names(storage)
+    ended = known and optuna.load_study(study_name=project.name, storage=storage).get_trials(states=ENDED)
+    return bool(ended) or any(folder.glob(f"trial*/{LAST}"))
 
 
 def _forget_networks(trial: Path) -> None:
@@ -114,17 +150,16 @@ class Prune(pl.Callback):
             raise optuna.TrialPruned
 
 
-def _open_study(project: ImageProject, options: argparse.Namespace, lr: float, folder: Path) -> optuna.Study:
-    settings = {"metric": options.search_metric, **settings_of(options, Job("hyperband", Method(Adam), {}, lr, 0))}
-    if options.resume:
-        check_settings(folder / "settings.json", settings)
-    else:
+def _open_study(project: ImageProject, options: argparse.Namespace, lr: float) -> optuna.Study:
+    folder = folder_of(options, lr)
+    check_stored_search(project, options, lr)
+    if not (options.resume and _has_begun(project, folder)):
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+    make_folder(folder)
+    (folder / "settings.json").write_text(json.dumps(_settings(options, lr), indent=2))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
+        storage=_storage(folder),
         study_name=project.name,  # the bracket of a trial depends on it
         direction="maximize" if options.search_metric.endswith(HIGHER_IS_BETTER) else "minimize",
         sampler=optuna.samplers.RandomSampler(),  # never asked: all trials are enqueued

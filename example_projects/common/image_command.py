@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Adam
 
+from example_projects.common.before_training import check_jobs, check_modules, check_stored_jobs
 from example_projects.common.choosing import best_rates
 from example_projects.common.command import goes_on, keep_quiet, write_tables
 from example_projects.common.image_options import HYPERBAND, parser_of
@@ -20,14 +21,7 @@ from example_projects.common.side_by_side import train_side_by_side
 
 
 def jobs_of(project: ImageProject, options: argparse.Namespace) -> Iterator[Job]:
-    """The runs that the options ask for; of "hyperband" after its search, of which there is one per learning rate.
-
-    Raises:
-        ValueError: "hyperband" is asked for, and several processes; raised before any run, as the other.
-        ImportError: "hyperband" is asked for without Optuna.
-    """
-    if HYPERBAND in options.method:
-        check_search(options)
+    """The runs that the options ask for; of "hyperband" after its search, of which there is one per learning rate."""
     found: dict[float, dict[str, float]] = {}
     for seed in options.seeds:
         for lr in options.lr:
@@ -76,7 +70,10 @@ def check_options(project: ImageProject, options: argparse.Namespace) -> None:
 
     Raises:
         ValueError: they do not.
+        ImportError: "hyperband" is asked for without Optuna.
     """
+    if HYPERBAND in options.method:
+        check_search(options)
     if options.parallel > 1 and not in_one_process(options):
         raise ValueError("--parallel trains several runs on one device: give --devices 1, without --strategy.")
     if options.validation and options.max_epochs % options.metrics_every:
@@ -86,8 +83,26 @@ def check_options(project: ImageProject, options: argparse.Namespace) -> None:
         )
     measured = [name for name in project.make_metrics(options).names if name.split()[-1] != "n"]
     wanted = options.search_metric
-    if (HYPERBAND in options.method or chooses(options)) and wanted not in measured:
+    if (HYPERBAND in options.method or chooses(options) or options.metric_given) and wanted not in measured:
         raise ValueError(f"{wanted!r} is not measured. Give --search-metric one of {', '.join(measured)}.")
+
+
+def check_runs(project: ImageProject, options: argparse.Namespace) -> None:
+    """Raise unless every run can be made, of "hyperband" what is known before its search.
+
+    Raises:
+        ValueError: naming what is wrong.
+        FileExistsError: a file is where the output should go.
+    """
+    others = [name for name in options.method if name != HYPERBAND]
+    check_jobs(project, options, list(jobs_of(project, argparse.Namespace(**{**vars(options), "method": others}))))
+    if HYPERBAND in options.method:
+        from example_projects.common.hyperband import check_stored_search
+
+        any_job = Job(HYPERBAND, Method(Adam), project.lambdas[options.setting], options.lr[0], options.seeds[0])
+        check_modules(project, options, [any_job])
+        for lr in options.lr:
+            check_stored_search(project, options, lr)
 
 
 def _search(project: ImageProject, options: argparse.Namespace, lr: float) -> dict[str, float]:
@@ -113,14 +128,16 @@ def train_all(project: ImageProject, options: argparse.Namespace) -> list[Result
     Where learning rates are chosen, the first seed is trained with all of them, the other seeds with the chosen.
 
     Raises:
-        ValueError: options do not go together, or images cannot be used; raised before any run.
+        ValueError: options do not go together, images cannot be used, or a run cannot be made; raised before any run.
     """
     check_options(project, options)
     data = project.make_data(options, options.seeds[0])
     rank_zero_only(print)(data.announcement, flush=True)
     data.check()
+    check_runs(project, options)
     results = list(project.references(options))
     jobs = list(jobs_of(project, options))
+    check_stored_jobs(options, jobs)  # those of hyperband, too, whose lambdas are known now
     if not chooses(options):
         return results + train_jobs(project, options, jobs)
     first = train_jobs(project, options, [job for job in jobs if job.seed == options.seeds[0]])
@@ -143,9 +160,9 @@ def columns_of(project: ImageProject, results: Sequence[Result]) -> list[str]:
     return [name for column in wanted for name in found if name == column or name.endswith(f" {column}")]
 
 
-def print_table(options: argparse.Namespace, table: str, files: str) -> None:
+def print_table(options: argparse.Namespace, table: str, notes: str, files: str) -> None:
     """Print a table, what its reader must know, and the files that were written."""
-    parts = [table, reservation(options), f"Written to {options.output_dir}: {files}."]
+    parts = [table, notes, f"Written to {options.output_dir}: {files}."]
     print("\n" + "\n\n".join(part for part in parts if part))
 
 
@@ -161,5 +178,5 @@ def main(project: ImageProject, arguments: list[str] | None = None) -> None:
 def write(project: ImageProject, options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
     table = write_tables(options, results, columns_of(project, results))
-    print_table(options, table, "table.md, table.csv; every run in results.csv")
+    print_table(options, table, reservation(options), "table.md, table.csv; every run in results.csv")
     print(f"See samples, curves and the balance with: tensorboard --logdir {options.output_dir}")

@@ -15,6 +15,7 @@ from example_projects.common.augmentation import DrawSampler
 from example_projects.common.exact_resume import EpochSampler
 
 MEMORY = 2**30  # bytes of decoded images that are kept
+NAMED = 3  # of the images that cannot be used
 
 
 class Kept:
@@ -150,9 +151,10 @@ class ImageData(pl.LightningDataModule):
         """Read every file, before time is spent on training.
 
         Raises:
-            ValueError: naming all files that cannot be used.
+            ValueError: naming the first files that cannot be used, and how many there are.
         """
         faults = list(dict.fromkeys(fault for kept in self.files for fault in kept.faults()))
         if faults:
             count = f"{len(faults)} images cannot be used. " if len(faults) > 1 else ""
-            raise ValueError(count + " ".join(faults))
+            first = f"The first {NAMED} are these. " if len(faults) > NAMED else ""
+            raise ValueError(count + first + " ".join(faults[:NAMED]))

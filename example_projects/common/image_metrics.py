@@ -19,6 +19,12 @@ from lightning_mtadam.metrics import (
 PEAK = 255.0
 FEATURE_EXTRACTORS = ("inception", "vgg16", "none")
 DISTANCES = {"inception": FrechetInceptionDistance.label, "vgg16": FrechetVGG16Distance.label}
+# What the distances' messages call by a name of their own, and a command by its options, the longer name first.
+OPTIONS = {
+    "weights_path=...": "--weights",
+    "weights_path": "--weights",
+    "FrechetVGG16Distance": "--feature-extractor vgg16",
+}
 # Luma of ITU-R BT.601 in 16..235, of red, green and blue in 0..255: that of MATLAB's rgb2ycbcr.
 LUMA, LUMA_OFFSET = (65.481 / 255, 128.553 / 255, 24.966 / 255), 16.0
 
@@ -102,6 +108,16 @@ def make_distance(feature_extractor: str, weights: Path | None) -> FrechetDistan
     """
     if feature_extractor not in FEATURE_EXTRACTORS:
         raise ValueError(f"--feature-extractor must be one of {FEATURE_EXTRACTORS}, but is {feature_extractor!r}.")
+    try:
+        return _distance(feature_extractor, weights)
+    except (FileNotFoundError, ValueError) as error:
+        said = str(error)
+        for word, option in OPTIONS.items():
+            said = said.replace(word, option)
+        raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(said) from error
+
+
+def _distance(feature_extractor: str, weights: Path | None) -> FrechetDistance | None:
     if feature_extractor == "inception":
         return FrechetInceptionDistance(weights)
     if feature_extractor == "none":

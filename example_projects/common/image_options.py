@@ -11,6 +11,7 @@ from example_projects.common.command import add_time_limit, at_least, devices, p
 from example_projects.common.image_metrics import DISTANCES, FEATURE_EXTRACTORS
 from example_projects.common.image_project import ImageProject
 from example_projects.common.methods import IMAGE_METHODS
+from example_projects.common.values import Distinct, seed
 
 HYPERBAND = "hyperband"
 
@@ -24,8 +25,9 @@ class Parser(argparse.ArgumentParser):
     columns: Sequence[str] = ()
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
-        """Parse, and fill in the metric."""
+        """Parse, and fill in the metric; ``metric_given`` says whether it was given."""
         found, rest = super().parse_known_args(*args, **options)
+        found.metric_given = found.search_metric is not None
         if found.search_metric is None:
             label = DISTANCES.get(found.feature_extractor, self.columns[0])
             found.search_metric = next((name for name in self.columns if name.startswith(label)), self.columns[0])
@@ -52,14 +54,15 @@ def parser_of(project: ImageProject) -> argparse.ArgumentParser:
 def _add_what_is_compared(parser: argparse.ArgumentParser, settings: Sequence[str]) -> None:
     methods = [*IMAGE_METHODS, HYPERBAND]
     add = parser.add_argument_group("what is compared").add_argument
-    add("--method", nargs="+", choices=methods, default=["mtadam", "adam", "balanced-adam"], metavar="METHOD",
-        help="one or several of: " + ", ".join(methods))  # fmt: skip
+    add("--method", nargs="+", action=Distinct, choices=methods, default=["mtadam", "adam", "balanced-adam"],
+        metavar="METHOD", help="one or several of: " + ", ".join(methods))  # fmt: skip
     add("--setting", choices=settings, default="unbalanced",
         help="lambdas of the losses: the paper's unbalanced ones, or those that the original prescribes;"
         " balanced-adam always has the latter")  # fmt: skip
     add("--anchor", default="first", metavar="TERM", help="of MTAdam: the loss that others are brought to")
-    add("--seeds", nargs="+", type=int, default=[0], help="one run per method, learning rate and seed")
-    add("--lr", nargs="+", type=rate, metavar="LR",
+    add("--seeds", nargs="+", action=Distinct, type=seed, default=[0],
+        help="one run per method, learning rate and seed")  # fmt: skip
+    add("--lr", nargs="+", action=Distinct, type=rate, metavar="LR",
         help="learning rates, one run each; with --validation all of them are for the first seed, and the others are"
         " trained with the best")  # fmt: skip
     add("--trials", type=positive, default=40, help="of hyperband: how many lambdas it tries")

@@ -27,7 +27,8 @@ from lightning_mtadam.callbacks import BalanceWeightMonitor
 # Options that a run may be continued with another value of.
 NOT_OF_A_RUN = {
     "method", "seeds", "lr", "setting", "output_dir", "resume", "accelerator", "devices", "strategy", "num_workers",
-    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric", "parallel", "stop_at",
+    "checkpoint_every", "log_every", "progress_bar", "samples", "trials", "search_metric", "metric_given", "parallel",
+    "stop_at",
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class ImageProject:
         defaults: of the options that all projects have, where they differ.
         make_data: takes the options and the seed.
         make_module: takes the options, the method, the lambdas and the learning rate.
+        begin: gives a module what its training begins with, that is not made before the references.
         make_metrics: takes the options.
         evaluation: makes the callback that measures, of the run's folder and the metrics.
         add_options: adds the project's own options to the parser.
@@ -60,6 +62,9 @@ class ImageProject:
         paper: the paper's numbers, where they are known: per data set and method, by metric.
         paper_columns: which column a metric of the paper belongs to, where it has another name.
         data_sets: takes the options and names the data sets that are measured, as far as the paper measures the same.
+        full_size: the options that the paper's numbers are of, where they are not the defaults.
+        size_note: a sentence on that size.
+        not_the_papers: per setting the methods that the paper trained with other lambdas, and a sentence that says so.
     """
 
     name: str
@@ -69,6 +74,7 @@ class ImageProject:
     defaults: Mapping[str, Any]
     make_data: Callable[[argparse.Namespace, int], ImageData]
     make_module: Callable[[argparse.Namespace, Method, Mapping[str, float], float], ImageModule]
+    begin: Callable[[ImageModule, argparse.Namespace], None] = lambda module, options: None
     make_metrics: Callable[[argparse.Namespace], Metrics] = pixel_metrics
     evaluation: Callable[[Path, Any], Evaluation] = Evaluation
     add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
@@ -76,6 +82,9 @@ class ImageProject:
     paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     paper_columns: Mapping[str, str] = field(default_factory=dict)
     data_sets: Callable[[argparse.Namespace], Sequence[str]] = name_of_folder
+    full_size: Mapping[str, Any] = field(default_factory=dict)
+    size_note: str = ""
+    not_the_papers: Mapping[str, tuple[Sequence[str], str]] = field(default_factory=dict)
 
 
 PROJECTS = ("pix2pix", "cyclegan", "srgan")
@@ -123,6 +132,7 @@ def train(
     pl.seed_everything(job.seed, verbose=False)
     data = project.make_data(options, job.seed)
     module = project.make_module(options, job.method, job.lambdas, job.lr)
+    project.begin(module, options)
     evaluation = project.evaluation(folder, project.make_metrics(options))
     shown: list[pl.Callback] = [evaluation, Samples(folder, options.samples)]
     if job.method.optimizer is MTAdam:

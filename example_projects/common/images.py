@@ -40,13 +40,17 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         ValueError: the file is not a whole image.
+        FileNotFoundError: it is not there, or where a link leads.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
+    except FileNotFoundError as error:
+        gone = f"leads to {path.readlink()}, which is not there" if path.is_symlink() else "is not there"
+        raise FileNotFoundError(f"{path} {gone}. Put the image there, or take its name out of the folder.") from error
+    except PermissionError as error:
+        raise PermissionError(f"{path} may not be read. Allow it, or take it out of the folder.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            raise
         raise ValueError(
             f"{path} is not a whole image ({error}). Get it again, or take it out of the folder."
         ) from error

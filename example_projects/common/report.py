@@ -60,7 +60,7 @@ def summarise(
 ) -> list[dict[str, str]]:
     """One row per value of ``by``: what ``show`` makes of each column (nothing, where it is not), and how many runs.
 
-    Of the column "n", the number of images that a distance is of, every number is given.
+    Of the number of images that a distance is of, "n" or "<data set> n", every number is given.
     """
     rows = []
     for value in dict.fromkeys(result[by] for result in results):
@@ -68,7 +68,7 @@ def summarise(
         row = {by: str(value), "runs": str(len(chosen))}
         for column in columns:
             values = [float(str(result[column])) for result in chosen if column in result]
-            row[column] = (counts if column == "n" else show)(values) if values else ""
+            row[column] = (counts if column.split()[-1] == "n" else show)(values) if values else ""
         rows.append(row)
     return rows
 

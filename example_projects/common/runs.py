@@ -13,11 +13,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common.clock import TrainingClock
-from example_projects.common.disk import naming_a_full_disk
+from example_projects.common.disk import make_folder, naming_a_full_disk
 from example_projects.common.exact_resume import RandomState
 from example_projects.common.saving import Saving
 
 Result = dict[str, Any]
+RESULT, LAST = Path("result.json"), Path("checkpoints", "last.ckpt")  # in the folder of a run
 
 
 def run(
@@ -55,14 +56,12 @@ def run(
     Returns:
         The figures, with "steps" and "seconds_per_step", over this process's; a step is one of every optimizer.
     """
-    result_file = folder / "result.json"
+    result_file, last = folder / RESULT, folder / LAST
     if resume:
-        check_settings(folder / "settings.json", settings)
+        check_stored(folder, settings)
     if resume and result_file.exists():
         return dict(json.loads(result_file.read_text()))
     with naming_a_full_disk(folder):
-        _prepare(folder, settings, resume=resume)
-        last = folder / "checkpoints" / "last.ckpt"
         clock = TrainingClock()
         trainer = pl.Trainer(
             logger=[TensorBoardLogger(folder, name=None, version=""), CSVLogger(folder, name="csv", version="")],
@@ -72,6 +71,7 @@ def run(
             use_distributed_sampler=False,
             **trainer_options,
         )
+        _prepare(folder, settings, resume=resume)  # once the trainer has found no mistake in its options
         steps_before = _step_of(last) if resume and last.exists() else 0
         trainer.fit(module, data, ckpt_path=str(last) if steps_before else None)
         optimizers = len(trainer.optimizers)
@@ -89,8 +89,18 @@ def _prepare(folder: Path, settings: Mapping[str, object], *, resume: bool) -> N
     """Make the folder, empty unless the run is to be continued."""
     if not resume and folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "settings.json").write_text(json.dumps(dict(settings), indent=2))
+
+
+def check_stored(folder: Path, settings: Mapping[str, object]) -> None:
+    """Raise if there is something to resume in the folder of a run that was made with other settings.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if (folder / RESULT).exists() or (folder / LAST).exists():
+        check_settings(folder / "settings.json", settings)
 
 
 def check_settings(file: Path, settings: Mapping[str, object]) -> None:
@@ -105,7 +115,7 @@ def check_settings(file: Path, settings: Mapping[str, object]) -> None:
         changes = ", ".join(f"{name} was {saved.get(name)!r} and is {settings[name]!r}" for name in differing)
         raise ValueError(
             f"Cannot resume the run in {file.parent}: {changes}. Give the options it was made with, another"
-            " --output-dir, or leave out --resume to start over."
+            " --output-dir, or remove that folder to start over."
         )
 
 

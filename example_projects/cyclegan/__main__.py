@@ -23,6 +23,7 @@ from example_projects.common.image_project import ImageProject, pixel_metrics
 from example_projects.common.methods import Method
 from example_projects.common.paper import numbers
 from example_projects.common.runs import Result
+from example_projects.common.values import beta
 from example_projects.cyclegan.data import has_truth, make_data
 from example_projects.cyclegan.evaluation import RoundTripEvaluation, RoundTripMetrics
 from example_projects.cyclegan.losses import DOMAINS, OTHER_READINGS, SETTINGS
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="which translation is shown")
     add("--blocks", type=positive, default=9, help="residual blocks of a generator")
     add("--pool-size", type=at_least(0), default=50, metavar="IMAGES", help="generated images that are kept")
-    add("--beta1", type=float, default=0.5, help="of the generators: the original has 0.5, the paper's text 0.9")
+    add("--beta1", type=beta, default=0.5, help="of the generators: the original has 0.5, the paper's text 0.9")
     add("--constant-lr", action="store_true", help="don't let the learning rates fall in the second half")
 
 

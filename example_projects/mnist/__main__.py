@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from example_projects.common import report
+from example_projects.common import report, values
 from example_projects.common.command import (
     add_time_limit,
     devices,
@@ -43,9 +43,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "python -m example_projects.mnist", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--method", nargs="+", choices=METHODS, default=["mtadam", "adam", "balanced-adam"], metavar="METHOD",
-        help="one or several of: " + ", ".join(METHODS))  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0], help="one run per method and seed")
+    add("--method", nargs="+", action=values.Distinct, choices=METHODS, default=["mtadam", "adam", "balanced-adam"],
+        metavar="METHOD", help="one or several of: " + ", ".join(METHODS))  # fmt: skip
+    add("--seeds", nargs="+", action=values.Distinct, type=values.seed, default=[0], help="one run per method and seed")
     add("--weights", choices=("code", "paper", "equal"), default="code",
         help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
     add("--dropout2d", action="store_true",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from example_projects.common import report
+from example_projects.common import report, values
 from example_projects.common.command import (
     add_time_limit,
     goes_on,
@@ -37,9 +37,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "python -m example_projects.pinn", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--method", nargs="+", choices=METHODS, default=["mtadam", "adam", "adam-weight-1000"], metavar="METHOD",
-        help="one or several of: " + ", ".join(METHODS))  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="one run per method and seed")
+    add("--method", nargs="+", action=values.Distinct, choices=METHODS, default=["mtadam", "adam", "adam-weight-1000"],
+        metavar="METHOD", help="one or several of: " + ", ".join(METHODS))  # fmt: skip
+    add("--seeds", nargs="+", action=values.Distinct, type=values.seed, default=[0, 1, 2, 3, 4],
+        help="one run per method and seed")  # fmt: skip
     add("--boundary-factor", type=float, default=1.0,
         help="what the boundary loss is multiplied by, unknown to the methods")  # fmt: skip
     add("--lr", type=rate, default=1e-3, help="learning rate")

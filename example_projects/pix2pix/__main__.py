@@ -16,6 +16,7 @@ from example_projects.common.image_data import ImageData
 from example_projects.common.image_project import ImageProject, name_of_folder
 from example_projects.common.methods import Method
 from example_projects.common.paper import numbers
+from example_projects.common.values import beta
 from example_projects.pix2pix.data import make_data
 from example_projects.pix2pix.module import Pix2Pix
 
@@ -24,13 +25,18 @@ LAMBDAS = {
     "unbalanced": {"l1": 1.0, "gan": 1.0},
     "unbalanced-100": {"l1": 100.0, "gan": 100.0},  # as in the paper: Adam feels its epsilon alone, SGD the factor
 }
+# A common factor changes Adam's steps by its epsilon, but SGD's in proportion.
+SGD_OF_THE_PAPER = (
+    "The paper's sgd has lambdas of 100 and 100, which make its steps 100 times as large as 1 and 1: its numbers are"
+    " beside --setting unbalanced-100 alone."
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that only pix2pix has."""
     add = parser.add_argument_group("pix2pix").add_argument
     add("--direction", choices=("AtoB", "BtoA"), default="BtoA", help="A is the left half of a file")
-    add("--beta1", type=float, default=0.5, help="of the generator: the original has 0.5, the paper's text 0.9")
+    add("--beta1", type=beta, default=0.5, help="of the generator: the original has 0.5, the paper's text 0.9")
 
 
 def data_of(options: argparse.Namespace, seed: int) -> ImageData:
@@ -75,6 +81,7 @@ PROJECT = ImageProject(
     add_options=add_options,
     paper=numbers((2, 5), ("facades", "maps")),
     data_sets=data_sets_of,
+    not_the_papers={"unbalanced": (("sgd",), SGD_OF_THE_PAPER)},
 )
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from example_projects import __main__ as listing
@@ -81,6 +82,10 @@ def test_every_command_tells_mistakes_in_one_line(path):
         ("cyclegan", ["--data-dir", "none"], "There is no folder none/trainA"),
         ("srgan", ["--data-dir", "none"], "--data-dir is given without --test-dir"),
         ("srgan", ["--perceptual-weights", "none.pth"], "There is no file none.pth"),
+        ("srgan", ["--perceptual-weights", "random", "--image-size", "40", "--pretrain-epochs", "1"], "but is 40."),
+        ("pix2pix", ["--output-dir", __file__], "test_commands.py is a file, and no folder can be there. Give another"),
+        ("pinn", ["--output-dir", __file__ + "/runs"], "test_commands.py is a file, and no folder can be there"),
+        ("pix2pix", ["--feature-extractor", "inception", "--weights", "none"], "give it as --weights or in the env"),
         ("compare", ["srgan", "--data-dir", "none", "--test-dir", "none"], "There is no folder none"),
         ("evidence", ["run", "--problems", "burgers", "--data-dir", "none"], "The data of burgers are missing"),
         ("evidence", ["tables", "--runs", "none.csv"], "There is no file none.csv"),
@@ -89,6 +94,15 @@ def test_every_command_tells_mistakes_in_one_line(path):
 def test_what_a_user_can_mend_is_told_in_one_line(tmp_path, monkeypatch, command, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert said in said_by(COMMANDS[command].main, *arguments)
+
+
+def test_a_device_that_is_not_there_comes_with_a_remedy():
+    for said in ("No supported gpu backend found!", "X can not run here since the accelerator is not available."):
+
+        def refused(_, said=said):
+            raise MisconfigurationException(said)
+
+        assert said_by(refused) == f"error: {said} Give --accelerator cpu."
 
 
 def test_results_without_runs_are_told_in_one_line(tmp_path):
@@ -120,6 +134,36 @@ def test_a_bad_option_is_refused_before_anything_else(command, option, capsys):
         COMMANDS[command].main(option)
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m example_projects.{command}: error: ")
+
+
+@pytest.mark.parametrize("command", ["mnist", "pinn", "pix2pix", "cyclegan", "srgan"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--seeds", "0", "1", "0"], "argument --seeds: 0 is given more than once"),
+        (["--method", "adam", "mtadam", "adam"], "argument --method: adam is given more than once"),
+        (["--seeds", "-1"], "argument --seeds: must be from 0 to 4294967295, but is -1"),
+        (["--seeds", "4294967296"], "argument --seeds: must be from 0 to 4294967295, but is 4294967296"),
+    ],
+)
+def test_seeds_and_methods_are_given_once_and_can_be_had(command, given, said, capsys):
+    with pytest.raises(SystemExit):
+        COMMANDS[command].main(given)
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_rate_is_given_once_however_it_is_written(capsys):
+    with pytest.raises(SystemExit):
+        pix2pix.main(["--lr", "1e-4", "0.0001"])
+    assert "argument --lr: 0.0001 is given more than once" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["pix2pix", "cyclegan"])
+@pytest.mark.parametrize("text", ["1.5", "1", "-0.1", "nan"])
+def test_beta1_is_from_0_to_less_than_1(command, text, capsys):
+    with pytest.raises(SystemExit):
+        COMMANDS[command].main([f"--beta1={text}"])
+    assert f"argument --beta1: must be 0 or more and less than 1, but is {text}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf"])
@@ -182,3 +226,22 @@ def test_all_bad_images_of_all_folders_are_named_before_anything_is_trained(tmp_
     assert said.startswith("error: 2 images cannot be used. ")
     assert all(said.count(f"{name} is ") == 1 for name in names)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["pix2pix", "srgan"])
+def test_of_many_bad_images_the_first_three_are_named_and_how_many_there_are(tmp_path, command):
+    for index in range(40):
+        save(tmp_path / "train", f"{index:02}.png", (20, 20))
+    save(tmp_path / "test", "good.png", (64, 32))
+    photographs = ["--data-dir", tmp_path / "train", "--test-dir", tmp_path / "test"]
+    said = said_by(COMMANDS[command].main, *(photographs if command == "srgan" else ["--data-dir", tmp_path]))
+    assert said.startswith("error: 40 images cannot be used. The first 3 are these. ")
+    assert [name in said for name in ("00.png", "01.png", "02.png", "03.png")] == [True, True, True, False]
+
+
+def test_a_link_that_leads_nowhere_is_named_with_a_remedy(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split, "good.png", (64, 32))
+    (tmp_path / "train" / "lost.png").symlink_to(tmp_path / "gone.png")
+    said = said_by(pix2pix.main, "--data-dir", tmp_path)
+    assert f"lost.png leads to {tmp_path / 'gone.png'}, which is not there. Put the image there, or take" in said

@@ -2,11 +2,13 @@
 
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim import RMSprop
 
 from example_projects import compare
 from example_projects.common import image_command
@@ -14,8 +16,10 @@ from example_projects.common.choosing import best_rates, of_these_rates
 from example_projects.common.comparison import beside, on_rates, write_comparison
 from example_projects.common.image_command import columns_of, parser_of
 from example_projects.common.images import CELL, GAP, read_image, to_bytes
+from example_projects.common.methods import IMAGE_METHODS, Method
 from example_projects.common.samples import save_final
 from example_projects.common.sheet import draw_samples, labelled
+from example_projects.pix2pix import __main__ as pix2pix
 from example_projects.pix2pix.__main__ import PROJECT
 from example_projects.pix2pix.module import Pix2Pix
 from tests.examples.running import QUIET, output_of, read_results, read_rows, untimed
@@ -80,7 +84,8 @@ def pretended(monkeypatch):
     return seen
 
 
-RATES = ["--method", "adam", "mtadam", "--lr", "0.1", "0.2", "--seeds", "3", "4", "5"]
+SMALL = ["--image-size", "32", "--width", "2"]
+RATES = ["--method", "adam", "mtadam", "--lr", "0.1", "0.2", "--seeds", "3", "4", "5", *SMALL]
 
 
 def test_all_seeds_but_the_first_are_trained_with_the_rate_that_was_best_for_it(pretended):
@@ -107,6 +112,57 @@ def test_the_best_rate_is_the_lowest_error_or_the_highest_ratio_and_never_one_th
     assert [run["lr"] for run in of_these_rates([{"method": "bicubic"}, *runs], {"m": best}) if "lr" in run] == [best]
 
 
+def test_a_metric_that_is_not_measured_is_refused_whenever_it_is_given(pretended):
+    given = [*RATES, "--search-metric", "FIDD", "--devices", "1"]
+    for some in (given, ["--method", "adam", *given[3:]]):
+        with pytest.raises(ValueError, match=r"'FIDD' is not measured\. Give --search-metric one of L1, L2"):
+            image_command.train_all(PROJECT, parser_of(PROJECT).parse_args(some))
+    assert not pretended
+
+
+def test_a_mistyped_option_does_not_block_the_command_with_the_right_one(tmp_path):
+    with pytest.raises(ValueError, match="'foo' is invalid"):
+        call(tmp_path, "--method", "sgd", "--precision", "foo")
+    assert not list(tmp_path.rglob("settings.json"))
+    call(tmp_path, "--method", "sgd")
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_a_mistake_leaves_what_was_there(tmp_path):
+    """Also without --resume, when a run would begin anew in an empty folder."""
+    given = [
+        "--image-size", 32, "--width", 2, "--max-epochs", 1, "--limit-train-batches", 1, "--limit-test-batches", 1,
+        "--method", "sgd", "--no-progress-bar", "--accelerator", "cpu", "--output-dir", tmp_path,
+    ]  # fmt: skip
+    output_of(pix2pix.main, *given)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="'foo' is invalid"):
+        output_of(pix2pix.main, *given, "--precision", "foo")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--anchor", "typo"], "--anchor must be one of first, mean, max, unit, l1, gan, but is 'typo'"),
+        (["--width", "3"], r"adam-seed0: width was 2 and is 3\..*or remove that folder to start over"),
+    ],
+)
+def test_no_run_is_trained_if_another_one_cannot_be(tmp_path, monkeypatch, more, said):
+    """The first would be: it has no anchor, and nothing is stored of it."""
+    call(tmp_path, "--method", "adam")
+    monkeypatch.setattr(image_command, "train_announced", lambda *given: pytest.fail("a run was trained"))
+    with pytest.raises(ValueError, match=said):
+        call(tmp_path, "--method", "sgd", "adam", "mtadam", *more)
+
+
+def test_optimizers_are_made_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_command, "train_announced", lambda *given: pytest.fail("a run was trained"))
+    monkeypatch.setitem(IMAGE_METHODS, "rmsprop", Method(partial(RMSprop, alpha=-1.0)))
+    with pytest.raises(ValueError, match="alpha"):
+        call(tmp_path, "--method", "sgd", "rmsprop")
+
+
 def test_what_is_held_back_must_be_measured_at_the_end(tmp_path):
     with pytest.raises(ValueError, match=r"--max-epochs must be a multiple of --metrics-every.*are 2 and 3"):
         call(tmp_path, "--validation", 1, "--metrics-every", 3)
@@ -119,7 +175,8 @@ def test_the_report_has_a_table_curves_and_samples(compared):
     lines = [line for line in report.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == ["method", "------", "mtadam", "adam"]
     assert all(f"{line}\n" in printed for line in lines)
-    assert "The paper's numbers for these images are not known here" in report
+    said = "The paper's numbers for these images are not known here"
+    assert [text.count(said) for text in (report, printed, (output / "table.md").read_text())] == [1, 1, 1]
     for name in ("curves.png", "samples.png"):
         assert f"]({name})" in report
         assert read_image(output / name).width > 200

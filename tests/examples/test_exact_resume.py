@@ -47,3 +47,13 @@ def test_a_run_made_with_other_settings_is_not_resumed(tmp_path):
         runs.check_settings(tmp_path / "settings.json", {"max_epochs": 3, "batch_size": 64})
     runs.check_settings(tmp_path / "settings.json", {"max_epochs": 1, "batch_size": 64})
     runs.check_settings(tmp_path / "missing.json", {"max_epochs": 3})
+
+
+@pytest.mark.parametrize("kept", ["result.json", "checkpoints/last.ckpt"])
+def test_settings_count_only_where_there_is_something_to_resume(tmp_path, kept):
+    (tmp_path / "settings.json").write_text(json.dumps({"max_epochs": 1}))
+    runs.check_stored(tmp_path, {"max_epochs": 3})
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).touch()
+    with pytest.raises(ValueError, match=r"max_epochs was 1 and is 3\..*or remove that folder to start over"):
+        runs.check_stored(tmp_path, {"max_epochs": 3})

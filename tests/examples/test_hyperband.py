@@ -157,6 +157,23 @@ def test_another_metric_is_another_search(tmp_path, trained):
     assert len(trained) == 4
 
 
+def test_a_search_that_never_began_is_begun_with_other_settings(tmp_path, trained, monkeypatch):
+    """As after a mistyped option, which the first trial refuses."""
+    options = make_options(tmp_path, "--trials", 2, "--precision", "foo")
+    options.resume = True
+    with monkeypatch.context() as patch:
+        patch.setattr(hyperband, "train", lambda *given, **more: (_ for _ in ()).throw(ValueError("no precision")))
+        with pytest.raises(ValueError, match="no precision"):
+            search(make_project(), options, 1e-3)
+    options.precision = "32-true"
+    hyperband.check_stored_search(make_project(), options, 1e-3)
+    search(make_project(), options, 1e-3)
+    assert len(trained) == 2
+    options.precision = "16-mixed"
+    with pytest.raises(ValueError, match="precision was '32-true' and is '16-mixed'"):
+        hyperband.check_stored_search(make_project(), options, 1e-3)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_trial_whose_metric_is_not_finite_is_ended(value):
     trial = optuna.create_study().ask()
@@ -185,7 +202,7 @@ def test_a_metric_that_is_not_measured_is_named_before_anything_is_trained(tmp_p
 def test_several_processes_are_refused_before_anything_is_trained(tmp_path):
     for more in (["--strategy", "ddp"], ["--devices", "2"]):
         with pytest.raises(ValueError, match="one process: give --devices 1, without --strategy"):
-            next(image_command.jobs_of(make_project(), make_options(tmp_path, "--method", "adam", "hyperband", *more)))
+            image_command.train_all(make_project(), make_options(tmp_path, "--method", "adam", "hyperband", *more))
 
 
 def test_all_seeds_are_trained_with_what_one_search_found(tmp_path, monkeypatch):
@@ -208,7 +225,7 @@ def test_all_seeds_are_trained_with_what_one_search_found(tmp_path, monkeypatch)
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(image_command, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install optuna"):
-        next(image_command.jobs_of(make_project(), make_options(tmp_path)))
+        image_command.train_all(make_project(), make_options(tmp_path))
 
 
 def test_it_is_off_unless_asked_for(tmp_path):

@@ -1,5 +1,6 @@
 """The paper's figures: what the projects carry, and which of them stand beside which rows."""
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -73,11 +74,29 @@ def options_of(*arguments):
     return compare.parse([str(argument) for argument in arguments])
 
 
+def note_of_generated_images(project, options, paper):
+    """The note on a data set that is not here."""
+    return note_on(project, argparse.Namespace(**{**vars(options), "data_dir": None}), paper)
+
+
 def test_figures_stand_beside_their_methods_at_every_learning_rate():
     project, options = options_of("pix2pix", "--data-dir", "datasets/facades")
     rows = [{"method": name, "L1": "50"} for name in ("mtadam, lr 0.002", "adam, lr 2e-05", "mtadam-every-50", "sgd")]
     found = beside(rows, numbers_for(project, options))
-    assert [row["L1 (paper)"] for row in found] == ["46.5", "54.92", "", "120.12"]
+    assert [row["L1 (paper)"] for row in found] == ["46.5", "54.92", "", ""]
+
+
+def test_the_papers_sgd_stands_beside_its_own_lambdas_alone():
+    """A common factor of 100 makes SGD's steps 100 times as large, and hardly changes those of the others."""
+    given = ["pix2pix", "--data-dir", "facades", "--method", "sgd", "adam", "--setting"]
+    own, ours = (numbers_for(*options_of(*given, name)) for name in ("unbalanced-100", "unbalanced"))
+    assert own["sgd"] == {"L1": 120.12, "L2": 18308.0, "NMSE": 1.132, "FID": 339.4}
+    assert ours == {method: figures for method, figures in own.items() if method != "sgd"}
+    said = "beside --setting unbalanced-100 alone"
+    assert said in note_of_generated_images(*options_of(*given, "unbalanced"), ours)
+    assert said not in note_of_generated_images(*options_of(*given, "unbalanced-100"), own)
+    assert said not in note_of_generated_images(*options_of("pix2pix", "--method", "adam"), ours)
+    assert "sgd" in numbers_for(*options_of("cyclegan", "--data-dir", "maps"))
 
 
 def test_figures_of_one_data_set_or_direction_do_not_stand_beside_another():
@@ -118,10 +137,47 @@ def test_what_is_smaller_than_in_the_paper_is_said():
         "limit train batches 9 in place of all",
     ]
     said = note_on(project, options, PIX2PIX.paper["facades"])
-    assert "These runs are of another size: image size 64 in place of 256; limit train" in said
-    assert "at the learning rate of the original, 0.0002" in said
+    assert "These runs differ in: image size 64 in place of 256; limit train batches 9 in place of all." in said
     assert said.endswith("100 to train on, 20 held out, BtoA.")
-    assert departures(*options_of("pix2pix")) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "differing"),
+    [
+        (["pix2pix"], []),
+        (["pix2pix", "--lr", "1e-4"], ["lr 0.0001 in place of 0.0002"]),
+        (["pix2pix", "--lr", "1e-4", "2e-4"], ["lr 0.0001, 0.0002 in place of 0.0002"]),
+        (
+            ["pix2pix", "--anchor", "gan", "--beta1", "0.9"],
+            ["anchor gan in place of first", "beta1 0.9 in place of 0.5"],
+        ),
+        (["pix2pix", "--validation", "4"], ["validation 4 in place of 0"]),
+        (["pix2pix", "--precision", "bf16-mixed"], ["precision bf16-mixed in place of 32-true"]),
+        (
+            ["cyclegan", "--constant-lr", "--pool-size", "0"],
+            ["pool size 0 in place of 50", "constant lr True in place of False"],
+        ),
+        (["srgan", "--max-epochs", "250", "--pretrain-epochs", "1250"], []),
+        (["srgan"], ["max epochs 100 in place of 250", "pretrain epochs 0 in place of 1250"]),
+        (
+            ["srgan", "--max-epochs", "250", "--pretrain-epochs", "1250", "--perceptual-weights", "random"],
+            ["perceptual weights random in place of torchvision's VGG19"],
+        ),
+        # What changes no training.
+        (
+            ["pix2pix", "--data-dir", "facades", "--metrics-every", "10", "--seeds", "1", "2", "--method", "sgd",
+             "--output-dir", "x", "--devices", "1", "--parallel", "2", "--max-minutes", "8", "--search-metric", "L1"],
+            [],
+        ),
+    ],
+)  # fmt: skip
+def test_every_option_that_changes_a_run_is_said_where_it_is_not_the_papers(given, differing):
+    project, options = options_of(*given)
+    assert departures(project, options) == differing
+    said = note_of_generated_images(project, options, {"adam": {}})
+    assert (f"These runs differ in: {'; '.join(differing)}." in said) is bool(differing)
+    assert ("These runs have the same options." in said) is (not differing)
+    assert ("With 800 photographs, 1250 epochs" in said) is (given[0] == "srgan")
 
 
 def test_the_command_of_mnist_prints_the_papers_accuracies():

@@ -37,6 +37,12 @@ def test_a_summary_has_a_row_per_value_in_the_order_of_appearance():
     ]
 
 
+def test_numbers_of_images_are_whole_also_of_one_set_of_several():
+    results = [{"method": "a", "n": 20.0, "set14 n": 14.0, "set14 FID": 60.0}] * 2
+    (row,) = report.summarise(results, "method", ["n", "set14 n", "set14 FID"])
+    assert (row["n"], row["set14 n"], row["set14 FID"]) == ("20", "14", "60.00 +- 0.00")
+
+
 def test_a_table_by_seed_has_every_figure_and_leaves_out_what_was_not_run():
     results = [{"method": "b", "seed": 3, "accuracy": 97.0}, {"method": "a", "seed": 3, "accuracy": 91.5},
                {"method": "b", "seed": 1, "accuracy": 0.5}]  # fmt: skip
