@@ -94,10 +94,14 @@ def ablations(anchor: str = "first") -> dict[str, Method]:
 # The setting to begin with, by the documentation; it is not the paper's algorithm.
 RECOMMENDED = Method(MTAdam, options={"balance_every": 50})
 
+# Line 2 of Algorithm 1 to the letter, where the authors' code and the default begin with the first norm.
+NORMS_FROM_ONE = Method(MTAdam, options={"norm_init": "one"})
+
 # Of images the first term is the pixels': the anchor, as in the paper.
 IMAGE_METHODS = {
     "mtadam": Method(MTAdam),
     "mtadam-every-50": RECOMMENDED,
+    "mtadam-norms-from-one": NORMS_FROM_ONE,
     "mtadam-gan-0.1": Method(MTAdam, options={"importance": {"gan": 0.1}}),
     **RIVALS,
     **ablations(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from example_projects.common.methods import RECOMMENDED, RIVALS, Method, ablations
+from example_projects.common.methods import NORMS_FROM_ONE, RECOMMENDED, RIVALS, Method, ablations
 from example_projects.common.paper import numbers
 from lightning_mtadam import MTAdam
 
@@ -19,7 +19,7 @@ IN_THE_PAPER = (
 METHODS = {
     "mtadam": Method(MTAdam, options=EQUALS),
     "mtadam-first-anchor": Method(MTAdam),
-    "mtadam-norms-from-one": Method(MTAdam, options={"norm_init": "one"}),  # line 2 of Algorithm 1, to the letter
+    "mtadam-norms-from-one": NORMS_FROM_ONE,
     **{f"mtadam-every-{k}": Method(MTAdam, options={**EQUALS, "balance_every": k}) for k in (5, 20, 50, 200)},
     "recommended": RECOMMENDED,  # anchored at the first class
     **RIVALS,

@@ -22,7 +22,6 @@ Pair = tuple[Tensor, Tensor]  # low [3, h, w] and high [3, 4h, 4w], in [-1, 1]
 
 PROCEDURAL_TRAIN, PROCEDURAL_TEST = 16, 4  # images
 PROCEDURAL_SIZE = 160
-NAMED = 3  # of the photographs that cannot be used
 
 
 def reduced(high: Tensor) -> Tensor:
@@ -104,22 +103,6 @@ def read_whole(folder: Path) -> Whole:
     return Whole(*(Kept(partial(read, benchmark), len(benchmark)) for read in (read_cut, read_low)))
 
 
-class Photographs(ImageData):
-    """Crops to train on and whole images to test on; of many files that cannot be used, it names the first."""
-
-    def check(self) -> None:
-        """Read every file, before time is spent on training.
-
-        Raises:
-            ValueError: saying how many files cannot be used, and why the first of them cannot.
-        """
-        faults = list(dict.fromkeys(fault for kept in self.files for fault in kept.faults()))
-        if faults:
-            count = f"{len(faults)} images cannot be used. " if len(faults) > 1 else ""
-            first = f"The first {NAMED}: " if len(faults) > NAMED else ""
-            raise ValueError(count + first + " ".join(faults[:NAMED]))
-
-
 def generate(first: int, size: int, index: int) -> Tensor:
     """One of the generated images, uint8 [3, size, size]."""
     return to_bytes(dead_leaves(size, first + index))
@@ -159,7 +142,7 @@ def make_data(
     seed: int,
     workers: int = 0,
     validation: int = 0,
-) -> Photographs:
+) -> ImageData:
     """What is trained and tested on.
 
     Args:
@@ -181,7 +164,7 @@ def make_data(
     to_train_on, to_validate_on = held_back(len(train), validation)
     also = f", {validation} photographs to validate on" if validation else ""
     counts = " and ".join(f"{len(test)}{f' of {name}' if name else ''}" for name, test in tests.items())
-    return Photographs(
+    return ImageData(
         Crops(train.part(to_train_on), image_size, crops_per_image),
         tests if len(tests) > 1 else next(iter(tests.values())),
         batch_size=batch_size,

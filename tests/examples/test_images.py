@@ -227,7 +227,7 @@ def test_the_methods_are_the_papers_and_its_five_ablations():
         assert type(IMAGE_METHODS[name].configure(parameters, 1.0)) is kind
     assert [name for name, method in IMAGE_METHODS.items() if method.balanced] == ["balanced-adam"]
     settings = [name.split("-")[1] for name in IMAGE_METHODS if name.startswith("mtadam-")]
-    assert settings == ["every", "gan", "i", "ii", "iii", "iv", "v"]
+    assert settings == ["every", "norms", "gan", "i", "ii", "iii", "iv", "v"]
 
 
 @pytest.mark.parametrize(
