@@ -183,7 +183,7 @@ def test_of_many_photographs_that_cannot_be_used_the_first_three_are_named(folde
     train, test = folders
     for index in range(20):
         random_image(index, 8, 8).save(train / f"small_{index:02}.png")
-    with pytest.raises(ValueError, match=r"^20 images cannot be used\. The first 3: ") as raised:
+    with pytest.raises(ValueError, match=r"^20 images cannot be used\. The first 3 are these\. ") as raised:
         data(train, test).check()
     assert [f"small_{index:02}" in str(raised.value) for index in range(20)] == [True] * 3 + [False] * 17
 
