@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 def write(project: ImageProject, options: argparse.Namespace, results: list[dict[str, object]]) -> None:
     """Print the table with its notes and write the report."""
     table = write_comparison(project, options, results)
-    print_table(options, table, "", "comparison.md, table.csv, curves.png, samples.png, results.csv")
+    print_table(options, table, "comparison.md, table.csv, curves.png, samples.png, results.csv")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
-import re
 import sys
 import time
 import warnings
@@ -17,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from example_projects.common import report
 from example_projects.common.disk import make_folder
 from example_projects.common.saving import NotEndedError
+from example_projects.common.values import rate
 
 NOT_ENDED, INTERRUPTED = 75, 130  # exit statuses: "try again", of sysexits.h, and a shell's of Ctrl-C
 MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)  # what a user can mend
@@ -68,57 +67,6 @@ def _from_now(minutes: str) -> float:
 def goes_on(options: argparse.Namespace) -> bool:
     """Whether what was done before is continued."""
     return options.resume or options.stop_at is not None
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Reads the number of an option that must not be lower.
-
-    Example:
-        >>> at_least(0)("3")
-        3
-    """
-
-    def whole_number(text: str) -> int:
-        number = int(text)
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"must be {lowest} or more, but is {number}")
-        return number
-
-    return whole_number
-
-
-positive = at_least(1)
-
-
-def rate(text: str) -> float:
-    """The number of an option that must be more than 0, and finite.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not.
-
-    Example:
-        >>> rate("1e-3")
-        0.001
-    """
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be more than 0, but is {text}")
-    return number
-
-
-def devices(text: str) -> str:
-    """The option of that name: "auto", how many, or the numbers of some, as in "0," and "0,1".
-
-    Raises:
-        argparse.ArgumentTypeError: it is something else.
-
-    Example:
-        >>> devices("2")
-        '2'
-    """
-    if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+", text):
-        raise argparse.ArgumentTypeError(f"must be 'auto', how many (1, 2), or which ('0,' or '0,1'), but is {text!r}")
-    return text
 
 
 def keep_quiet() -> None:

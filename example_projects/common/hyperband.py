@@ -74,15 +74,17 @@ def _settings(options: argparse.Namespace, lr: float) -> dict[str, object]:
     return {"metric": options.search_metric, **settings_of(options, Job("hyperband", Method(Adam), {}, lr, 0))}
 
 
-def check_stored_search(project: ImageProject, options: argparse.Namespace, lr: float) -> None:
-    """Raise if there is a search to resume that was made with other settings.
+def check_stored_search(project: ImageProject, options: argparse.Namespace, lr: float) -> bool:
+    """Whether there is a search to resume.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: it was made with other settings; naming what differs.
     """
     folder = folder_of(options, lr)
-    if options.resume and _has_begun(project, folder):
+    resumed = options.resume and _has_begun(project, folder)
+    if resumed:
         check_settings(folder / "settings.json", _settings(options, lr))
+    return resumed
 
 
 def _storage(folder: Path) -> JournalStorage:
@@ -152,8 +154,7 @@ class Prune(pl.Callback):
 
 def _open_study(project: ImageProject, options: argparse.Namespace, lr: float) -> optuna.Study:
     folder = folder_of(options, lr)
-    check_stored_search(project, options, lr)
-    if not (options.resume and _has_begun(project, folder)):
+    if not check_stored_search(project, options, lr):
         shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)
     (folder / "settings.json").write_text(json.dumps(_settings(options, lr), indent=2))

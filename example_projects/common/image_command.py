@@ -160,10 +160,9 @@ def columns_of(project: ImageProject, results: Sequence[Result]) -> list[str]:
     return [name for column in wanted for name in found if name == column or name.endswith(f" {column}")]
 
 
-def print_table(options: argparse.Namespace, table: str, notes: str, files: str) -> None:
-    """Print a table, what its reader must know, and the files that were written."""
-    parts = [table, notes, f"Written to {options.output_dir}: {files}."]
-    print("\n" + "\n\n".join(part for part in parts if part))
+def print_table(options: argparse.Namespace, table: str, files: str) -> None:
+    """Print a table with its notes, and the files that were written."""
+    print(f"\n{table}\n\nWritten to {options.output_dir}: {files}.")
 
 
 def main(project: ImageProject, arguments: list[str] | None = None) -> None:
@@ -178,5 +177,6 @@ def main(project: ImageProject, arguments: list[str] | None = None) -> None:
 def write(project: ImageProject, options: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and write it as Markdown and CSV, with the runs it summarises."""
     table = write_tables(options, results, columns_of(project, results))
-    print_table(options, table, reservation(options), "table.md, table.csv; every run in results.csv")
+    said = "\n\n".join(part for part in (table, reservation(options)) if part)
+    print_table(options, said, "table.md, table.csv; every run in results.csv")
     print(f"See samples, curves and the balance with: tensorboard --logdir {options.output_dir}")

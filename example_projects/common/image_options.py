@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from example_projects.common.command import add_time_limit, at_least, devices, positive, rate
+from example_projects.common.command import add_time_limit
 from example_projects.common.image_metrics import DISTANCES, FEATURE_EXTRACTORS
 from example_projects.common.image_project import ImageProject
 from example_projects.common.methods import IMAGE_METHODS
-from example_projects.common.values import Distinct, seed
+from example_projects.common.values import Distinct, at_least, devices, positive, rate, seed
 
 HYPERBAND = "hyperband"
 

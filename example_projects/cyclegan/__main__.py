@@ -16,14 +16,14 @@ from itertools import islice
 from torch.utils.data import DataLoader
 
 from example_projects.common import image_command
-from example_projects.common.command import at_least, positive, run_command
+from example_projects.common.command import run_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics
 from example_projects.common.image_project import ImageProject, pixel_metrics
 from example_projects.common.methods import Method
 from example_projects.common.paper import numbers
 from example_projects.common.runs import Result
-from example_projects.common.values import beta
+from example_projects.common.values import at_least, beta, positive
 from example_projects.cyclegan.data import has_truth, make_data
 from example_projects.cyclegan.evaluation import RoundTripEvaluation, RoundTripMetrics
 from example_projects.cyclegan.losses import DOMAINS, OTHER_READINGS, SETTINGS

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from example_projects.common.command import positive, rate, run_command
+from example_projects.common.command import run_command
 from example_projects.common.run_file import Run, read_runs
+from example_projects.common.values import positive, rate
 from example_projects.evidence.figures import draw
 from example_projects.evidence.methods import METHODS
 from example_projects.evidence.problems.catalogue import PROBLEMS

@@ -17,11 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from example_projects.common import report, values
 from example_projects.common.command import (
     add_time_limit,
-    devices,
     goes_on,
     keep_quiet,
-    positive,
-    rate,
     run_command,
     write_tables,
 )
@@ -50,10 +47,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="class weights: 1 and nine U(0, 1000), the authors' code; U(1, 1000), the paper; all 1")  # fmt: skip
     add("--dropout2d", action="store_true",
         help="drop whole channels after the convolutions, as the PyTorch example once did, not pixels")  # fmt: skip
-    add("--lr", type=rate, default=1e-3, help="learning rate")
-    add("--batch-size", type=positive, default=64, help="of each process")
-    add("--max-epochs", type=positive, default=1)
-    add("--limit-train-batches", type=positive, default=None, help="batches of an epoch; all if left out")
+    add("--lr", type=values.rate, default=1e-3, help="learning rate")
+    add("--batch-size", type=values.positive, default=64, help="of each process")
+    add("--max-epochs", type=values.positive, default=1)
+    add("--limit-train-batches", type=values.positive, default=None, help="batches of an epoch; all if left out")
     add("--data-dir", type=Path, default=None,
         help="folder with MNIST's four idx files, gzipped or not; if left out they are downloaded, or, offline, a"
         " subset that ships with the project is used")  # fmt: skip
@@ -61,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
     add_time_limit(parser)
     add("--accelerator", default="auto", help="as for Lightning's Trainer")
-    add("--devices", type=devices, default="auto", help="as for Lightning's Trainer")
+    add("--devices", type=values.devices, default="auto", help="as for Lightning's Trainer")
     add("--strategy", default="auto", help="as for Lightning's Trainer")
     return parser.parse_args(arguments)
 

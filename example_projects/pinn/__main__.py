@@ -16,8 +16,6 @@ from example_projects.common.command import (
     add_time_limit,
     goes_on,
     keep_quiet,
-    positive,
-    rate,
     run_command,
     write_tables,
 )
@@ -43,8 +41,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="one run per method and seed")  # fmt: skip
     add("--boundary-factor", type=float, default=1.0,
         help="what the boundary loss is multiplied by, unknown to the methods")  # fmt: skip
-    add("--lr", type=rate, default=1e-3, help="learning rate")
-    add("--steps", type=positive, default=2500)
+    add("--lr", type=values.rate, default=1e-3, help="learning rate")
+    add("--steps", type=values.positive, default=2500)
     add("--output-dir", type=Path, default=Path("runs/pinn"), help="where logs, checkpoints and tables go")
     add("--resume", action="store_true", help="continue an interrupted command: skip the runs that have ended")
     add_time_limit(parser)

@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from example_projects.common import image_command
-from example_projects.common.command import at_least, positive, rate, run_command
+from example_projects.common.command import run_command
 from example_projects.common.image_data import ImageData
 from example_projects.common.image_metrics import ImageMetrics, make_distance
 from example_projects.common.image_module import ImageModule
@@ -23,6 +23,7 @@ from example_projects.common.image_project import ImageProject
 from example_projects.common.methods import Method
 from example_projects.common.paper import numbers
 from example_projects.common.runs import Result
+from example_projects.common.values import at_least, positive, rate
 from example_projects.srgan.data import make_data
 from example_projects.srgan.evaluation import EvaluationBySet, MetricsBySet
 from example_projects.srgan.module import LAMBDAS, SRGAN, bicubic

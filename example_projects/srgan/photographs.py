@@ -22,14 +22,7 @@ def read_to_crop(paths: Sequence[Path], size: int, index: int) -> Tensor:
     Raises:
         ValueError: it is smaller than the crops.
     """
-    path = paths[index]
-    image = read_image(path)
-    if min(image.size) < size:
-        raise ValueError(
-            f"{path} is {image.width}x{image.height}, too small for crops of {size}x{size}. Take it out of the folder,"
-            " or give a smaller --image-size."
-        )
-    return to_bytes(image)
+    return _read_if_large(paths[index], size, f"for crops of {size}x{size}", "give a smaller --image-size")
 
 
 def read_cut(paths: Sequence[Path], index: int) -> Tensor:
@@ -38,15 +31,18 @@ def read_cut(paths: Sequence[Path], index: int) -> Tensor:
     Raises:
         ValueError: what is left is too small to be measured.
     """
-    path = paths[index]
-    image = read_image(path)
-    if min(image.size) < LEAST:
-        raise ValueError(
-            f"{path} is {image.width}x{image.height}, too small to be measured: {LEAST}x{LEAST} is the least. Take it"
-            " out of the folder, or put a larger one there."
-        )
-    high = to_bytes(image)
+    purpose = f"to be measured: {LEAST}x{LEAST} is the least"
+    high = _read_if_large(paths[index], LEAST, purpose, "put a larger one there")
     return high[:, : high.shape[1] // SCALE * SCALE, : high.shape[2] // SCALE * SCALE].contiguous()
+
+
+def _read_if_large(path: Path, least: int, purpose: str, or_else: str) -> Tensor:
+    image = read_image(path)
+    if min(image.size) < least:
+        raise ValueError(
+            f"{path} is {image.width}x{image.height}, too small {purpose}. Take it out of the folder, or {or_else}."
+        )
+    return to_bytes(image)
 
 
 def low_of(high: Path) -> Path:

@@ -10,8 +10,9 @@ from PIL import Image
 from example_projects import __main__ as listing
 from example_projects import compare
 from example_projects.common import cost_figure
-from example_projects.common.command import devices, rate, run_command
+from example_projects.common.command import run_command
 from example_projects.common.saving import NotEndedError
+from example_projects.common.values import devices, rate
 from example_projects.cyclegan import __main__ as cyclegan
 from example_projects.evidence import __main__ as evidence
 from example_projects.mnist import __main__ as mnist

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, RMSprop
 
 from example_projects.common import curves, evaluation
 from example_projects.common.augmentation import DrawSampler, generator_of, random_crop, random_flip
-from example_projects.common.command import keep_quiet, positive
+from example_projects.common.command import keep_quiet
 from example_projects.common.curves import draw_curves
 from example_projects.common.disk import naming_a_full_disk
 from example_projects.common.evaluation import Evaluation
@@ -35,6 +35,7 @@ from example_projects.common.images import (
 from example_projects.common.methods import IMAGE_METHODS, Method
 from example_projects.common.report import summarise, write_csv
 from example_projects.common.samples import Samples
+from example_projects.common.values import positive
 from example_projects.mnist.methods import METHODS as MNIST_METHODS
 from lightning_mtadam import MTAdam
 from tests.examples.running import QUIET, EndedError, read_rows
