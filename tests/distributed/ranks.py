@@ -98,6 +98,7 @@ def _child(function: Callable[..., Any], rank: int, ranks: int, folder: Path, ar
     result, error = None, None
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        dist.barrier()  # or a rank that is done at once leaves while another still connects to it
         result = function(rank, *arguments)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
