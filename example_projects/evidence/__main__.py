@@ -15,7 +15,7 @@ import torch
 
 from example_projects.common.command import run_command
 from example_projects.common.run_file import Run, read_runs
-from example_projects.common.values import positive, rate
+from example_projects.common.values import Distinct, positive, rate, seed
 from example_projects.evidence.figures import draw
 from example_projects.evidence.methods import METHODS
 from example_projects.evidence.problems.catalogue import PROBLEMS
@@ -39,12 +39,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _add_what_to_run(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--problems", nargs="+", choices=PROBLEMS, required=True, help="in this order")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+    add("--problems", nargs="+", action=Distinct, choices=PROBLEMS, required=True, help="in this order")
+    add("--methods", nargs="+", action=Distinct, choices=METHODS, default=list(METHODS), metavar="METHOD",
         help="one or several of: " + ", ".join(METHODS))  # fmt: skip
-    add("--factors", nargs="+", type=float, default=[1.0], help="on the losses")
+    add("--factors", nargs="+", action=Distinct, type=rate, default=[1.0], help="on the losses")
     add("--seeds", type=positive, default=10, help="how many")
-    add("--first-seed", type=int, default=0, help="the others follow it")
+    add("--first-seed", type=seed, default=0, help="the others follow it")
     add("--budget-seconds", type=rate, default=60.0, help="processor time for each search")
     add("--lr", type=rate, default=None, help="a learning rate, in place of a search")
     add("--steps", type=positive, default=None, help="of a run, in place of the problem's")

@@ -85,9 +85,9 @@ def module_of(options: argparse.Namespace, method: Method, lambdas: Mapping[str,
 
 
 def begin(module: ImageModule, options: argparse.Namespace) -> None:
-    """Give a module, unless it is the pretraining's own, the generator that was pretrained."""
-    if options.pretrain_epochs and isinstance(module, SRGAN):
-        load_pretrained(module.generator, options)
+    """Give a module the generator that was pretrained."""
+    if options.pretrain_epochs:
+        load_pretrained(module.get_submodule("generator"), options)
 
 
 def metrics_of(options: argparse.Namespace) -> MetricsBySet:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -71,11 +71,12 @@ def pretrain(project: ImageProject, options: argparse.Namespace) -> Result:
         return Pretraining(lr, epochs=options.max_epochs, width=options.width, blocks=options.blocks)
 
     job = Job(NAME, Method(Adam), {"mse": 1.0}, options.pretrain_lr, SEED)
-    result = train(replace(project, make_module=module_of), own, job, folder=folder_of(options))
+    from_nothing = replace(project, make_module=module_of, begin=lambda module, options: None)
+    result = train(from_nothing, own, job, folder=folder_of(options))
     return {"method": NAME, "seed": SEED, "folder": NAME, **result}
 
 
-def load_pretrained(generator: Generator, options: argparse.Namespace) -> None:
+def load_pretrained(generator: nn.Module, options: argparse.Namespace) -> None:
     """Give a generator the weights that :func:`pretrain` ended with."""
     checkpoint = torch.load(folder_of(options) / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=False)
     prefix = "generator."

@@ -675,6 +675,22 @@ def test_the_commands_work_together(tmp_path):
     assert {file.stem for file in tmp_path.glob("*.png")} == {"failed", "quality", "factors", "budget", "cost"}
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--problems", "digits", "digits"], "argument --problems: digits is given more than once"),
+        (["--methods", "recommended", "adam_sum", "recommended"], "argument --methods: recommended is given more than"),
+        (["--factors", "1", "1.0"], "argument --factors: 1.0 is given more than once"),
+        (["--factors", "0"], "argument --factors: must be more than 0, but is 0"),
+        (["--first-seed", "-1"], "argument --first-seed: must be from 0 to 4294967295, but is -1"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(given, said, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["run", "--problems", "toy2d", *given])
+    assert said in capsys.readouterr().err
+
+
 def test_an_interrupted_command_says_that_it_can_go_on(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -179,15 +179,6 @@ def test_the_least_size_is_measured(folders, size):
     assert all(math.isfinite(value) for value in metrics.compute().values())
 
 
-def test_of_many_photographs_that_cannot_be_used_the_first_three_are_named(folders):
-    train, test = folders
-    for index in range(20):
-        random_image(index, 8, 8).save(train / f"small_{index:02}.png")
-    with pytest.raises(ValueError, match=r"^20 images cannot be used\. The first 3 are these\. ") as raised:
-        data(train, test).check()
-    assert [f"small_{index:02}" in str(raised.value) for index in range(20)] == [True] * 3 + [False] * 17
-
-
 def test_an_unreadable_photograph_and_a_folder_without_any_are_named(folders, tmp_path):
     train, test = folders
     (train / "0.png").write_bytes((train / "0.png").read_bytes()[:100])
